@@ -1,0 +1,1 @@
+//! Streaming conversion of a checkpoint by a plan.

@@ -1,0 +1,272 @@
+//! `config.json`: in the text of the file, out a [`ModelConfig`] that later code can trust.
+
+mod fields;
+mod rewrite;
+mod rope;
+
+use serde_json::Value;
+
+use crate::family::{EMBED_TOKENS, FAMILIES, Family, LM_HEAD, LayerTensor, Module, NORM};
+use crate::{Error, Result};
+use fields::Fields;
+pub use rope::{Rope, RopeScaling};
+
+/// Type of the weights that are computed with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// 32-bit float.
+    F32,
+    /// 16-bit float of IEEE 754.
+    F16,
+    /// The upper half of a 32-bit float.
+    BF16,
+}
+
+impl DType {
+    /// Bytes of one value.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+
+    /// Its name in `config.json` and on our command line: `float32`, `float16`, `bfloat16`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::BF16 => "bfloat16",
+        }
+    }
+
+    /// Reads `float32`/`f32`, `float16`/`f16`, `bfloat16`/`bf16`.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        match name {
+            "float32" | "f32" | "torch.float32" => Some(Self::F32),
+            "float16" | "f16" | "torch.float16" => Some(Self::F16),
+            "bfloat16" | "bf16" | "torch.bfloat16" => Some(Self::BF16),
+            _ => None,
+        }
+    }
+}
+
+/// The activation of the gated MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// GELU, tanh approximation.
+    GeluTanh,
+    /// GELU with the error function.
+    Gelu,
+}
+
+/// A validated model configuration: every size is positive, consistent and small enough to compute with.
+#[derive(Debug, Clone)]
+#[allow(clippy::struct_excessive_bools)] // the fields of config.json
+pub struct ModelConfig {
+    /// The family.
+    pub family: &'static Family,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the MLP.
+    pub intermediate_size: usize,
+    /// Decoder layers.
+    pub num_hidden_layers: usize,
+    /// Query heads of every layer.
+    pub num_attention_heads: usize,
+    /// K/V heads of each layer; each divides `num_attention_heads`.
+    pub num_key_value_heads: Vec<usize>,
+    /// Values per head; not always `hidden_size / num_attention_heads`.
+    pub head_dim: usize,
+    /// Tokens of the vocabulary.
+    pub vocab_size: usize,
+    /// Longest context the model was trained for.
+    pub max_position_embeddings: usize,
+    /// Epsilon of the norms.
+    pub rms_norm_eps: f64,
+    /// Rotary position embedding.
+    pub rope: Rope,
+    /// The output projection is the embedding.
+    pub tie_word_embeddings: bool,
+    /// `q_proj`, `k_proj`, `v_proj` have a bias.
+    pub qkv_bias: bool,
+    /// `o_proj` has a bias.
+    pub o_bias: bool,
+    /// `gate_proj`, `up_proj`, `down_proj` have a bias.
+    pub mlp_bias: bool,
+    /// The activation of the MLP.
+    pub hidden_act: Activation,
+    /// Attention window of each layer in tokens, the token itself included; `None`: all that came before.
+    pub sliding_window: Vec<Option<usize>>,
+    /// Standard deviation of freshly initialised weights.
+    pub initializer_range: f64,
+    /// Type of the stored weights, if the file tells.
+    pub dtype: Option<DType>,
+    /// The file as read, for writing it back.
+    pub json: Value,
+}
+
+/// A tensor that a model of this configuration has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpectedTensor {
+    /// Its name in a Hugging Face checkpoint.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+}
+
+impl ModelConfig {
+    /// Reads a `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Syntax`], [`Error::UnknownModelType`], or [`Error::Config`] naming the first field that cannot be.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let value =
+            serde_json::from_str(text).map_err(|e| Error::Syntax { what: "config.json", detail: e.to_string() })?;
+        Self::from_value(value)
+    }
+
+    /// Reads a parsed `config.json`.
+    ///
+    /// # Errors
+    /// As [`Self::from_json`].
+    pub fn from_value(json: Value) -> Result<Self> {
+        let fields = Fields::new(&json)?;
+        let model_type = fields.text("model_type")?.ok_or_else(|| fields.missing("model_type"))?;
+        let family = *FAMILIES.iter().find(|f| f.model_type == model_type).ok_or_else(|| Error::UnknownModelType {
+            found: model_type.to_owned(),
+            supported: FAMILIES.iter().map(|f| f.model_type).collect::<Vec<_>>().join(", "),
+        })?;
+        let defaults = &family.defaults;
+
+        let hidden_size = fields.required_size("hidden_size")?;
+        let num_attention_heads = fields.required_size("num_attention_heads")?;
+        let num_hidden_layers = fields.required_size("num_hidden_layers")?;
+        let head_dim = match (fields.size("head_dim")?, defaults.head_dim) {
+            (Some(found), _) => found,
+            (None, Some(default)) => default,
+            (None, None) if hidden_size.is_multiple_of(num_attention_heads) => hidden_size / num_attention_heads,
+            (None, None) => {
+                let detail = format!(
+                    "is absent, and hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}"
+                );
+                return Err(Error::Config { field: "head_dim".to_owned(), detail });
+            }
+        };
+        if !head_dim.is_multiple_of(2) {
+            return Err(fields.wrong("head_dim", "an even number (RoPE rotates pairs)"));
+        }
+        let num_key_value_heads = fields.num_key_value_heads(num_hidden_layers, num_attention_heads)?;
+        let attention_bias = fields.flag("attention_bias")?.unwrap_or(false);
+
+        Ok(Self {
+            family,
+            hidden_size,
+            intermediate_size: fields.required_size("intermediate_size")?,
+            num_hidden_layers,
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+            vocab_size: fields.required_size("vocab_size")?,
+            max_position_embeddings: fields
+                .size("max_position_embeddings")?
+                .unwrap_or(defaults.max_position_embeddings),
+            rms_norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps),
+            rope: Rope::read(&fields, defaults.rope_theta, head_dim)?,
+            tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(defaults.tie_word_embeddings),
+            qkv_bias: family.forward.qkv_bias || attention_bias,
+            o_bias: !family.forward.qkv_bias && attention_bias,
+            mlp_bias: fields.flag("mlp_bias")?.unwrap_or(false),
+            hidden_act: fields.activation(family)?,
+            sliding_window: fields.sliding_windows(family, num_hidden_layers)?,
+            initializer_range: fields.positive("initializer_range")?.unwrap_or(0.02),
+            dtype: fields.dtype(),
+            json,
+        })
+    }
+
+    /// Every tensor that a checkpoint of this model must have, in the order of the forward pass.
+    /// `lm_head.weight` only where the embeddings are not tied.
+    #[must_use]
+    pub fn tensors(&self) -> Vec<ExpectedTensor> {
+        let mut out =
+            vec![ExpectedTensor { name: EMBED_TOKENS.to_owned(), shape: vec![self.vocab_size, self.hidden_size] }];
+        for layer_idx in 0..self.num_hidden_layers {
+            for module in Module::ALL {
+                let Some(shape) = self.weight_shape(layer_idx, module) else { continue };
+                let bias = shape.first().copied().filter(|_| self.has_bias(module));
+                out.push(ExpectedTensor { name: LayerTensor::weight(layer_idx, module).name(), shape });
+                if let Some(out_features) = bias {
+                    out.push(ExpectedTensor {
+                        name: LayerTensor::bias(layer_idx, module).name(),
+                        shape: vec![out_features],
+                    });
+                }
+            }
+        }
+        out.push(ExpectedTensor { name: NORM.to_owned(), shape: vec![self.hidden_size] });
+        if !self.tie_word_embeddings {
+            out.push(ExpectedTensor { name: LM_HEAD.to_owned(), shape: vec![self.vocab_size, self.hidden_size] });
+        }
+        out
+    }
+
+    /// Shape of a module's weight in one layer; `None` where the family has no such module.
+    #[must_use]
+    pub fn weight_shape(&self, layer_idx: usize, module: Module) -> Option<Vec<usize>> {
+        let query = self.num_attention_heads * self.head_dim;
+        let key_value = self.num_key_value_heads.get(layer_idx)? * self.head_dim;
+        Some(match module {
+            Module::InputLayernorm | Module::PostAttentionLayernorm => vec![self.hidden_size],
+            Module::QProj => vec![query, self.hidden_size],
+            Module::KProj | Module::VProj => vec![key_value, self.hidden_size],
+            Module::OProj => vec![self.hidden_size, query],
+            Module::QNorm | Module::KNorm if self.family.forward.qk_norm => vec![self.head_dim],
+            Module::QNorm | Module::KNorm => return None,
+            Module::GateProj | Module::UpProj => vec![self.intermediate_size, self.hidden_size],
+            Module::DownProj => vec![self.hidden_size, self.intermediate_size],
+        })
+    }
+
+    /// Whether a module has a bias.
+    #[must_use]
+    pub fn has_bias(&self, module: Module) -> bool {
+        match module {
+            Module::QProj | Module::KProj | Module::VProj => self.qkv_bias,
+            Module::OProj => self.o_bias,
+            Module::GateProj | Module::UpProj | Module::DownProj => self.mlp_bias,
+            _ => false,
+        }
+    }
+
+    /// Query heads that share one K/V head in a layer.
+    #[must_use]
+    pub fn num_key_value_groups(&self, layer_idx: usize) -> usize {
+        self.num_attention_heads / self.num_key_value_heads[layer_idx]
+    }
+
+    /// The same model with other K/V-head counts, its `json` rewritten as transformers 4.57 and 5 read it
+    /// (`modeling_file` is the module that `auto_map` names where layers differ, without `.py`).
+    #[must_use]
+    pub fn with_num_key_value_heads(&self, heads: &[usize], modeling_file: &str) -> Self {
+        let mut out = self.clone();
+        out.num_key_value_heads = heads.to_vec();
+        out.json = rewrite::rewrite(self, heads, modeling_file);
+        out
+    }
+
+    /// The prefix of this family's transformers classes.
+    #[must_use]
+    pub fn class_prefix(&self) -> &'static str {
+        let family: &'static Family = self.family;
+        family.class_prefix
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,19 @@
+//! Qwen2: `transformers/models/qwen2/configuration_qwen2.py` and `modeling_qwen2.py`.
+
+use super::{Defaults, Family, Forward};
+
+pub(super) static FAMILY: Family = Family {
+    model_type: "qwen2",
+    class_prefix: "Qwen2",
+    defaults: Defaults {
+        head_dim: None,
+        hidden_act: "silu",
+        rms_norm_eps: 1e-6,
+        rope_theta: 10_000.0,
+        tie_word_embeddings: false,
+        max_position_embeddings: 32_768,
+        sliding_window: Some(4096),
+        sliding_window_needs_flag: true,
+    },
+    forward: Forward { norm_weight_plus_one: false, scale_embeddings: false, qk_norm: false, qkv_bias: true },
+};

@@ -1,0 +1,1 @@
+//! CPU kernels of the forward pass, chosen for the processor at run time.

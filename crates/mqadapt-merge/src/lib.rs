@@ -1,0 +1,25 @@
+//! Merging the K/V heads of one attention layer: pure mathematics, no I/O.
+//!
+//! In: the rows of `k_proj` and `v_proj` that belong to the heads of a group. Out: the rows of the one head that
+//! replaces them. Groups are contiguous, as in transformers' `repeat_kv`: of `G` source heads and `G'` target heads,
+//! target head `t` replaces the source heads `t * G / G'` to `(t + 1) * G / G' - 1`.
+//!
+//! ```
+//! use mqadapt_merge::{KvTensor, MergeOptions, RowMerge, method, merge_tensor};
+//!
+//! let mean = method("mean").unwrap();
+//! // two heads of two rows, three columns each
+//! let k_proj = [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 5.0, 5.0, 5.0];
+//! let mut merged = [0.0; 6];
+//! merge_tensor(mean.rows().unwrap(), &MergeOptions::default(), KvTensor::k_proj(0), &k_proj, 2, &mut merged);
+//! assert_eq!(merged, [1.0, 1.0, 1.0, 3.0, 3.0, 3.0]);
+//! ```
+
+mod error_sum;
+mod first;
+mod mean;
+mod method;
+mod random;
+
+pub use error_sum::ErrorSum;
+pub use method::{KvTensor, METHODS, MergeOptions, Method, RowMerge, RowsAt, merge_tensor, method};

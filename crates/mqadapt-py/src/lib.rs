@@ -1,0 +1,1 @@
+//! Python bindings: the private module mqadapt_rs._core.
