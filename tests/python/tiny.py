@@ -1,0 +1,229 @@
+"""Tiny checkpoints for the tests, and an independent PyTorch version of what `convert` does to them.
+
+In: a family and a shape. Out: folders in Hugging Face layout, written by transformers itself, and transformers models that
+compute what a converted checkpoint should compute. Nothing here uses mqadapt-rs: it is the other side of the comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+FAMILIES = ("llama", "gemma", "mistral", "qwen2", "qwen3")
+CLASSES = {"llama": "Llama", "gemma": "Gemma", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "rope_theta": 10000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def config(family: str, **changes: Any) -> Any:
+    """A configuration of the family: `SHAPE` with `changes`."""
+    return AutoConfig.for_model(family, **{**SHAPE, **changes})
+
+
+def model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model. Every parameter matters: biases and norms are drawn too (transformers starts them at 0 and 1), and
+    weights are large enough that attention is far from uniform."""
+    out = AutoModelForCausalLM.from_config(
+        config(family, **changes), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in out.named_parameters():
+            values = torch.randn(parameter.shape, generator=draw)
+            if name.endswith("norm.weight"):
+                # Gemma's norms multiply by 1 + weight
+                parameter.copy_(0.3 * values + (0.0 if family == "gemma" else 1.0))
+            elif parameter.dim() == 1:
+                parameter.copy_(0.3 * values)
+            else:
+                parameter.copy_(1.5 * values / parameter.shape[1] ** 0.5)
+    return out
+
+
+def save(
+    folder: Path, family: str, seed: int = 0, dtype: str = "float32", max_shard_size: str = "5GB", **changes: Any
+) -> Path:
+    """Writes a random checkpoint of the family to `folder`, which it returns."""
+    model(family, seed, **changes).to(DTYPES[dtype]).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
+    """The checkpoint in transformers, eager attention unless told otherwise."""
+    kwargs.setdefault("attn_implementation", "eager")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()
+
+
+def ids(count: int, vocab_size: int = SHAPE["vocab_size"], seed: int = 0) -> list[int]:
+    """Random token ids."""
+    return torch.randint(3, vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def logits(reference: PreTrainedModel, tokens: list[int]) -> np.ndarray:
+    """Logits of all positions, `[seq_len, vocab_size]`, f32."""
+    with torch.no_grad():
+        return reference(torch.tensor([tokens])).logits[0].float().numpy()
+
+
+def merge_heads(weight: torch.Tensor, heads: int, method: str) -> torch.Tensor:
+    """Contiguous groups of the K/V heads in `weight` (`[G, head_dim, ...]`) merged to `heads`: `[heads, head_dim, ...]`, f32."""
+    groups = weight.float().reshape(heads, weight.shape[0] // heads, *weight.shape[1:])
+    return {"mean": lambda: groups.mean(1), "first": lambda: groups[:, 0]}[method]()
+
+
+def convert(source: PreTrainedModel, plan: list[int], method: str) -> PreTrainedModel:
+    """`source` changed in place to compute what its conversion to `plan` computes: each merged head, rounded to the model's
+    dtype, repeated over the heads that it replaces. No layer changes its shape, so that no code but transformers' own runs."""
+    with torch.no_grad():
+        for heads, layer in zip(plan, source.model.layers, strict=True):
+            attention = layer.self_attn
+            for projection in (attention.k_proj, attention.v_proj):
+                for parameter in projection.parameters(recurse=False):
+                    split = parameter.reshape(-1, attention.head_dim, *parameter.shape[1:])  # [G, head_dim, ...]
+                    merged = merge_heads(split, heads, method).to(parameter.dtype)
+                    parameter.copy_(merged.repeat_interleave(split.shape[0] // heads, 0).reshape(parameter.shape))
+    return source
+
+
+def expand(source: PreTrainedModel, heads: int) -> PreTrainedModel:
+    """The same function with `heads` K/V heads in every layer, each head of `source` repeated."""
+    changed = AutoConfig.for_model(**{**source.config.to_dict(), "num_key_value_heads": heads})
+    out = AutoModelForCausalLM.from_config(changed, dtype=source.dtype, attn_implementation="eager").eval()
+    state = source.state_dict()
+    for name, value in state.items():
+        if name.rsplit(".", 2)[-2] in ("k_proj", "v_proj"):
+            split = value.reshape(source.config.num_key_value_heads, -1, *value.shape[1:])
+            repeated = split.repeat_interleave(heads // split.shape[0], 0)
+            state[name] = repeated.reshape(-1, *value.shape[1:])
+    out.load_state_dict(state)
+    return out
+
+
+def save_mixed(folder: Path, source: PreTrainedModel, plan: list[int]) -> Path:
+    """Writes `source` with `plan[i]` K/V heads in layer i (the mean of its heads), as another tool would: a
+    `per_layer_config` with an entry for every layer, no modelling file, weights in one shard."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, value in source.state_dict().items():
+        if name == "lm_head.weight" and source.config.tie_word_embeddings:
+            continue
+        kept = value
+        parts = name.split(".")
+        if len(parts) > 5 and parts[4] in ("k_proj", "v_proj"):
+            split = value.reshape(source.config.num_key_value_heads, -1, *value.shape[1:])
+            kept = merge_heads(split, plan[int(parts[2])], "mean").to(value.dtype).reshape(-1, *value.shape[1:])
+        tensors[name] = kept.contiguous()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    description = source.config.to_dict()
+    description["num_key_value_heads"] = max(plan)
+    description["per_layer_config"] = {str(i): {"num_key_value_heads": heads} for i, heads in enumerate(plan)}
+    description["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(description))
+    return folder
+
+
+def save_stories(binary: Path, folder: Path) -> Path:
+    """Writes a llama2.c checkpoint (version 0) as a Hugging Face folder, Q/K rows permuted to its rotary layout."""
+    raw = binary.read_bytes()
+    dim, hidden_dim, layers, heads, kv_heads, vocab, seq_len = struct.unpack("<7i", raw[:28])
+    tied, vocab = vocab > 0, abs(vocab)
+    values = torch.frombuffer(bytearray(raw[28:]), dtype=torch.float32)
+    position = 0
+
+    def take(*shape: int) -> torch.Tensor:
+        nonlocal position
+        count = int(np.prod(shape))
+        position += count
+        return values[position - count : position].reshape(shape).clone()
+
+    head_dim = dim // heads
+
+    def rotary(weight: torch.Tensor, count: int) -> torch.Tensor:
+        # pairs (2j, 2j + 1) become (j, j + head_dim / 2)
+        return weight.reshape(count, head_dim // 2, 2, dim).transpose(1, 2).reshape(count * head_dim, dim)
+
+    state = {"model.embed_tokens.weight": take(vocab, dim)}
+    names = [
+        ("input_layernorm", (dim,)),
+        ("self_attn.q_proj", (dim, dim)),
+        ("self_attn.k_proj", (kv_heads * head_dim, dim)),
+        ("self_attn.v_proj", (kv_heads * head_dim, dim)),
+        ("self_attn.o_proj", (dim, dim)),
+        ("post_attention_layernorm", (dim,)),
+        ("mlp.gate_proj", (hidden_dim, dim)),
+        ("mlp.down_proj", (dim, hidden_dim)),
+        ("mlp.up_proj", (hidden_dim, dim)),
+    ]
+    for name, shape in names:
+        for i, weight in enumerate(take(layers, *shape)):
+            count = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads}.get(name)
+            state[f"model.layers.{i}.{name}.weight"] = rotary(weight, count) if count else weight
+    state["model.norm.weight"] = take(dim)
+    take(seq_len, head_dim // 2)  # rotary tables, real and imaginary
+    take(seq_len, head_dim // 2)
+    if not tied:
+        state["lm_head.weight"] = take(vocab, dim)
+    assert position == len(values)
+    out = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "llama",
+            vocab_size=vocab,
+            hidden_size=dim,
+            intermediate_size=hidden_dim,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=seq_len,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=tied,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        dtype=torch.float32,
+    )
+    missing, unexpected = out.load_state_dict(state, strict=False)
+    assert not unexpected and all(name == "lm_head.weight" for name in missing), (missing, unexpected)
+    out.tie_weights()
+    out.save_pretrained(folder)
+    return folder
+
+
+def stories_decode(tokenizer: Path, tokens: list[int]) -> str:
+    """The text of token ids by a llama2.c `tok*.bin` (SentencePiece pieces: length, score, bytes)."""
+    raw = tokenizer.read_bytes()
+    pieces, position = [], 4
+    while position < len(raw):
+        _, length = struct.unpack_from("<fi", raw, position)
+        pieces.append(raw[position + 8 : position + 8 + length])
+        position += 8 + length
+    text = b""
+    for before, token in zip([1, *tokens], tokens):
+        piece = pieces[token]
+        if before == 1:  # after BOS, SentencePiece drops the leading space
+            piece = piece.removeprefix(b" ")
+        if len(piece) == 6 and piece.startswith(b"<0x"):
+            piece = bytes([int(piece[3:5], 16)])
+        text += piece
+    return text.decode()
