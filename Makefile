@@ -1,0 +1,64 @@
+# make demo and make test need only a Rust toolchain, Python >= 3.10 and make; everything else goes into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export VIRTUAL_ENV := $(abspath $(VENV))
+# One profile for everything: each dependency is compiled once for running and once for checking.
+CARGO_FLAGS := --release
+NEXTEST := $(shell command -v cargo-nextest >/dev/null 2>&1 && echo yes)
+
+.PHONY: all setup build test test-rust test-python lint bench demo clean
+all: build
+
+setup: $(BIN)/.ready
+
+$(BIN)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed: make PYTHON=/path/to/python3 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "No virtual environment could be made. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1" "maturin>=1.9,<2"
+	@touch $@
+
+# The package, editable, with what it needs to run.
+build: setup
+	$(BIN)/maturin develop $(CARGO_FLAGS) --quiet
+
+# What the tests need: PyTorch, transformers and lm-eval among it.
+$(BIN)/.ready-test: $(BIN)/.ready
+	$(BIN)/maturin develop $(CARGO_FLAGS) --quiet --extras test
+	@touch $@
+
+test: test-rust test-python
+
+test-rust:
+ifeq ($(NEXTEST),yes)
+	cargo nextest run $(CARGO_FLAGS) --workspace --exclude mqadapt-py --no-fail-fast
+else
+	cargo test $(CARGO_FLAGS) --workspace --exclude mqadapt-py --lib --bins --tests --no-fail-fast
+endif
+	cargo test $(CARGO_FLAGS) --workspace --exclude mqadapt-py --doc
+
+test-python: $(BIN)/.ready-test build
+	$(BIN)/python -m pytest -n 2
+
+lint: build
+	cargo fmt --all --check
+	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc $(CARGO_FLAGS) --workspace --no-deps --quiet
+	@command -v cargo-deny >/dev/null 2>&1 || cargo install --locked --quiet cargo-deny
+	cargo deny --log-level error check bans licenses sources
+	$(BIN)/python -m pip install --quiet --group lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/stubtest mqadapt_rs._core --mypy-config-file pyproject.toml
+
+bench: build
+	cargo bench --workspace --exclude mqadapt-py
+
+demo: build
+	$(BIN)/mqadapt demo
+
+clean:
+	rm -rf $(VENV) dist demo
+	cargo clean

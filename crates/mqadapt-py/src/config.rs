@@ -1,0 +1,110 @@
+//! `ModelConfig`.
+
+use std::path::Path;
+
+use mqadapt_core::{DType, Plan, cost};
+use pyo3::prelude::*;
+use pyo3::types::PyType;
+
+use crate::errors::{OrRaise, io};
+use crate::source::local_path;
+
+/// What a model is: the validated content of its `config.json`.
+#[pyclass(module = "mqadapt_rs", frozen, from_py_object)]
+#[derive(Clone)]
+pub(crate) struct ModelConfig(pub(crate) mqadapt_core::ModelConfig);
+
+#[pymethods]
+impl ModelConfig {
+    /// The configuration of a model.
+    #[classmethod]
+    fn load(_cls: &Bound<'_, PyType>, src: &Bound<'_, PyAny>) -> PyResult<Self> {
+        read(&local_path(src, true)?).map(Self)
+    }
+
+    /// Reads the text of a `config.json`.
+    #[classmethod]
+    fn from_json(_cls: &Bound<'_, PyType>, text: &str) -> PyResult<Self> {
+        mqadapt_core::ModelConfig::from_json(text).map(Self).or_raise()
+    }
+
+    #[getter]
+    fn model_type(&self) -> &'static str {
+        self.0.family.model_type
+    }
+
+    #[getter]
+    fn hidden_size(&self) -> usize {
+        self.0.hidden_size
+    }
+
+    #[getter]
+    fn intermediate_size(&self) -> usize {
+        self.0.intermediate_size
+    }
+
+    #[getter]
+    fn num_hidden_layers(&self) -> usize {
+        self.0.num_hidden_layers
+    }
+
+    #[getter]
+    fn num_attention_heads(&self) -> usize {
+        self.0.num_attention_heads
+    }
+
+    #[getter]
+    fn num_key_value_heads(&self) -> Vec<usize> {
+        self.0.num_key_value_heads.clone()
+    }
+
+    #[getter]
+    fn head_dim(&self) -> usize {
+        self.0.head_dim
+    }
+
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.0.vocab_size
+    }
+
+    #[getter]
+    fn max_position_embeddings(&self) -> usize {
+        self.0.max_position_embeddings
+    }
+
+    #[getter]
+    fn tie_word_embeddings(&self) -> bool {
+        self.0.tie_word_embeddings
+    }
+
+    #[getter]
+    fn dtype(&self) -> Option<&'static str> {
+        self.0.dtype.map(DType::name)
+    }
+
+    /// Parameters of the model, tied embeddings counted once.
+    #[getter]
+    fn parameters(&self) -> u64 {
+        cost::parameters(&self.0, &Plan::keep(&self.0))
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "ModelConfig(model_type='{}', num_hidden_layers={}, num_attention_heads={}, num_key_value_heads={:?}, head_dim={}, hidden_size={})",
+            self.0.family.model_type,
+            self.0.num_hidden_layers,
+            self.0.num_attention_heads,
+            self.0.num_key_value_heads,
+            self.0.head_dim,
+            self.0.hidden_size,
+        )
+    }
+}
+
+/// The configuration of a local source.
+fn read(path: &Path) -> PyResult<mqadapt_core::ModelConfig> {
+    let file = path.join("config.json");
+    let text = std::fs::read_to_string(&file).map_err(|e| io(format!("{}: {e}", file.display()), &e))?;
+    mqadapt_core::ModelConfig::from_json(&text).or_raise()
+}

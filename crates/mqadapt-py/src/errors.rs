@@ -1,0 +1,66 @@
+//! One map from the crates' errors to Python exceptions.
+//!
+//! I/O errors stay `OSError` (the subclass follows from the error number), bad arguments are `ArgumentError` (a
+//! `ValueError`), an interrupt is `KeyboardInterrupt`, everything else is `MqadaptError`.
+
+use pyo3::exceptions::{PyKeyboardInterrupt, PyOSError};
+use pyo3::prelude::*;
+
+mod python {
+    pyo3::import_exception!(mqadapt_rs.errors, ArgumentError);
+    pyo3::import_exception!(mqadapt_rs.errors, MqadaptError);
+}
+
+/// Becomes a Python exception.
+pub(crate) trait IntoPyErr {
+    fn into_py_err(self) -> PyErr;
+}
+
+/// `result.or_raise()?`
+pub(crate) trait OrRaise<T> {
+    fn or_raise(self) -> PyResult<T>;
+}
+
+impl<T, E: IntoPyErr> OrRaise<T> for Result<T, E> {
+    fn or_raise(self) -> PyResult<T> {
+        self.map_err(IntoPyErr::into_py_err)
+    }
+}
+
+/// A bad argument.
+pub(crate) fn argument(message: impl Into<String>) -> PyErr {
+    python::ArgumentError::new_err(message.into())
+}
+
+/// Wrong content of a file, or work that cannot be done.
+pub(crate) fn failure(message: impl Into<String>) -> PyErr {
+    python::MqadaptError::new_err(message.into())
+}
+
+/// An I/O error with our message; the number picks `FileNotFoundError`, `PermissionError` and so on.
+pub(crate) fn io(message: String, error: &std::io::Error) -> PyErr {
+    match error.raw_os_error() {
+        Some(number) => PyOSError::new_err((number, message)),
+        None => PyOSError::new_err(message),
+    }
+}
+
+impl IntoPyErr for mqadapt_core::Error {
+    fn into_py_err(self) -> PyErr {
+        use mqadapt_core::Error;
+        match self {
+            Error::PlanSyntax { .. }
+            | Error::PlanLength { .. }
+            | Error::PlanLayer { .. }
+            | Error::PlanHeads { .. }
+            | Error::Syntax { what: "plan", .. } => argument(self.to_string()),
+            _ => failure(self.to_string()),
+        }
+    }
+}
+
+impl IntoPyErr for mqadapt_core::Interrupted {
+    fn into_py_err(self) -> PyErr {
+        PyKeyboardInterrupt::new_err(self.to_string())
+    }
+}

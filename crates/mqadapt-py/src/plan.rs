@@ -1,0 +1,100 @@
+//! `Plan`.
+
+use std::path::Path;
+
+use mqadapt_core::cost;
+use pyo3::prelude::*;
+use pyo3::types::PyType;
+
+use crate::config::ModelConfig;
+use crate::errors::{OrRaise, argument, io};
+
+/// How many K/V heads each layer of a model gets.
+#[pyclass(module = "mqadapt_rs", frozen, eq, hash, from_py_object)]
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Plan(pub(crate) mqadapt_core::Plan);
+
+#[pymethods]
+impl Plan {
+    /// Reads a plan for a model: its text, or the name of a .json or .yaml file.
+    #[classmethod]
+    fn parse(_cls: &Bound<'_, PyType>, text: &Bound<'_, PyAny>, config: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let config = model_config(config)?;
+        read(text, &config.0).map(Self)
+    }
+
+    /// K/V heads of each layer.
+    #[getter]
+    fn num_key_value_heads(&self) -> Vec<usize> {
+        self.0.num_key_value_heads()
+    }
+
+    /// K/V heads of each layer of the model that the plan was built for.
+    #[getter]
+    fn source_num_key_value_heads(&self) -> Vec<usize> {
+        self.0.source_num_key_value_heads().to_vec()
+    }
+
+    /// The layers that the plan changes, ascending.
+    #[getter]
+    fn changed_layers(&self) -> Vec<usize> {
+        self.0.changed_layers()
+    }
+
+    /// Bytes that one token adds to the K/V cache over all layers, with `value_bytes` bytes a value.
+    #[pyo3(signature = (config, value_bytes = 2))]
+    fn kv_bytes_per_token(&self, config: &Bound<'_, PyAny>, value_bytes: usize) -> PyResult<u64> {
+        Ok(cost::kv_bytes_per_token(&self.fitting(config)?.0, &self.0, value_bytes))
+    }
+
+    /// Parameters of the model under the plan.
+    fn parameters(&self, config: &Bound<'_, PyAny>) -> PyResult<u64> {
+        Ok(cost::parameters(&self.fitting(config)?.0, &self.0))
+    }
+
+    /// The content of a plan file.
+    fn __str__(&self) -> String {
+        self.0.to_string()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("Plan(num_key_value_heads={:?})", self.0.num_key_value_heads())
+    }
+}
+
+impl Plan {
+    fn fitting(&self, config: &Bound<'_, PyAny>) -> PyResult<ModelConfig> {
+        let config = model_config(config)?;
+        if config.0.num_key_value_heads == self.0.source_num_key_value_heads() {
+            return Ok(config);
+        }
+        Err(argument("the plan was built for a model with other K/V heads"))
+    }
+}
+
+/// A `ModelConfig` as it is, or that of anything that names a model.
+fn model_config(config: &Bound<'_, PyAny>) -> PyResult<ModelConfig> {
+    if let Ok(config) = config.extract::<ModelConfig>() {
+        return Ok(config);
+    }
+    config.py().get_type::<ModelConfig>().call_method1("load", (config,))?.extract().map_err(Into::into)
+}
+
+/// A plan from a `Plan`, its text, or the name of a plan file.
+pub(crate) fn read(plan: &Bound<'_, PyAny>, config: &mqadapt_core::ModelConfig) -> PyResult<mqadapt_core::Plan> {
+    if let Ok(plan) = plan.extract::<Plan>() {
+        return mqadapt_core::Plan::from_heads(&plan.0.num_key_value_heads(), config).or_raise();
+    }
+    if let Ok(heads) = plan.extract::<Vec<usize>>() {
+        return mqadapt_core::Plan::from_heads(&heads, config).or_raise();
+    }
+    let text: String = plan.extract().or_else(|_| plan.str()?.extract())?; // a path has its text
+    let is_file = Path::new(&text)
+        .extension()
+        .is_some_and(|ext| ["json", "yaml", "yml"].iter().any(|known| ext.eq_ignore_ascii_case(known)));
+    if is_file {
+        let document = std::fs::read_to_string(&text).map_err(|e| io(format!("plan {text}: {e}"), &e))?;
+        return mqadapt_core::Plan::from_document(&document, config).or_raise();
+    }
+    mqadapt_core::Plan::parse(&text, config).or_raise()
+}

@@ -1,0 +1,37 @@
+"""The command line: `mqadapt`. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+
+from mqadapt_rs.errors import ArgumentError, MqadaptError
+
+
+def main() -> None:
+    """The console script."""
+    from mqadapt_rs.cli.app import app
+    from mqadapt_rs.cli.options import debug_wanted
+
+    try:
+        app(prog_name="mqadapt")
+    except BrokenPipeError:  # the reader of a pipe went away, `| head`
+        sys.stderr.close()
+        sys.exit(1)
+    except Exception as error:
+        if debug_wanted():
+            raise
+        sys.exit(_report(error))
+
+
+def _report(error: Exception) -> int:
+    """Says what went wrong in one paragraph. The exit code."""
+    if isinstance(error, (MqadaptError, OSError)):
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    elif isinstance(error, ImportError) and error.name:
+        text = f"{error.name} is not installed: pip install 'mqadapt-rs[eval]'"
+    elif isinstance(error, MemoryError):
+        text = "out of memory"
+    else:
+        text = f"unexpected {type(error).__name__}: {error} (--debug shows where; please report it)"
+    print(f"mqadapt: {text}", file=sys.stderr)
+    return 2 if isinstance(error, ArgumentError) else 1

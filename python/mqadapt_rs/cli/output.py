@@ -1,0 +1,117 @@
+"""What the commands print: tables for people, JSON for programs, progress on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from rich.progress import Progress, TaskID
+
+ProgressCallback = "Callable[[str, int, int], None]"
+
+_PATIENCE = 1.0  # seconds before progress is shown
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout."""
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=False, default=str)
+    sys.stdout.write("\n")
+
+
+def print_table(title: str, rows: Mapping[str, object]) -> None:
+    """Names and values, one a line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    Console().print(table, markup=False)
+
+
+def print_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table: the first column is text, the others are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console().print(table)
+
+
+def in_bytes(count: float) -> str:
+    """A size for people: `1.5 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def in_runs(counts: Sequence[int]) -> str:
+    """K/V heads of the layers, equal neighbours together: `0-21: 3, 22-29: 1`."""
+    parts: list[str] = []
+    start = 0
+    for index in range(1, len(counts) + 1):
+        if index == len(counts) or counts[index] != counts[start]:
+            span = str(start) if index - 1 == start else f"{start}-{index - 1}"
+            parts.append(f"{span}: {counts[start]}")
+            start = index
+    return ", ".join(parts)
+
+
+class _Bars:
+    """A callback that draws a bar for each phase, once the work has taken a while."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+        self._start = time.monotonic()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if phase not in self._tasks:
+            self._tasks[phase] = self._progress.add_task(phase, total=total)
+        self._progress.update(self._tasks[phase], completed=done, total=total)
+        if not self._progress.live.is_started and time.monotonic() - self._start > _PATIENCE:
+            self._progress.start()
+
+
+@contextmanager
+def progress_bars(unit: str) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A progress callback that draws on stderr; `None` where stderr is not a terminal. `unit`: `bytes` or `tokens`."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    amount: list[ProgressColumn] = (
+        [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
+    )
+    columns = [TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn()]
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    try:
+        yield _Bars(progress)
+    finally:
+        if progress.live.is_started:
+            progress.stop()

@@ -1,0 +1,172 @@
+"""Where a model lies. In: a folder, a `.gguf` file or a hub id `org/name[@revision]`; out: a local path.
+
+The hub is asked through huggingface_hub, so `HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` mean what they
+always do. What looks like a path never leads to a request.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from mqadapt_rs.errors import MqadaptError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+Source = str | os.PathLike[str]
+
+_HUB_ID = re.compile(r"(?P<repo_id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+# what goes along with the weights: configuration, tokenizer, chat template, licence, model card; no other weight format
+_COMPANIONS = ["*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+_TOKENIZER = ["config.json", "tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*"]
+_SUBFOLDERS = ["*/*"]  # `original/`, `onnx/` and the like hold the same weights once more
+
+
+class HubId(NamedTuple):
+    """A repository of the hub."""
+
+    repo_id: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        return self.repo_id + (f"@{self.revision}" if self.revision else "")
+
+
+def parse(src: Source) -> Path | HubId:
+    """What a source is: an existing local path or a hub id.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    text = os.fspath(src)
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    match = _HUB_ID.fullmatch(text)
+    # `folder/model` with a folder of that name at hand is a misspelt path rather than a hub id
+    if match is None or not isinstance(src, str) or text.endswith((".gguf", ".safetensors")) or path.parent.exists():
+        message = f"{text}: no such folder or file; a model is a folder, a .gguf file or a hub id org/name[@revision]"
+        raise FileNotFoundError(message)
+    return HubId(match["repo_id"], match["revision"])
+
+
+def fetch(src: Source) -> Path:
+    """The local path of a model. Of a hub id, the weights and what belongs to them are brought into the hub's cache.
+
+    Raises:
+        FileNotFoundError: nothing of this name.
+        MqadaptError: the repository has no safetensors weights.
+        OSError: the hub cannot be reached or refuses.
+    """
+    place = parse(src)
+    if isinstance(place, Path):
+        return place
+    with _readable_errors(place):
+        folder = _snapshot(place, _COMPANIONS)
+        # the commit is fixed now, so that both requests speak of the same one
+        return _snapshot(HubId(place.repo_id, folder.name), weight_files(folder))
+
+
+def fetch_config(src: Source) -> Path:
+    """As `fetch`, for those who only look at `config.json`: no weights are brought.
+
+    Raises:
+        OSError: as `fetch`.
+    """
+    return _fetch_some(src, ["config.json"])
+
+
+def fetch_tokenizer(src: Source) -> Path:
+    """As `fetch`, for those who only need the tokenizer.
+
+    Raises:
+        OSError: as `fetch`.
+    """
+    return _fetch_some(src, _TOKENIZER)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The weight files of a model whose index, if it has one, lies in `folder`.
+
+    Raises:
+        MqadaptError: the index cannot be read or names a place outside the folder.
+    """
+    index = folder / _INDEX
+    if not index.exists():
+        return [_WEIGHTS]
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        outside = [name for name in shards if Path(name).name != name or name in {".", ".."}]
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        message = f"{index}: expected an object with a 'weight_map' of tensor names to file names ({error!r})"
+        raise MqadaptError(message) from error
+    if outside:
+        message = f"{index}: 'weight_map' names {outside[0]!r}; expected the name of a file in the same folder"
+        raise MqadaptError(message)
+    return sorted(shards)
+
+
+def _fetch_some(src: Source, patterns: Sequence[str]) -> Path:
+    place = parse(src)
+    if isinstance(place, Path):
+        return place
+    with _readable_errors(place):
+        return _snapshot(place, patterns)
+
+
+def _snapshot(place: HubId, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
+
+    if not sys.stderr.isatty() and not are_progress_bars_disabled():
+        disable_progress_bars()
+    folder = snapshot_download(
+        place.repo_id,
+        revision=place.revision,
+        allow_patterns=list(patterns),
+        ignore_patterns=_SUBFOLDERS,
+        library_name="mqadapt-rs",
+    )
+    return Path(folder)
+
+
+@contextmanager
+def _readable_errors(place: HubId) -> Iterator[None]:
+    """The hub client's errors in one line, as `OSError`s."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        message = f"{place}: access must be granted on the hub first; then log in or set HF_TOKEN"
+        raise PermissionError(message) from error
+    except errors.RepositoryNotFoundError as error:
+        message = f"{place}: the hub has no such model (or it is private: log in or set HF_TOKEN)"
+        raise FileNotFoundError(message) from error
+    except errors.RevisionNotFoundError as error:
+        message = f"{place}: the model has no such revision"
+        raise FileNotFoundError(message) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        message = f"{place}: not in the local cache, and the hub cannot be reached (offline, or no network)"
+        raise FileNotFoundError(message) from error
+    except errors.HFValidationError as error:
+        message = f"{place}: not a hub id: {error}"
+        raise FileNotFoundError(message) from error
+    except MqadaptError:
+        raise
+    except Exception as error:  # which classes a failing connection raises depends on the HTTP client
+        raise _connection_error(place, error) from error
+
+
+def _connection_error(place: HubId, error: Exception) -> Exception:
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in {"httpx", "httpx2", "requests", "urllib3"}:
+        return ConnectionError(f"{place}: the hub did not deliver: {error}")
+    return error

@@ -1,0 +1,91 @@
+"""Text for the model: reading documents, and tokenising as the model's own tokenizer does by default."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mqadapt_rs.errors import ArgumentError, MqadaptError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+    from tokenizers import Tokenizer
+
+    from mqadapt_rs.hub import Source
+
+
+def read_documents(file: str | os.PathLike[str], field: str = "text") -> Iterator[str]:
+    """The documents of a file: a plain text is one; `.jsonl` and `.jsonl.gz` hold one a line, in `field`.
+
+    Raises:
+        OSError: the file cannot be read.
+        MqadaptError: a line is not an object with that field, or the file is not UTF-8.
+    """
+    path = Path(file)
+    try:
+        if not path.name.endswith((".jsonl", ".jsonl.gz")):
+            yield path.read_text(encoding="utf-8")
+            return
+        opener = gzip.open if path.name.endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _document(line, field, f"{path}, line {number}")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise MqadaptError(f"{path}: {error}") from error
+
+
+def _document(line: str, field: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise MqadaptError(f"{where}: not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise MqadaptError(
+            f"{where}: expected an object with a text in '{field}' (--field names another); found {found}"
+        )
+    return str(record[field])
+
+
+def load_tokenizer(src: Source) -> Tokenizer:
+    """The tokenizer of a model: its `tokenizer.json`, without the truncation and padding that may be stored in it.
+
+    Raises:
+        FileNotFoundError: the model has no `tokenizer.json`.
+        MqadaptError: the file is not one that the tokenizers library reads.
+    """
+    from tokenizers import Tokenizer
+
+    from mqadapt_rs import hub
+
+    file = hub.fetch_tokenizer(src) / "tokenizer.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: the model has no tokenizer.json; text needs one (token ids do not)")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare `Exception`s
+        raise MqadaptError(f"{file}: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def first_windows(ids: list[int], context: int, windows: int | None) -> list[int]:
+    """The ids of the first `windows` whole windows of `context` tokens; all whole windows where it is `None`.
+
+    Raises:
+        ArgumentError: there are fewer.
+    """
+    available = len(ids) // context
+    wanted = available if windows is None else windows
+    if not 1 <= wanted <= available:
+        raise ArgumentError(
+            f"the text has {len(ids)} tokens, {available} windows of {context}; "
+            f"{'at least one is' if windows is None else f'{windows} are'} needed"
+        )
+    return ids[: wanted * context]
