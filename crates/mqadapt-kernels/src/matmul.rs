@@ -1,0 +1,312 @@
+//! Products of activations `[m, k]` with weights `[n, k]`, both contiguous along `k`: nothing is packed.
+//!
+//! A tile of a few rows by four columns stays in registers while `k` runs; each output element has one vector of
+//! partial sums, whatever the tile, so its bits do not depend on `m`, on blocking or on threads.
+
+use crate::{Activation, Cpu, Isa, Precision, WeightsRef, pool::Parts, scratch, weights::Linear};
+use half::bf16;
+
+mod float;
+mod int8;
+#[cfg(target_arch = "x86_64")]
+mod vdpbf16;
+
+#[cfg(test)]
+mod tests;
+
+/// What happens to the content of an output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Store {
+    /// It is replaced.
+    Overwrite,
+    /// The result is added to it, as to a residual stream.
+    Accumulate,
+}
+
+/// One product of a call: a linear layer, and where its output goes.
+#[derive(Debug)]
+pub struct MatmulOut<'a> {
+    /// Weights `[n, k]` and bias `[n]`.
+    pub linear: Linear<'a>,
+    /// Output `[m, n]`.
+    pub out: &'a mut [f32],
+}
+
+impl<'a> MatmulOut<'a> {
+    /// The product with `linear` (or bare weights) into `out`.
+    pub fn new(linear: impl Into<Linear<'a>>, out: &'a mut [f32]) -> Self {
+        Self { linear: linear.into(), out }
+    }
+}
+
+impl Cpu {
+    /// `out = x · weight^T (+ bias)` for every product, in one parallel region: q, k and v share their `x`.
+    ///
+    /// `x` is `[m, k]`, every `weight` `[n, k]`, every `out` `[m, n]`; sums are `f32`. A row of the result
+    /// depends neither on `m` nor on the other rows.
+    ///
+    /// # Panics
+    /// If a shape does not fit.
+    pub fn matmul_nt(
+        &self,
+        x: &[f32],
+        m: usize,
+        k: usize,
+        products: &mut [MatmulOut<'_>],
+        precision: Precision,
+        store: Store,
+    ) {
+        assert_eq!(x.len(), m * k, "x is [{m}, {k}]");
+        for product in &*products {
+            let n = product.linear.rows(k);
+            assert_eq!(product.out.len(), m * n, "out is [{m}, {n}]");
+        }
+        if m == 0 {
+            return;
+        }
+        let weights = products.iter().map(|product| product.linear.weight);
+        Operand::prepare(self, x, m, k, precision, &weights, |operand| {
+            let grids = || products.iter().map(|product| Grid::new(m, product.linear.rows(k), &product.linear.weight));
+            let tasks = grids().map(|grid| grid.tasks()).sum();
+            let products: &[MatmulOut<'_>] = products;
+            self.pool.run(tasks, |mut task, _| {
+                for (product, grid) in products.iter().zip(grids()) {
+                    if task < grid.tasks() {
+                        let tile = grid.tile(task);
+                        let out = Target {
+                            // SAFETY: tiles are disjoint, and `products` is borrowed mutably by this call.
+                            start: unsafe { product.out.as_ptr().cast_mut().add(tile.row * grid.n + tile.column) },
+                            stride: grid.n,
+                            store,
+                        };
+                        // SAFETY: shapes were checked; the tile lies within `out`, and no other task writes it.
+                        unsafe { operand.multiply(self.isa, &product.linear, tile, out) };
+                        return;
+                    }
+                    task -= grid.tasks();
+                }
+            });
+        });
+    }
+
+    /// `out = activation(x · gate^T) * (x · up^T)`: the first half of a gated MLP in one parallel region.
+    ///
+    /// `x` is `[m, k]`, `gate` and `up` are `[n, k]`, `out` is `[m, n]`.
+    ///
+    /// # Panics
+    /// If a shape does not fit.
+    #[allow(clippy::too_many_arguments)] // the operands of one formula
+    pub fn matmul_nt_gated(
+        &self,
+        x: &[f32],
+        m: usize,
+        k: usize,
+        gate: Linear<'_>,
+        up: Linear<'_>,
+        activation: Activation,
+        out: &mut [f32],
+        precision: Precision,
+    ) {
+        let n = gate.rows(k);
+        assert_eq!(x.len(), m * k, "x is [{m}, {k}]");
+        assert_eq!(up.rows(k), n, "gate and up have as many rows");
+        assert_eq!(out.len(), m * n, "out is [{m}, {n}]");
+        if m == 0 {
+            return;
+        }
+        Operand::prepare(self, x, m, k, precision, &[gate.weight, up.weight].into_iter(), |operand| {
+            let grid = Grid::new(m, n, &gate.weight);
+            let out = Parts::new(out);
+            let area = grid.row_step * grid.column_step;
+            scratch::with(2 * area * self.threads(), |buffer: &mut [f32]| {
+                let buffer = Parts::new(buffer);
+                self.pool.run(grid.tasks(), |task, worker| {
+                    let tile = grid.tile(task);
+                    // SAFETY: each worker has its own part of the buffer.
+                    let (gates, ups) = unsafe { buffer.part(worker * 2 * area, 2 * area) }.split_at_mut(area);
+                    for (linear, values) in [(&gate, &mut *gates), (&up, &mut *ups)] {
+                        let target =
+                            Target { start: values.as_mut_ptr(), stride: tile.columns, store: Store::Overwrite };
+                        // SAFETY: shapes were checked; a tile has at most `area` elements.
+                        unsafe { operand.multiply(self.isa, linear, tile, target) };
+                    }
+                    for row in 0..tile.rows {
+                        let from = row * tile.columns..(row + 1) * tile.columns;
+                        // SAFETY: tiles are disjoint.
+                        let to = unsafe { out.part((tile.row + row) * n + tile.column, tile.columns) };
+                        activation.gate(self.isa, &gates[from.clone()], &ups[from], to);
+                    }
+                });
+            });
+        });
+    }
+}
+
+/// Where a tile is written.
+#[derive(Clone, Copy)]
+pub(crate) struct Target {
+    pub(crate) start: *mut f32,
+    /// Elements from one row to the next.
+    pub(crate) stride: usize,
+    pub(crate) store: Store,
+}
+
+/// A rectangle of the output.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile {
+    pub(crate) row: usize,
+    pub(crate) rows: usize,
+    pub(crate) column: usize,
+    pub(crate) columns: usize,
+}
+
+/// How an output `[m, n]` is cut into tasks. Results do not depend on it.
+struct Grid {
+    m: usize,
+    n: usize,
+    row_step: usize,
+    column_step: usize,
+}
+
+impl Grid {
+    fn new(m: usize, n: usize, weight: &WeightsRef<'_>) -> Self {
+        /// Rows of a task: a multiple of every `Simd::TILE_ROWS`.
+        const ROWS: usize = 96;
+        /// Bytes of weights in a task: for a few rows enough to pay for the claim, for many what stays in L2.
+        const BYTES_FEW: usize = 64 << 10;
+        const BYTES_MANY: usize = 256 << 10;
+        let bytes = if m < 16 { BYTES_FEW } else { BYTES_MANY };
+        let row_bytes = weight.bytes().div_ceil(n.max(1)).max(1);
+        let column_step = (bytes / row_bytes).next_multiple_of(4).clamp(4, 512).min(n.max(1));
+        Self { m, n, row_step: ROWS.min(m), column_step }
+    }
+
+    fn tasks(&self) -> usize {
+        self.m.div_ceil(self.row_step) * self.n.div_ceil(self.column_step)
+    }
+
+    /// Row blocks of one column block follow each other, so that the weights are still in a cache.
+    fn tile(&self, task: usize) -> Tile {
+        let down = self.m.div_ceil(self.row_step);
+        let (row, column) = (task % down * self.row_step, task / down * self.column_step);
+        Tile { row, rows: self.row_step.min(self.m - row), column, columns: self.column_step.min(self.n - column) }
+    }
+}
+
+/// The activations in every form that the weights of a call need.
+pub(crate) struct Operand<'a> {
+    k: usize,
+    /// As given.
+    exact: &'a [f32],
+    /// Rounded to `bf16`, in `f32`; empty where no weight needs it.
+    rounded: &'a [f32],
+    /// Rounded to `bf16`, rows padded with zeros to `stride`; empty where no weight needs it.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    half: &'a [bf16],
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    stride: usize,
+}
+
+/// Which form of the activations a weight is multiplied with.
+#[derive(PartialEq)]
+enum Form {
+    Exact,
+    Rounded,
+    Half,
+}
+
+impl Form {
+    fn new(isa: Isa, precision: Precision, weight: &WeightsRef<'_>) -> Self {
+        match (precision, weight) {
+            (Precision::Exact, _) | (_, WeightsRef::F32(_) | WeightsRef::F16(_)) => Self::Exact,
+            (_, WeightsRef::Bf16(_)) if isa == Isa::Avx512Bf16 => Self::Half,
+            _ => Self::Rounded,
+        }
+    }
+}
+
+impl Operand<'_> {
+    pub(crate) fn prepare<'w>(
+        cpu: &Cpu,
+        x: &[f32],
+        m: usize,
+        k: usize,
+        precision: Precision,
+        weights: &(impl Iterator<Item = WeightsRef<'w>> + Clone),
+        body: impl FnOnce(&Operand<'_>),
+    ) {
+        let needs = |form| weights.clone().any(|weight| Form::new(cpu.isa, precision, &weight) == form);
+        let stride = k.next_multiple_of(32);
+        let rounded_len = if needs(Form::Rounded) { m * k } else { 0 };
+        let half_len = if needs(Form::Half) { m * stride } else { 0 };
+        scratch::with(rounded_len, |rounded: &mut [f32]| {
+            scratch::with(half_len, |half: &mut [bf16]| {
+                if rounded_len > 0 {
+                    rounded.copy_from_slice(x);
+                    cpu.round_to_bf16(rounded);
+                }
+                if half_len > 0 {
+                    let parts = Parts::new(&mut *half);
+                    cpu.by_rows(m, k, |first, rows| {
+                        for row in first..first + rows {
+                            // SAFETY: rows are disjoint.
+                            let (values, padding) = unsafe { parts.part(row * stride, stride) }.split_at_mut(k);
+                            crate::convert::bf16_from_f32(cpu.isa, &x[row * k..][..k], values);
+                            padding.fill(bf16::ZERO);
+                        }
+                    });
+                }
+                body(&Operand { k, exact: x, rounded, half, stride });
+            });
+        });
+    }
+
+    /// Computes `tile` of the product with `linear`.
+    ///
+    /// # Safety
+    /// The tile lies within `[m, n]`, `linear` is `[n, k]`, and `to` has room for the tile.
+    pub(crate) unsafe fn multiply(&self, isa: Isa, linear: &Linear<'_>, tile: Tile, to: Target) {
+        let k = self.k;
+        let as_given = matches!(linear.weight, WeightsRef::F32(_) | WeightsRef::F16(_)) || self.rounded.is_empty();
+        let x = if as_given { self.exact } else { self.rounded };
+        let bias = linear.bias.map(|bias| &bias[tile.column..][..tile.columns]);
+        let x = x[tile.row * k..][..tile.rows * k].as_ptr();
+        let (first, len) = (tile.column * k, tile.columns * k);
+        // SAFETY: `x` has `rows * k` elements, the weights from `first` on `columns * k`, by the slicing here and above.
+        unsafe {
+            match linear.weight {
+                #[cfg(target_arch = "x86_64")]
+                WeightsRef::Bf16(weight) if !self.half.is_empty() => {
+                    let x = self.half[tile.row * self.stride..][..tile.rows * self.stride].as_ptr();
+                    vdpbf16::block(x, self.stride, weight[first..][..len].as_ptr(), k, tile, bias, to);
+                }
+                WeightsRef::F32(weight) => float::block(isa, x, weight[first..][..len].as_ptr(), k, tile, bias, to),
+                WeightsRef::F16(weight) => float::block(isa, x, weight[first..][..len].as_ptr(), k, tile, bias, to),
+                WeightsRef::Bf16(weight) => float::block(isa, x, weight[first..][..len].as_ptr(), k, tile, bias, to),
+                WeightsRef::Int8(weight) => int8::block(isa, x, weight.skip_rows(tile.column, k), k, tile, bias, to),
+            }
+        }
+    }
+}
+
+impl Target {
+    /// Writes four sums of `row` from `column` on, of which `columns` are wanted.
+    ///
+    /// # Safety
+    /// They lie within the target.
+    #[inline(always)]
+    unsafe fn put(self, row: usize, column: usize, columns: usize, sums: [f32; 4], bias: Option<&[f32]>) {
+        for (offset, sum) in sums.into_iter().enumerate().take(columns) {
+            let column = column + offset;
+            let sum = bias.map_or(sum, |bias| sum + bias[column]);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let to = self.start.add(row * self.stride + column);
+                *to = match self.store {
+                    Store::Overwrite => sum,
+                    Store::Accumulate => *to + sum,
+                };
+            }
+        }
+    }
+}
