@@ -25,7 +25,7 @@ pub enum DType {
 impl DType {
     /// Bytes of one value.
     #[must_use]
-    pub fn bytes(self) -> usize {
+    pub const fn bytes(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,

@@ -1,0 +1,159 @@
+//! A folder in Hugging Face layout: `config.json` and one or many safetensors shards.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use mqadapt_core::ModelConfig;
+
+use crate::checkpoint::{Contents, Shard};
+use crate::error::HeaderProblem;
+use crate::file::{self, MAX_TEXT_BYTES, read_exact_at, read_small};
+use crate::header::{Header, header_bytes};
+use crate::index::{INDEX_FILE, Index, MAX_INDEX_BYTES, SINGLE_FILE};
+use crate::{Error, Result, StoredType, TensorInfo};
+
+/// Opens a folder: configuration, index and headers, checked against each other.
+pub(crate) fn open(folder: &Path) -> Result<Contents> {
+    let config = read_config(&folder.join("config.json"))?;
+    let index = read_index(folder)?;
+    let names = index.as_ref().map_or_else(|| vec![SINGLE_FILE], |(_, index)| index.shards());
+
+    let mut shards = Vec::with_capacity(names.len());
+    let mut tensors = Vec::new();
+    for (number, name) in names.iter().enumerate() {
+        let path = folder.join(name);
+        if !path.exists() {
+            return Err(Error::MissingShard { folder: folder.to_owned(), shard: (*name).to_owned() });
+        }
+        let (shard, header) = open_shard(name, path)?;
+        tensors.extend(header.entries.into_iter().map(|entry| TensorInfo {
+            name: entry.name,
+            shape: entry.shape,
+            dtype: StoredType::from_safetensors(entry.dtype),
+            bytes: entry.bytes,
+            shard: number,
+            offset: header.data_start + entry.start,
+            verbatim: true,
+        }));
+        shards.push(shard);
+    }
+    if let Some((path, index)) = &index {
+        check_index(path, index, &shards, &tensors)?;
+    }
+    check_tensors(folder, &config, &shards, &tensors)?;
+    Ok(Contents { config, shards, tensors })
+}
+
+fn read_config(path: &Path) -> Result<ModelConfig> {
+    if !path.exists() {
+        let detail = "no such file; a checkpoint in Hugging Face layout has one".to_owned();
+        return Err(Error::NotACheckpoint { path: path.to_owned(), detail });
+    }
+    let wrong = |source| Error::Config { path: path.to_owned(), source };
+    let text = String::from_utf8(read_small(path, MAX_TEXT_BYTES)?)
+        .map_err(|e| wrong(mqadapt_core::Error::Syntax { what: "config.json", detail: e.to_string() }))?;
+    ModelConfig::from_json(&text).map_err(wrong)
+}
+
+/// The index, unless there is the one file that transformers, too, prefers to it.
+fn read_index(folder: &Path) -> Result<Option<(PathBuf, Index)>> {
+    let path = folder.join(INDEX_FILE);
+    if folder.join(SINGLE_FILE).exists() {
+        return Ok(None);
+    }
+    if !path.exists() {
+        let detail = format!("neither {SINGLE_FILE} nor {INDEX_FILE} is in this folder");
+        return Err(Error::NotACheckpoint { path: folder.to_owned(), detail });
+    }
+    let index = Index::parse(&read_small(&path, MAX_INDEX_BYTES)?)
+        .map_err(|detail| Error::Index { path: path.clone(), detail })?;
+    Ok(Some((path, index)))
+}
+
+/// Opens a shard and reads its header.
+fn open_shard(name: &str, path: PathBuf) -> Result<(Shard, Header)> {
+    let (file, len) = file::open(&path)?;
+    let wrong = |problem| Error::Header { path: path.clone(), problem };
+    if len < 8 {
+        return Err(wrong(HeaderProblem::TooShort { len }));
+    }
+    let mut prefix = [0; 8];
+    read_exact_at(&file, &path, 0, &mut prefix)?;
+    // bounded by the file's length and by 100 MB
+    let mut json = vec![0; header_bytes(prefix, len).map_err(wrong)?];
+    read_exact_at(&file, &path, 8, &mut json)?;
+    let header = Header::parse(&json, len).map_err(wrong)?;
+    let shard = Shard::opened(name.to_owned(), path, len, file, header.metadata.clone());
+    Ok((shard, header))
+}
+
+/// Every tensor of the index is in the shard it names, and every tensor of a shard is in the index.
+fn check_index(path: &Path, index: &Index, shards: &[Shard], tensors: &[TensorInfo]) -> Result<()> {
+    let said: HashMap<&str, &str> =
+        index.weight_map.iter().map(|(name, shard)| (name.as_str(), shard.as_str())).collect();
+    let mut found: BTreeMap<&str, &str> = BTreeMap::new();
+    for tensor in tensors {
+        let shard = shards.get(tensor.shard).map_or("", |shard| shard.name());
+        let misplaced = |detail| Error::Misplaced { path: path.to_owned(), name: tensor.name.clone(), detail };
+        match said.get(tensor.name.as_str()) {
+            None => return Err(misplaced(format!("it is in '{shard}', but not in the index"))),
+            Some(other) if *other != shard => {
+                return Err(misplaced(format!("the index says '{other}', but it is in '{shard}'")));
+            }
+            Some(_) => {}
+        }
+        if let Some(other) = found.insert(&tensor.name, shard) {
+            return Err(misplaced(format!("it is in '{other}' and in '{shard}'")));
+        }
+    }
+    match index.weight_map.iter().find(|(name, _)| !found.contains_key(name.as_str())) {
+        None => Ok(()),
+        Some((name, shard)) => Err(Error::Misplaced {
+            path: path.to_owned(),
+            name: name.clone(),
+            detail: format!("the index says '{shard}', but it is not there"),
+        }),
+    }
+}
+
+/// Every tensor that the model needs is there, with its shape, as floats.
+pub(crate) fn check_tensors(
+    source: &Path,
+    config: &ModelConfig,
+    shards: &[Shard],
+    tensors: &[TensorInfo],
+) -> Result<()> {
+    let by_name: HashMap<&str, &TensorInfo> = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
+    for expected in config.tensors() {
+        let Some(tensor) = by_name.get(expected.name.as_str()) else {
+            if let Some(shard) = unlisted_shard(source, shards) {
+                let detail = format!("is missing; the folder has '{shard}', which the index does not name");
+                return Err(Error::Misplaced { path: source.to_owned(), name: expected.name, detail });
+            }
+            let (path, name) = (source.to_owned(), expected.name);
+            return Err(Error::MissingTensor { path, name, expected: expected.shape });
+        };
+        let path = || shards.get(tensor.shard).map_or_else(|| source.to_owned(), |shard| shard.path().to_owned());
+        if tensor.shape != expected.shape {
+            let found = tensor.shape.clone();
+            return Err(Error::Shape { path: path(), name: expected.name, expected: expected.shape, found });
+        }
+        if let StoredType::Other(other) = tensor.dtype {
+            return Err(Error::Dtype { path: path(), name: expected.name, found: format!("{other:?}") });
+        }
+    }
+    Ok(())
+}
+
+/// A shard that lies in the folder although the index does not name it.
+fn unlisted_shard(folder: &Path, shards: &[Shard]) -> Option<String> {
+    let names = fs::read_dir(folder).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut unlisted: Vec<_> = names
+        .filter(|name| {
+            name.ends_with(".safetensors") && name.contains("-of-") && !shards.iter().any(|s| s.name() == name)
+        })
+        .collect();
+    unlisted.sort_unstable();
+    unlisted.into_iter().next()
+}

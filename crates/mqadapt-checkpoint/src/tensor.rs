@@ -1,0 +1,85 @@
+//! What is known of a tensor without reading its values.
+
+use std::fmt;
+
+use candle_core::quantized::GgmlDType;
+use mqadapt_core::DType;
+
+/// How a tensor's values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StoredType {
+    /// Floats that can be computed with.
+    Float(DType),
+    /// Another type of safetensors: passed on unchanged, never computed with.
+    Other(safetensors::Dtype),
+    /// Blocks of llama.cpp's quantisation.
+    Ggml(GgmlDType),
+}
+
+impl StoredType {
+    /// The dtype, if values are stored one by one as floats.
+    #[must_use]
+    pub fn float(self) -> Option<DType> {
+        match self {
+            Self::Float(dtype) => Some(dtype),
+            _ => None,
+        }
+    }
+
+    /// From the dtype of a safetensors header.
+    #[must_use]
+    pub fn from_safetensors(dtype: safetensors::Dtype) -> Self {
+        match dtype {
+            safetensors::Dtype::F32 => Self::Float(DType::F32),
+            safetensors::Dtype::F16 => Self::Float(DType::F16),
+            safetensors::Dtype::BF16 => Self::Float(DType::BF16),
+            other => Self::Other(other),
+        }
+    }
+}
+
+impl fmt::Display for StoredType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Float(DType::F32) => f.write_str("F32"),
+            Self::Float(DType::F16) => f.write_str("F16"),
+            Self::Float(DType::BF16) => f.write_str("BF16"),
+            Self::Other(dtype) => write!(f, "{dtype:?}"),
+            Self::Ggml(dtype) => write!(f, "{dtype:?}"),
+        }
+    }
+}
+
+/// A tensor of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Its name in a Hugging Face checkpoint (of a GGUF file: after translation).
+    pub name: String,
+    /// Its shape, outermost first.
+    pub shape: Vec<usize>,
+    /// How its values are stored.
+    pub dtype: StoredType,
+    /// Bytes it takes in its file.
+    pub bytes: u64,
+    /// Index of its file in [`crate::Checkpoint::shards`].
+    pub shard: usize,
+    /// Where its bytes begin in that file.
+    pub offset: u64,
+    /// Whether those bytes, as they stand, are the values in row-major order (not so where a GGUF file has permuted rows).
+    pub verbatim: bool,
+}
+
+impl TensorInfo {
+    /// Number of values. Checked when the checkpoint was opened, so it does not overflow.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it has no values.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+}
