@@ -48,7 +48,7 @@ def parse(src: Source) -> Path | HubId:
     """
     text = os.fspath(src)
     path = Path(text).expanduser()
-    if path.exists():
+    if text and path.exists():
         return path
     match = _HUB_ID.fullmatch(text)
     # `folder/model` with a folder of that name at hand is a misspelt path rather than a hub id
@@ -72,7 +72,13 @@ def fetch(src: Source) -> Path:
     with _readable_errors(place):
         folder = _snapshot(place, _COMPANIONS)
         # the commit is fixed now, so that both requests speak of the same one
-        return _snapshot(HubId(place.repo_id, folder.name), weight_files(folder))
+        weights = weight_files(folder)
+        folder = _snapshot(HubId(place.repo_id, folder.name), weights)
+    if missing := [name for name in weights if not (folder / name).exists()]:
+        raise MqadaptError(
+            f"{place}: the repository has no {missing[0]}; only models in safetensors can be taken from it"
+        )
+    return folder
 
 
 def fetch_config(src: Source) -> Path:

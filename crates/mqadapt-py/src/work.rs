@@ -1,0 +1,132 @@
+//! Long work: off the GIL, with progress, and stopped by Ctrl-C.
+//!
+//! The work runs on a thread of its own while the calling thread waits. Python delivers signals to its main thread
+//! only, and a callback belongs to the thread that made the call: so it is the waiting thread that asks for signals and
+//! calls back, and the work sees no more of it than a flag.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use mqadapt_core::{Interrupted, Progress};
+use pyo3::prelude::*;
+
+use crate::errors::IntoPyErr;
+
+/// How often signals are looked for, and how often the callback is called at most.
+const TICK: Duration = Duration::from_millis(50);
+
+#[derive(Default)]
+struct State {
+    phase: String,
+    done: u64,
+    total: u64,
+    /// Not yet passed on to the callback.
+    fresh: bool,
+    /// The phase before this one, where its end was not passed on yet.
+    ended: Option<(String, u64)>,
+    finished: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    stop: AtomicBool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Progress for Shared {
+    fn advance(&self, phase: &str, done: u64, total: u64) -> Result<(), Interrupted> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(Interrupted);
+        }
+        let mut state = self.lock();
+        if state.phase != phase {
+            if state.fresh {
+                state.ended = Some((std::mem::take(&mut state.phase), state.total));
+            }
+            phase.clone_into(&mut state.phase);
+        }
+        (state.done, state.total, state.fresh) = (done, total, true);
+        Ok(())
+    }
+}
+
+/// Wakes the waiting thread when the work ends, also by a panic.
+struct Finish<'a>(&'a Shared);
+
+impl Drop for Finish<'_> {
+    fn drop(&mut self) {
+        self.0.lock().finished = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// Runs `work` without the GIL. `callback`, if not `None`, is called as `callback(phase, done, total)` about twenty times
+/// a second. A signal (Ctrl-C) or an exception in the callback stops the work and is raised once it has stopped.
+pub(crate) fn run<T, E>(
+    py: Python<'_>,
+    callback: Option<&Bound<'_, PyAny>>,
+    work: impl FnOnce(&dyn Progress) -> Result<T, E> + Send,
+) -> PyResult<T>
+where
+    T: Send,
+    E: IntoPyErr + Send,
+{
+    let shared = Shared::default();
+    let (outcome, raised) = std::thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            let _finish = Finish(&shared);
+            work(&shared)
+        });
+        let raised = wait(py, &shared, callback).err();
+        if raised.is_some() {
+            shared.stop.store(true, Ordering::Relaxed);
+        }
+        // the work has ended, or ends as soon as it next reports progress
+        let outcome = py.detach(|| worker.join());
+        (outcome, raised)
+    });
+    match (outcome, raised) {
+        (Err(panic), _) => std::panic::resume_unwind(panic),
+        (Ok(_), Some(raised)) => Err(raised),
+        (Ok(outcome), None) => outcome.map_err(IntoPyErr::into_py_err),
+    }
+}
+
+/// Until the work ends: looks for signals and passes progress on.
+fn wait(py: Python<'_>, shared: &Shared, callback: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+    let mut tick = Instant::now() + TICK;
+    loop {
+        let finished = py.detach(|| {
+            let state = shared.lock();
+            let left = tick.saturating_duration_since(Instant::now());
+            let waited = shared.changed.wait_timeout_while(state, left, |state| !state.finished);
+            waited.unwrap_or_else(PoisonError::into_inner).0.finished
+        });
+        py.check_signals()?;
+        if let Some(callback) = callback {
+            let (ended, news) = {
+                let mut state = shared.lock();
+                let fresh = std::mem::replace(&mut state.fresh, false);
+                (state.ended.take(), fresh.then(|| (state.phase.clone(), state.done, state.total)))
+            };
+            if let Some((phase, total)) = ended {
+                callback.call1((phase, total, total))?;
+            }
+            if let Some(news) = news {
+                callback.call1(news)?;
+            }
+        }
+        if finished {
+            return Ok(());
+        }
+        tick = Instant::now() + TICK;
+    }
+}
