@@ -1,0 +1,45 @@
+"""`random`: the control. Plans drawn by chance, from one seed."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .space import Heads, Space
+    from .study import Options, Study
+
+TRIALS = 32
+
+
+def draw(space: Space, draws: random.Random, budget: float | None) -> Heads:
+    """One plan. With a budget: layers in random order take a random lower count until it is met, then stop."""
+    if budget is None:
+        return tuple(draws.choice(space.choices(layer)) for layer in range(space.num_hidden_layers))
+    plan = list(space.source)
+    while space.kv_bytes(plan) > budget:
+        layer = draws.choice([idx for idx, own in enumerate(plan) if own > space.choices(idx)[0]])
+        plan[layer] = draws.choice([count for count in space.choices(layer) if count < plan[layer]])
+    return tuple(plan)
+
+
+def run(study: Study, options: Options) -> None:
+    """Draws different plans and evaluates them; with a budget their damages compete, so the race may stop some."""
+    space, trials = study.space, TRIALS if options.trials is None else options.trials
+    if options.kv_budget is not None and options.kv_budget < space.smallest():
+        raise ValueError(
+            f"no plan fits {options.kv_budget:,.0f} K/V bytes per token: the smallest has {space.smallest():,}"
+        )
+    draws = random.Random(study.seed)  # noqa: S311 - chance, not secrets
+    plans: dict[Heads, None] = {}
+    for _ in range(20 * trials):  # a small space has fewer plans than trials
+        plan = draw(space, draws, options.kv_budget)
+        if plan != space.source:
+            plans[plan] = None
+        if len(plans) == trials:
+            break
+    study.expect(len(plans))
+    if options.kv_budget is None:
+        study.evaluate(plans, "random")
+    else:
+        study.race(plans, "random")

@@ -1,0 +1,203 @@
+"""Searches that are killed, resumed, run elsewhere, or handed a journal that is not theirs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from mqadapt_rs.search import JournalError, Options, conduct
+from mqadapt_rs.search.executors import Pool, in_process, processes
+from mqadapt_rs.search.journal import read
+from search_fakes import SPACE, FakeSpec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FULL = SPACE.kv_bytes(SPACE.source)
+OPTIONS = Options(kv_budget=FULL * 0.5)
+SPEC = FakeSpec("interacting", documents=48, noise=0.3)
+
+
+def content(folder: Path) -> list[Any]:
+    """The journal without what a clock says."""
+    header, records = read(folder)
+    return [header, *({key: value for key, value in record.items() if key != "seconds"} for record in records)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    conduct(SPEC, SPACE, "budget", OPTIONS, folder, seed=4)
+    return folder
+
+
+def test_a_journal_cut_anywhere_resumes_to_the_same_end(whole: Path, tmp_path: Path) -> None:
+    journal = (whole / "journal.jsonl").read_bytes()
+    cuts = [*range(0, len(journal), max(1, len(journal) // 23)), len(journal) - 1, len(journal)]
+    for cut in cuts:
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        (folder / "journal.jsonl").write_bytes(journal[:cut])
+        result = conduct(SPEC, SPACE, "budget", OPTIONS, folder, seed=4, resume=True)
+        assert content(folder) == content(whole)
+        assert (folder / "best.plan.json").read_bytes() == (whole / "best.plan.json").read_bytes()
+        assert result.verdict == json.loads((whole / "summary.json").read_text())["verdict"]
+
+
+def test_a_finished_search_resumes_without_evaluating(whole: Path, tmp_path: Path) -> None:
+    journal = (whole / "journal.jsonl").read_bytes()
+    (tmp_path / "journal.jsonl").write_bytes(journal)
+    spec = FakeSpec("interacting", documents=48, noise=0.3, log=str(tmp_path / "log"))
+    conduct(spec, SPACE, "budget", OPTIONS, tmp_path, seed=4, resume=True)
+    assert not (tmp_path / "log").exists()
+    assert (tmp_path / "journal.jsonl").read_bytes() == journal
+
+
+def test_damage_in_the_middle_is_an_error(whole: Path, tmp_path: Path) -> None:
+    lines = (whole / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    for broken, message in (
+        (b'{"plan": [4, 4\n', "not JSON"), (b"[]\n", "expected an object"), (b"{}\n", "not an evaluation"),
+        (lines[2].replace(b'"losses": [', b'"losses": ["x", '), "not an evaluation"), (b"\xff\n", "not JSON"),
+    ):  # fmt: skip
+        (tmp_path / "journal.jsonl").write_bytes(b"".join([*lines[:2], broken, *lines[3:]]))
+        with pytest.raises(JournalError, match=f"line 3: {message}"):
+            conduct(SPEC, SPACE, "budget", OPTIONS, tmp_path, seed=4, resume=True)
+
+
+def test_a_journal_of_another_search_is_refused(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_bytes((whole / "journal.jsonl").read_bytes())
+    before = (tmp_path / "journal.jsonl").read_bytes()
+    other = FakeSpec("interacting", documents=48, noise=0.3, name="another model")
+    with pytest.raises(JournalError, match="model is 'fake', this one's is 'another model'"):
+        conduct(other, SPACE, "budget", OPTIONS, tmp_path, seed=4, resume=True)
+    with pytest.raises(JournalError, match="its seed is 4"):
+        conduct(SPEC, SPACE, "budget", OPTIONS, tmp_path, seed=5, resume=True)
+    with pytest.raises(JournalError, match="its options is"):
+        conduct(SPEC, SPACE, "budget", Options(kv_budget=FULL * 0.4), tmp_path, seed=4, resume=True)
+    with pytest.raises(JournalError, match="its strategy is 'budget'"):
+        conduct(SPEC, SPACE, "sensitivity", Options(), tmp_path, seed=4, resume=True)
+    with pytest.raises(JournalError, match="continue it with --resume"):
+        conduct(SPEC, SPACE, "budget", OPTIONS, tmp_path, seed=4)
+    assert (tmp_path / "journal.jsonl").read_bytes() == before
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from mqadapt_rs.search import Options, conduct
+from search_fakes import SPACE, FakeSpec
+spec = FakeSpec("interacting", documents=48, noise=0.3, pause=0.02)
+conduct(spec, SPACE, "budget", Options(kv_budget=%r), Path(sys.argv[1]), seed=4, resume=True)
+"""
+
+
+def test_sigkill_and_resume_give_the_same_best_plan(whole: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT % OPTIONS.kv_budget, str(tmp_path)], env=environment, text=True
+        )
+        journal = tmp_path / "journal.jsonl"
+        size = journal.stat().st_size if journal.exists() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and (not journal.exists() or journal.stat().st_size < size + 4000):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.wait()
+    assert killed >= 3
+    assert not (tmp_path / "summary.json").exists() or killed == 6
+    conduct(SPEC, SPACE, "budget", OPTIONS, tmp_path, seed=4, resume=True)
+    assert content(tmp_path) == content(whole)
+    assert (tmp_path / "best.plan.json").read_bytes() == (whole / "best.plan.json").read_bytes()
+
+
+def test_a_journal_in_use_is_refused(tmp_path: Path) -> None:
+    def watch(*_: Any) -> None:
+        with pytest.raises(JournalError, match="in use"):
+            conduct(SPEC, SPACE, "budget", OPTIONS, tmp_path, seed=4, resume=True)
+
+    conduct(FakeSpec(), SPACE, "sensitivity", Options(), tmp_path, watcher=watch)
+
+
+def test_processes_write_the_same_journal(whole: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    spec = FakeSpec("interacting", documents=48, noise=0.3, log=str(log), pause=0.03)
+    with processes(2) as pool:
+        conduct(spec, SPACE, "budget", OPTIONS, tmp_path, pool=pool, seed=4)
+    assert content(tmp_path) == content(whole)
+    workers = {line.split()[0] for line in log.read_text().splitlines()}
+    assert len(workers) == 2
+    assert str(os.getpid()) not in workers
+
+
+def test_a_worker_that_dies_is_replaced(whole: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    spec = FakeSpec("interacting", documents=48, noise=0.3, log=str(log), pause=0.005)
+    (tmp_path / "log.kill").touch()
+    with processes(2) as pool:
+        conduct(spec, SPACE, "budget", OPTIONS, tmp_path, pool=pool, seed=4)
+    assert not (tmp_path / "log.kill").exists()
+    assert content(tmp_path) == content(whole)
+
+
+def test_workers_that_always_die_end_the_search(tmp_path: Path) -> None:
+    from concurrent.futures import BrokenExecutor
+
+    class Dying:
+        def __call__(self) -> Any:
+            from concurrent.futures import ProcessPoolExecutor
+
+            return ProcessPoolExecutor(1, initializer=os._exit, initargs=(3,))
+
+    with pytest.raises(BrokenExecutor):
+        conduct(SPEC, SPACE, "sensitivity", Options(), tmp_path, pool=Pool(Dying(), 1, "dying"))
+
+
+def test_errors_of_the_evaluator_reach_the_caller(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="nonsense"):
+        conduct(FakeSpec("nonsense"), SPACE, "sensitivity", Options(), tmp_path, pool=in_process())
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_journal_though_a_worker_is_killed(whole: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (extra 'ray')")
+    log = tmp_path / "log"
+    log.touch()
+    script = f"""
+import sys, warnings
+from pathlib import Path
+import ray
+from mqadapt_rs.search import Options, conduct
+from mqadapt_rs.search.executors import ray_cluster
+from search_fakes import SPACE, FakeSpec
+ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+spec = FakeSpec("interacting", documents=48, noise=0.3, log={str(log)!r}, pause=0.05)
+with ray_cluster() as pool:
+    assert pool.slots == 2, pool
+    conduct(spec, SPACE, "budget", Options(kv_budget={OPTIONS.kv_budget!r}), Path(sys.argv[1]), pool=pool, seed=4)
+ray.shutdown()
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment)
+    killed: set[int] = set()
+    deadline = time.monotonic() + 200
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        workers = [int(line.split()[0]) for line in log.read_text().splitlines() if line.endswith("48")]
+        if not killed and len(workers) > 6:
+            os.kill(workers[-1], signal.SIGKILL)
+            killed.add(workers[-1])
+        time.sleep(0.02)
+    assert process.returncode == 0
+    assert killed
+    assert content(tmp_path) == content(whole)
