@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from mqadapt_rs.errors import ArgumentError
+
 from . import sensitivity
 from .knapsack import Choice, solve
 
@@ -97,14 +99,14 @@ def neighbours(space: Space, plan: Heads, damages: Damages, budget: float) -> li
 def run(study: Study, options: Options) -> None:
     """Sensitivity, knapsack, patterns, then rounds of swaps until they bring nothing."""
     if options.kv_budget is None:
-        raise ValueError("the strategy 'budget' needs --kv-budget")
+        raise ArgumentError("the strategy 'budget' needs --kv-budget")
     space, budget = study.space, options.kv_budget
     swaps = SWAPS if options.swaps is None else options.swaps
     study.expect(len(sensitivity.plans(study)) + 4 + 2 * swaps)
     damages = single_damages(study)
     chosen = knapsack(space, damages, budget)
     if chosen is None:
-        raise ValueError(
+        raise ArgumentError(
             f"no plan fits {budget:,.0f} K/V bytes per token: the smallest has {space.smallest():,} of the source's "
             f"{space.kv_bytes(space.source):,}"
         )

@@ -11,6 +11,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from mqadapt_rs.errors import ArgumentError
+
 from .executors import Pool, in_process
 from .journal import Journal, write_json
 from .space import Heads, Space, describe
@@ -52,10 +54,10 @@ def check(strategy: str, options: Options) -> None:
     """Refuses a strategy that is not there and options that it would ignore.
 
     Raises:
-        ValueError: so.
+        ArgumentError: so.
     """
     if strategy not in STRATEGIES:
-        raise ValueError(f"there is no strategy '{strategy}': expected one of {', '.join(STRATEGIES)}")
+        raise ArgumentError(f"there is no strategy '{strategy}': expected one of {', '.join(STRATEGIES)}")
     for option in fields(options):
         value = getattr(options, option.name)
         if value is None or option.name == "counts":
@@ -63,9 +65,9 @@ def check(strategy: str, options: Options) -> None:
         if option.name not in STRATEGIES[strategy].uses:
             users = [name for name, known in STRATEGIES.items() if option.name in known.uses]
             name = option.name.replace("_", "-")
-            raise ValueError(f"--{name} does nothing for the strategy '{strategy}'; it is for {', '.join(users)}")
+            raise ArgumentError(f"--{name} does nothing for the strategy '{strategy}'; it is for {', '.join(users)}")
         if isinstance(value, int) and value < (0 if option.name == "swaps" else 1):
-            raise ValueError(f"--{option.name} {value}: expected a positive number")
+            raise ArgumentError(f"--{option.name} {value}: expected a positive number")
 
 
 def conduct(
@@ -98,7 +100,7 @@ def conduct(
         about: facts for plots and report (`model`, `command`, ...); kept in `summary.json`.
 
     Raises:
-        ValueError: options that do not fit; `JournalError` (one of them) for a journal that cannot be continued.
+        ArgumentError: options that do not fit; `JournalError` (one of them) for a journal that cannot be continued.
     """
     check(strategy, options)
     test = None if error_rate is None or spec.documents == 0 else SequentialTest(error_rate)

@@ -14,6 +14,8 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mqadapt_rs.errors import ArgumentError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -88,7 +90,7 @@ class RayExecutor(Executor):
         try:
             import ray
         except ImportError:
-            raise ValueError("--ray needs Ray: pip install 'mqadapt-rs[ray]'") from None
+            raise ArgumentError("--ray needs Ray: pip install 'mqadapt-rs[ray]'") from None
         self._ray = ray
         self._started = not ray.is_initialized()
         if self._started:
@@ -183,7 +185,7 @@ def processes(workers: int) -> Pool:
     import multiprocessing
 
     if workers < 1:
-        raise ValueError(f"{workers} workers: expected at least 1")
+        raise ArgumentError(f"{workers} workers: expected at least 1")
     context = multiprocessing.get_context("spawn")  # a fork would copy locked threads of the forward pass
     return Pool(lambda: ProcessPoolExecutor(workers, mp_context=context), workers, f"{workers} processes")
 

@@ -12,6 +12,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from mqadapt_rs.errors import ArgumentError
+
 from .evaluation import Evaluation, Metric
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ JOURNAL = "journal.jsonl"
 FORMAT = 1
 
 
-class JournalError(ValueError):
+class JournalError(ArgumentError):
     """A journal that cannot be continued: of another search, in use, or damaged."""
 
 

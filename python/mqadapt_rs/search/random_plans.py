@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
+from mqadapt_rs.errors import ArgumentError
+
 if TYPE_CHECKING:
     from .space import Heads, Space
     from .study import Options, Study
@@ -27,7 +29,7 @@ def run(study: Study, options: Options) -> None:
     """Draws different plans and evaluates them; with a budget their damages compete, so the race may stop some."""
     space, trials = study.space, TRIALS if options.trials is None else options.trials
     if options.kv_budget is not None and options.kv_budget < space.smallest():
-        raise ValueError(
+        raise ArgumentError(
             f"no plan fits {options.kv_budget:,.0f} K/V bytes per token: the smallest has {space.smallest():,}"
         )
     draws = random.Random(study.seed)  # noqa: S311 - chance, not secrets

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mqadapt_rs.errors import ArgumentError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -29,12 +31,12 @@ class Space:
 
     def __post_init__(self) -> None:
         if not self.source or len(self.source) != len(self.head_bytes):
-            raise ValueError(
+            raise ArgumentError(
                 f"{len(self.source)} layers with {len(self.head_bytes)} head sizes: expected one for each of them"
             )
         if not any(len(self.choices(layer)) > 1 for layer in range(len(self.source))):
             wanted = "" if self.counts is None else f" with the counts {', '.join(map(str, self.counts))}"
-            raise ValueError(
+            raise ArgumentError(
                 f"nothing to search{wanted}: no layer of K/V heads {sorted(set(self.source))} can have fewer"
             )
 
@@ -86,16 +88,16 @@ def parse_budget(text: str | float, full: float, what: str = "K/V bytes per toke
     """A budget in units of `full` (`"50%"`, or a fraction below 1 such as `0.5`) or as an amount (`4096`).
 
     Raises:
-        ValueError: it is not a positive number, or more than `full`.
+        ArgumentError: it is not a positive number, or more than `full`.
     """
     try:
         written = str(text).strip()
         number = float(written.removesuffix("%"))
         budget = number / 100 * full if written.endswith("%") else number * full if number < 1 else number
     except ValueError:
-        raise ValueError(f"'{text}' is not a budget: expected a share such as '50%' or a number of {what}") from None
+        raise ArgumentError(f"'{text}' is not a budget: expected a share such as '50%' or a number of {what}") from None
     if not (math.isfinite(budget) and 0 < budget <= full * (1 + 1e-9)):
-        raise ValueError(
+        raise ArgumentError(
             f"a budget of '{text}' is {budget:g} {what}: expected more than 0 and at most {full:g}, the source's"
         )
     return budget

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mqadapt_rs.errors import ArgumentError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -40,7 +42,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and its standard error; no error for fewer than two values."""
     number = len(values)
     if number == 0:
-        raise ValueError("no documents: nothing to average")
+        raise ArgumentError("no documents: nothing to average")
     mean = math.fsum(values) / number
     if number < 2:
         return mean, None
@@ -51,7 +53,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 def paired(losses: Sequence[float], reference: Sequence[float]) -> Difference:
     """Mean of `losses - reference`, document by document, with the t interval of that mean."""
     if len(losses) != len(reference):
-        raise ValueError(f"{len(losses)} documents against {len(reference)}: a paired difference needs the same")
+        raise ArgumentError(f"{len(losses)} documents against {len(reference)}: a paired difference needs the same")
     differences = [a - b for a, b in zip(losses, reference, strict=True)]
     mean, error = mean_and_error(differences)
     if error is None:
@@ -87,7 +89,7 @@ def t_quantile(probability: float, degrees: int) -> float:
     which is off by less than 0.3 % down to tails of 1e-8.
     """
     if not 0.5 <= probability < 1 or degrees < 1:
-        raise ValueError(
+        raise ArgumentError(
             f"t quantile of {probability} with {degrees} degrees: expected 0.5 to 1, and at least 1 degree"
         )
     if degrees == 1:
@@ -145,8 +147,8 @@ class SequentialTest:
 
     The documents come in one random order, so after n of N the others are a random rest: what is tested is the mean
     over all N, and its standard error carries the finite-population factor sqrt(1 - n/N). A plan is given up where its
-    probability, any race of a search names another winner than full evaluations would have. That is exact for
-    reading everything would have named best only in one of (K-1) L such tests: each runs at the race's error rate
+    paired difference to a rival exceeds t(1 - level) times that error. A race of K plans with L looks can lose the plan
+    that reading everything would have named best only in one of (K-1) L such tests: each runs at the race's error rate
     divided by that. Race r of a search gets `error_rate / (r (r+1))`, which sums to `error_rate`: with at most this
     probability, any race of a search names another winner than full evaluations would have. That is exact for normal
     differences; for skewed and rare ones a simulation in the tests holds it, with `least` documents before a look.
@@ -158,7 +160,7 @@ class SequentialTest:
 
     def __post_init__(self) -> None:
         if not 0 < self.error_rate < 0.5:
-            raise ValueError(f"an error rate of {self.error_rate}: expected a probability above 0 and below 0.5")
+            raise ArgumentError(f"an error rate of {self.error_rate}: expected a probability above 0 and below 0.5")
 
     def blocks(self, documents: int) -> list[range]:
         """Documents in the pieces after which the test looks; one piece where there are too few to test."""
