@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from mqadapt_rs.search import JournalError, Options, conduct
 from mqadapt_rs.search.executors import Pool, in_process, processes
 from mqadapt_rs.search.journal import read

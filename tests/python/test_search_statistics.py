@@ -8,6 +8,7 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
+
 from mqadapt_rs.search import Options, conduct
 from mqadapt_rs.search.statistics import SequentialTest, bootstrap, mean_and_error, paired, t_quantile
 from search_fakes import SPACE, FakeSpec, additive

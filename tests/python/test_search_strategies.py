@@ -8,6 +8,7 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
+
 from mqadapt_rs.search import STRATEGIES, Evaluation, Options, SearchResult, Space, conduct
 from mqadapt_rs.search.from_end import numbers
 from mqadapt_rs.search.knapsack import Choice, solve

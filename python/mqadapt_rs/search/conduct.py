@@ -15,6 +15,7 @@ from mqadapt_rs.errors import ArgumentError
 
 from .executors import Pool, in_process
 from .journal import Journal, write_json
+from .pareto import front
 from .space import Heads, Space, describe
 from .statistics import Difference, SequentialTest, bootstrap
 from .strategies import STRATEGIES
@@ -110,6 +111,9 @@ def conduct(
     header = {
         **known,
         "metric": spec.metric.name,
+        "unit": spec.metric.unit,
+        "damage_unit": spec.metric.damage_unit,
+        "scale": spec.metric.scale,
         "fingerprint": digest,
         "strategy": strategy,
         "seed": seed,
@@ -214,12 +218,10 @@ def _write(
         {
             "strategy": strategy,
             "metric": metric.name,
-            "unit": metric.unit,
-            "damage_unit": metric.damage_unit,
-            "scale": metric.scale,
             "rule": rule.in_words(metric.damage_unit),
             "verdict": result.verdict,
             "winner": facts(result.winner),
+            "front": [facts(evaluation) for evaluation in front(result.evaluations)],
             "runner_up": facts(result.runner_up),
             "source": facts(result.evaluations[0]),
             "difference": None if result.difference is None else asdict(result.difference),

@@ -29,6 +29,11 @@ class Rule:
     max_damage: float | None = None
     """Most damage; within it, the fewest K/V bytes win."""
 
+    @property
+    def free(self) -> bool:
+        """Whether there is no limit: then plans of any size compete by damage alone."""
+        return self.kv_budget is None and self.max_damage is None
+
     def admits(self, evaluation: Evaluation) -> bool:
         """Whether a plan is allowed to win."""
         within_bytes = self.kv_budget is None or evaluation.kv_bytes <= self.kv_budget * (1 + 1e-9)

@@ -1,0 +1,260 @@
+"""One page about a search: what was found, how sure that is, and how to do it again.
+
+In: the folder of a search. Out: `report.html`, self-contained, and its Markdown twin `report.md`, whose front matter and
+text are those of a model card for the checkpoint that `convert` makes from the winning plan.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mqadapt_rs.plots import caption, plot
+from mqadapt_rs.search.conduct import BEST, said
+from mqadapt_rs.search.results import Results
+from mqadapt_rs.search.space import describe
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from mqadapt_rs.search.evaluation import Evaluation
+
+ROWS = 12
+"""Plans in the table of the best."""
+HEADINGS = {
+    "sensitivity": "Each layer alone",
+    "from-end": "From the end",
+    "alternate": "Every second layer",
+    "pareto": "K/V bytes against damage",
+    "plan": "The plan",
+    "latency": "Latency",
+}
+
+
+def report(folder: str | os.PathLike[str], *, latency: Path | None = None) -> tuple[Path, Path]:
+    """Writes `report.html` and `report.md` into the folder of a search, and the figures into its `plots`.
+
+    Raises:
+        ArgumentError: no search in the folder.
+        ImportError: matplotlib is not installed (extra `plot`).
+    """
+    place = Path(folder)
+    result = Results.load(place)
+    pictures = plot(place, latency=latency)
+    page = Page(result, pictures)
+    paths = place / "report.html", place / "report.md"
+    paths[0].write_text(page.html(), encoding="utf-8")
+    paths[1].write_text(page.markdown(), encoding="utf-8")
+    return paths
+
+
+Table = tuple[list[str], list[list[str]]]
+
+
+class Page:
+    """The content of a report, written as HTML or as Markdown."""
+
+    def __init__(self, result: Results, pictures: Sequence[Path]) -> None:
+        self.result = result
+        self.pictures = pictures
+        self.title = f"{result.header.get('name', 'Model')}: {result.header['strategy']} search by {result.metric.name}"
+
+    def verdict(self) -> str:
+        """The finding, in words."""
+        if self.result.summary is None:
+            return f"The search has not ended: {len(self.result.evaluations)} plans are evaluated so far."
+        return str(self.result.summary["verdict"])
+
+    def facts(self) -> Table:
+        """Source and winner side by side."""
+        result, winner = self.result, self.result.winner
+        metric = result.metric
+        rows = [
+            ["K/V bytes per token", f"{result.source.kv_bytes:,}", winner and f"{winner.kv_bytes:,}"],
+            ["K/V bytes, share of the source", "100 %", winner and f"{result.share(winner):.1f} %"],
+            [f"{metric.name} [{metric.unit}]", value(result.source), winner and value(winner)],
+            [f"damage [{metric.damage_unit}], ± standard error", "0", winner and said(winner.damage)],
+            ["95 % interval of the damage", "", winner and interval(winner)],
+            ["layers changed", "0", winner and str(changed(winner, result))],
+        ]
+        return ["", "source", "winner"], [[str(cell) for cell in row if cell is not None] for row in rows]
+
+    def best(self) -> Table:
+        """The best plans by the search's rule; of a search without one, those of the front first."""
+        result = self.result
+        rule = result.rule
+        front = result.front()
+        ranked = sorted(result.whole[1:], key=lambda e: (not rule.admits(e), rule.free and e not in front, rule.key(e)))
+        shown = ranked[: max(ROWS, len(front) if rule.free else 0)]
+        rows = [
+            [
+                describe(e.plan, result.space.source) + (" (winner)" if e is result.winner else ""),
+                f"{result.share(e):.1f} %",
+                value(e),
+                said(e.damage),
+                interval(e),
+            ]
+            for e in shown
+        ]
+        metric = result.metric
+        return ["plan", "K/V bytes", metric.name, f"damage [{metric.damage_unit}]", "95 % interval"], rows
+
+    def settings(self) -> Table:
+        """What the figures depend on."""
+        result = self.result
+        header, summary = result.header, result.summary or {}
+        names = ("name", "model", "text", "method", "metric", "strategy", "options", "seed", "documents", "version")
+        rows = [[name, str(header[name])] for name in names if header.get(name) not in (None, "", {})]
+        rate = header.get("error_rate")
+        stopped = sum(evaluation.stopped for evaluation in result.evaluations)
+        spent = sum(evaluation.seconds for evaluation in result.evaluations)
+        rows.append(["evaluations", f"{len(result.evaluations)}, of which {stopped} stopped early; {spent:,.1f} s"])
+        if rate:
+            rows.append(["error rate of early stopping", f"{rate:g}: the chance that it changed any winner of a round"])
+        if "executor" in summary:
+            rows.append(["executor", str(summary["executor"])])
+        return ["setting", "value"], rows
+
+    def commands(self) -> list[str]:
+        """How to do it again, and what to do with it."""
+        summary, header = self.result.summary or {}, self.result.header
+        source, method = shlex.quote(str(summary.get("source_argument", "SRC"))), shlex.quote(str(header["method"]))
+        found = [str(summary["command"])] if summary.get("command") else []
+        if self.result.winner is not None:
+            plan = shlex.quote(str(self.result.folder / BEST))
+            calibrated = summary.get("calibration_arguments", "")
+            found.append(f"mqadapt convert {source} DST --plan {plan} --method {method}{calibrated}")
+        return found
+
+    def notes(self) -> list[str]:
+        """What a reader must know to read the figures."""
+        metric = self.result.metric
+        notes = [
+            (
+                "Damage is the mean difference of losses to the source's on the same documents; its standard error and "
+                "95 % interval (Student's t) take documents as the unit of chance."
+            ),
+            (
+                "The winner was chosen by the same documents that it is reported on, so its damage is flattered a little; "
+                "evaluate it on other text before relying on the last digit."
+            ),
+        ]
+        if not self.result.header["documents"]:
+            notes = [f"{metric.name} is computed from the merge's statistics: no documents, so no standard errors."]
+        return notes
+
+    def html(self) -> str:
+        """The page."""
+        e = html.escape
+        figures = "".join(
+            f'<section><h2>{e(HEADINGS[p.stem])}</h2><figure role="img" aria-label="{e(caption(self.result))}">'
+            f"{_inline(p.with_suffix('.svg'))}</figure></section>"
+            for p in self.pictures
+        )
+        commands = "".join(f"<pre><code>{e(command)}</code></pre>" for command in self.commands())
+        notes = "".join(f"<li>{e(note)}</li>" for note in self.notes())
+        return (
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{e(self.title)}</title>'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<style>{STYLE}</style></head><body><main><h1>{e(self.title)}</h1>"
+            f'<p class="verdict">{e(self.verdict())}</p>{_table(self.facts())}{figures}'
+            f"<section><h2>Plans</h2>{_table(self.best())}</section>"
+            f"<section><h2>How to read this</h2><ul>{notes}</ul></section>"
+            f"<section><h2>How to do it again</h2>{commands}{_table(self.settings())}</section>"
+            "</main></body></html>\n"
+        )
+
+    def markdown(self) -> str:
+        """The model card."""
+        header, summary = self.result.header, self.result.summary or {}
+        front = ["---"]
+        if summary.get("base_model"):
+            front.append(f"base_model: {summary['base_model']}")
+        front += ["library_name: transformers", "tags:"]
+        front += [f"- {tag}" for tag in ("mqadapt", "gqa" if self._grouped() else "mqa", str(header["method"]))]
+        parts = [
+            "\n".join(front) + "\n---",
+            f"# {self.title}",
+            self.verdict(),
+            _markdown_table(self.facts()),
+            *(f"## {HEADINGS[p.stem]}\n\n![{caption(self.result)}](plots/{p.name})" for p in self.pictures),
+            "## Plans\n\n" + _markdown_table(self.best()),
+            "## How to read this\n\n" + "\n".join(f"- {note}" for note in self.notes()),
+            "## How to do it again\n\n" + "\n\n".join(f"```sh\n{command}\n```" for command in self.commands()),
+            _markdown_table(self.settings()),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def _grouped(self) -> bool:
+        winner = self.result.winner
+        return winner is not None and any(own > 1 for own in winner.plan)
+
+
+def value(evaluation: Evaluation) -> str:
+    """The metric's value with its standard error."""
+    if not evaluation.standard_error:
+        return f"{evaluation.value:.4g}"
+    return f"{evaluation.value:.4g} ± {evaluation.standard_error:.2g}"
+
+
+def interval(evaluation: Evaluation) -> str:
+    """The interval of the damage."""
+    damage = evaluation.damage
+    return "" if damage.low is None else f"{damage.low:.4g} to {damage.high:.4g}"
+
+
+def changed(evaluation: Evaluation, result: Results) -> int:
+    """Layers that a plan changes."""
+    return sum(own != full for own, full in zip(evaluation.plan, result.space.source, strict=True))
+
+
+def _inline(svg: Path) -> str:
+    """The SVG without its XML prologue, its size left to the page, its ids its own."""
+    text = svg.read_text(encoding="utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1, flags=re.S)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1, flags=re.S)
+    # several figures in one document must not share ids
+    stem = svg.stem
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{stem}-\1"', text)
+    text = re.sub(r'href="#([^"]+)"', rf'href="#{stem}-\1"', text)
+    return re.sub(r"url\(#([^)]+)\)", rf"url(#{stem}-\1)", text)
+
+
+def _table(table: Table) -> str:
+    head, rows = table
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    lines = "".join(
+        "<tr>" + f"<th>{html.escape(row[0])}</th>" + "".join(f"<td>{html.escape(c)}</td>" for c in row[1:]) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _markdown_table(table: Table) -> str:
+    head, rows = table
+    lines = [head, ["---"] * len(head), *(row + [""] * (len(head) - len(row)) for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+STYLE = """
+:root { color-scheme: light; }
+body { margin: 0; background: #fff; color: #1a1a1a; font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 64rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+.verdict { border-left: .3rem solid #0072B2; padding: .4rem 0 .4rem .9rem; overflow-wrap: anywhere; }
+figure { margin: 0; overflow-x: auto; }
+figure svg { width: 100%; min-width: 34rem; max-height: 34rem; height: auto; display: block; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
+tbody th { font-weight: normal; }
+td { font-variant-numeric: tabular-nums; white-space: nowrap; }
+pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; font-size: .85rem; }
+@media print { .scroll, figure, pre { overflow: visible; } pre { white-space: pre-wrap; } section { break-inside: avoid; } }
+"""
