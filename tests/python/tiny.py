@@ -85,6 +85,43 @@ def logits(reference: PreTrainedModel, tokens: list[int]) -> np.ndarray:
         return reference(torch.tensor([tokens])).logits[0].float().numpy()
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def save_tokenizer(folder: Path, text: str, vocab_size: int = 320, starts_with_bos: bool = False) -> int:
+    """Writes a byte-level BPE tokenizer trained on `text` into `folder`; returns its size. `<s>` is 1, `</s>` is 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    if starts_with_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    description = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(description))
+    return int(tokenizer.get_vocab_size())
+
+
 def merge_heads(weight: torch.Tensor, heads: int, method: str) -> torch.Tensor:
     """Contiguous groups of the K/V heads in `weight` (`[G, head_dim, ...]`) merged to `heads`: `[heads, head_dim, ...]`, f32."""
     groups = weight.float().reshape(heads, weight.shape[0] // heads, *weight.shape[1:])
@@ -219,7 +256,7 @@ def stories_decode(tokenizer: Path, tokens: list[int]) -> str:
         pieces.append(raw[position + 8 : position + 8 + length])
         position += 8 + length
     text = b""
-    for before, token in zip([1, *tokens], tokens):
+    for before, token in zip([1, *tokens], tokens, strict=False):
         piece = pieces[token]
         if before == 1:  # after BOS, SentencePiece drops the leading space
             piece = piece.removeprefix(b" ")
