@@ -179,7 +179,8 @@ mod tests {
             let x = -f32::from(i) * 0.004;
             let exact = f64::from(x).exp();
             let error = (f64::from(exp_nonpositive(x)) - exact).abs() / exact;
-            assert!(error < 3e-7 + f64::from(-x) * 6e-8, "{x}: {error:e}");
+            // the product with log2(e) is rounded to f32
+            assert!(error < 3e-7 + f64::from(-x) * 1.2e-7, "{x}: {error:e}");
         }
         assert!(exp_nonpositive(f32::NEG_INFINITY) < 1e-37);
         assert_eq!(exp_nonpositive(0.0), 1.0);
