@@ -8,6 +8,7 @@ use mqadapt_core::{DType, ModelConfig};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::file::read_exact_at;
+use crate::gguf::{self, Gguf};
 use crate::numbers::convert;
 use crate::{Error, Result, SideFile, StoredType, TensorInfo, folder, side_files};
 
@@ -23,6 +24,7 @@ pub struct Checkpoint {
     contents: Contents,
     by_name: HashMap<String, usize>,
     dtype: DType,
+    gguf: Option<Gguf>,
 }
 
 /// What opening any kind of checkpoint finds.
@@ -98,14 +100,15 @@ impl Checkpoint {
             let detail = "no such file or folder".to_owned();
             return Err(Error::NotACheckpoint { path: path.to_owned(), detail });
         }
-        if !path.is_dir() {
-            let detail = "expected a folder in Hugging Face layout".to_owned();
-            return Err(Error::NotACheckpoint { path: path.to_owned(), detail });
-        }
-        let contents = folder::open(path)?;
+        let (contents, gguf) = if path.is_dir() {
+            (folder::open(path)?, None)
+        } else {
+            let (contents, gguf) = gguf::open(path)?;
+            (contents, Some(gguf))
+        };
         let by_name = contents.tensors.iter().enumerate().map(|(at, tensor)| (tensor.name.clone(), at)).collect();
         let dtype = prevailing_dtype(&contents.tensors);
-        Ok(Self { path: path.to_owned(), contents, by_name, dtype })
+        Ok(Self { path: path.to_owned(), contents, by_name, dtype, gguf })
     }
 
     /// Where it was opened.
@@ -170,6 +173,11 @@ impl Checkpoint {
             return Err(Error::OutOfRange { name, len, first: first_value, count });
         }
         let shard = self.contents.shards.get(tensor.shard);
+        if let (Some(gguf), Some(shard)) = (&self.gguf, shard)
+            && !tensor.verbatim
+        {
+            return gguf.read_as(shard, tensor, dtype, first_value, out);
+        }
         let (Some(shard), Some(stored)) = (shard, tensor.dtype.float()) else {
             let (path, name) = (self.path.clone(), tensor.name.clone());
             return Err(Error::Dtype { path, name, found: tensor.dtype.to_string() });
@@ -192,12 +200,15 @@ impl Checkpoint {
     }
 
     /// What else is in the folder and goes along when it is converted: tokenizer, chat template, generation
-    /// configuration, licence.
+    /// configuration, licence. Of a GGUF file: what its metadata says of them.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`]; [`Error::Gguf`] for a tokenizer that is not supported.
     pub fn side_files(&self) -> Result<Vec<SideFile>> {
-        side_files::of_folder(&self.path)
+        match &self.gguf {
+            Some(gguf) => gguf.side_files(&self.path),
+            None => side_files::of_folder(&self.path),
+        }
     }
 
     /// A name for the weights and the configuration: equal for copies wherever they lie, different when either changes.
@@ -229,7 +240,7 @@ impl Checkpoint {
 }
 
 /// The dtype that holds most bytes of matrices.
-fn prevailing_dtype(tensors: &[TensorInfo]) -> DType {
+pub(crate) fn prevailing_dtype(tensors: &[TensorInfo]) -> DType {
     let bytes = |dtype: DType| -> u64 {
         let stored = |tensor: &&TensorInfo| match tensor.dtype {
             StoredType::Float(own) => own == dtype,

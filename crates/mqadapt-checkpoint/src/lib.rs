@@ -31,6 +31,7 @@ mod checkpoint;
 mod error;
 mod file;
 mod folder;
+mod gguf;
 mod header;
 mod index;
 mod numbers;
@@ -40,6 +41,8 @@ mod tensor;
 
 pub use checkpoint::{Checkpoint, Shard};
 pub use error::{Error, HeaderProblem, Result};
+#[doc(hidden)]
+pub use gguf::check_gguf_bytes;
 pub use header::{Header, HeaderEntry, MAX_HEADER_BYTES};
 pub use numbers::convert;
 pub use plan_file::read_plan;

@@ -1,0 +1,185 @@
+//! The files of a tokenizer, made from the metadata of a GGUF file.
+//!
+//! In: token texts, types, scores and merges. Out: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` and
+//! `generation_config.json`, which transformers 4.57 and 5 load, and whose ids are those of the original tokenizer.
+
+mod byte_level;
+mod pre_tokenizer;
+mod sentencepiece;
+mod vocabulary;
+
+use serde_json::{Map, Value, json};
+
+use super::metadata::Metadata;
+use super::problem::{Parsed, Problem};
+use crate::SideFile;
+use crate::side_files::Content;
+use vocabulary::{SpecialTokens, Vocabulary};
+
+/// The files; none but the generation configuration where the metadata has no tokenizer.
+pub(super) fn side_files(metadata: &Metadata) -> Parsed<Vec<SideFile>> {
+    let key = "tokenizer.ggml.model";
+    let kind = metadata.text(key)?.unwrap_or("none");
+    if matches!(kind, "none" | "no_vocab") {
+        return Ok(Vec::new());
+    }
+    let vocabulary = Vocabulary::read(metadata)?;
+    let special = SpecialTokens::read(metadata, &vocabulary, kind)?;
+    let pipeline = match kind {
+        "gpt2" => byte_level::pipeline(metadata, &vocabulary)?,
+        "llama" => sentencepiece::pipeline(metadata, &vocabulary, &special)?,
+        other => {
+            let detail = format!(
+                "is '{}'; supported are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)",
+                other.escape_debug()
+            );
+            return Err(Problem::key(key, detail));
+        }
+    };
+    let add = Ends::read(metadata, &special, pipeline.adds_bos)?;
+    let chat_template = metadata.text("tokenizer.chat_template")?;
+    let mut files = vec![
+        file("generation_config.json", &generation_config(metadata, &special, &vocabulary)?),
+        file("tokenizer.json", &tokenizer_json(&pipeline, &vocabulary, &special, add)),
+        file("tokenizer_config.json", &tokenizer_config(metadata, &vocabulary, &special, add)?),
+    ];
+    if let Some(template) = chat_template {
+        files.push(SideFile { name: "chat_template.jinja".to_owned(), content: Content::Bytes(template.into()) });
+    }
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(files)
+}
+
+fn file(name: &str, content: &Value) -> SideFile {
+    let text = format!("{content:#}\n");
+    SideFile { name: name.to_owned(), content: Content::Bytes(text.into_bytes()) }
+}
+
+/// The parts of a `tokenizer.json` that differ between kinds of tokenizer.
+struct Pipeline {
+    normalizer: Value,
+    pre_tokenizer: Value,
+    decoder: Value,
+    model: Value,
+    /// Whether a beginning-of-sequence token is added where the metadata does not say.
+    adds_bos: bool,
+}
+
+/// Which tokens are put around a text.
+#[derive(Clone, Copy)]
+struct Ends {
+    bos: Option<usize>,
+    eos: Option<usize>,
+}
+
+impl Ends {
+    fn read(metadata: &Metadata, special: &SpecialTokens, adds_bos: bool) -> Parsed<Self> {
+        let end = |name: &str, default: bool, id: Option<usize>| {
+            let key = format!("tokenizer.ggml.add_{name}_token");
+            match metadata.flag(&key)? {
+                Some(true) if id.is_none() => Err(Problem::key(&key, "is true, but the file names no such token")),
+                flag => Ok(id.filter(|_| flag.unwrap_or(default))),
+            }
+        };
+        Ok(Self { bos: end("bos", adds_bos, special.bos)?, eos: end("eos", false, special.eos)? })
+    }
+}
+
+fn tokenizer_json(pipeline: &Pipeline, vocabulary: &Vocabulary, special: &SpecialTokens, add: Ends) -> Value {
+    let added: Vec<_> = vocabulary
+        .added(special)
+        .map(|(id, text, is_special)| {
+            let mut token = added_token(text, is_special);
+            token.insert("id".to_owned(), json!(id));
+            token
+        })
+        .collect();
+    json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": added,
+        "normalizer": pipeline.normalizer,
+        "pre_tokenizer": pipeline.pre_tokenizer,
+        "post_processor": post_processor(vocabulary, add),
+        "decoder": pipeline.decoder,
+        "model": pipeline.model,
+    })
+}
+
+/// `normalized` is false: the text of the token is looked for in the text as it is given.
+fn added_token(text: &str, special: bool) -> Map<String, Value> {
+    let fields =
+        [("single_word", false), ("lstrip", false), ("rstrip", false), ("normalized", false), ("special", special)];
+    let mut token = Map::new();
+    token.insert("content".to_owned(), json!(text));
+    token.extend(fields.map(|(name, flag)| (name.to_owned(), Value::Bool(flag))));
+    token
+}
+
+/// A template with the tokens at the ends of each sequence; `null` where there are none.
+fn post_processor(vocabulary: &Vocabulary, add: Ends) -> Value {
+    if add.bos.is_none() && add.eos.is_none() {
+        return Value::Null;
+    }
+    let text = |id: Option<usize>| id.and_then(|id| vocabulary.text(id));
+    let sequence = |name: &str, type_id: u8| {
+        let end = |id| text(id).map(|text| json!({ "SpecialToken": { "id": text, "type_id": type_id } }));
+        let middle = json!({ "Sequence": { "id": name, "type_id": type_id } });
+        [end(add.bos), Some(middle), end(add.eos)].into_iter().flatten()
+    };
+    let tokens: Map<_, _> = [add.bos, add.eos]
+        .into_iter()
+        .filter_map(|id| Some((text(id)?.to_owned(), json!({ "id": text(id)?, "ids": [id?], "tokens": [text(id)?] }))))
+        .collect();
+    json!({
+        "type": "TemplateProcessing",
+        "single": sequence("A", 0).collect::<Vec<_>>(),
+        "pair": sequence("A", 0).chain(sequence("B", 1)).collect::<Vec<_>>(),
+        "special_tokens": tokens,
+    })
+}
+
+fn tokenizer_config(metadata: &Metadata, vocabulary: &Vocabulary, special: &SpecialTokens, add: Ends) -> Parsed<Value> {
+    let decoder: Map<_, _> = vocabulary
+        .added(special)
+        .map(|(id, text, is_special)| (id.to_string(), Value::Object(added_token(text, is_special))))
+        .collect();
+    let mut out = Map::new();
+    out.insert("add_bos_token".to_owned(), json!(add.bos.is_some()));
+    out.insert("add_eos_token".to_owned(), json!(add.eos.is_some()));
+    out.insert("added_tokens_decoder".to_owned(), Value::Object(decoder));
+    let named = [
+        ("bos_token", special.bos),
+        ("eos_token", special.eos),
+        ("pad_token", special.pad),
+        ("unk_token", special.unk),
+    ];
+    for (name, id) in named {
+        out.extend(id.and_then(|id| vocabulary.text(id)).map(|text| (name.to_owned(), json!(text))));
+    }
+    // transformers reads chat_template.jinja beside this file; versions before 4.43 read it here
+    out.extend(metadata.text("tokenizer.chat_template")?.map(|text| ("chat_template".to_owned(), json!(text))));
+    out.insert("clean_up_tokenization_spaces".to_owned(), json!(false));
+    out.extend(metadata.integer("llama.context_length")?.map(|n| ("model_max_length".to_owned(), json!(n))));
+    out.insert("tokenizer_class".to_owned(), json!("PreTrainedTokenizerFast"));
+    Ok(Value::Object(out))
+}
+
+/// Generation stops at any of the tokens that end a text, a turn or a message.
+fn generation_config(metadata: &Metadata, special: &SpecialTokens, vocabulary: &Vocabulary) -> Parsed<Value> {
+    let mut ends: Vec<usize> = special.eos.into_iter().collect();
+    for name in ["eot", "eom"] {
+        ends.extend(vocabulary.special_id(metadata, name)?.filter(|id| !ends.contains(id)).as_slice());
+    }
+    let ends = match ends.as_slice() {
+        [] => Value::Null,
+        [only] => json!(only),
+        several => json!(several),
+    };
+    let fields = [("bos_token_id", json!(special.bos)), ("eos_token_id", ends), ("pad_token_id", json!(special.pad))];
+    Ok(fields.into_iter().filter(|(_, id)| !id.is_null()).map(|(name, id)| (name.to_owned(), id)).collect())
+}
+
+#[cfg(test)]
+mod tests;
