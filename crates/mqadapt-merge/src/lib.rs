@@ -15,11 +15,26 @@
 //! assert_eq!(merged, [1.0, 1.0, 1.0, 3.0, 3.0, 3.0]);
 //! ```
 
+mod accumulate;
+mod algebra;
+mod attention;
+pub mod closed_form;
+mod error;
 mod error_sum;
 mod first;
+mod layer;
 mod mean;
 mod method;
+mod prune;
 mod random;
+mod refit;
+mod statistics;
 
+pub use accumulate::Accumulator;
+pub use error::Error;
 pub use error_sum::ErrorSum;
+pub use layer::{LayerGeometry, LayerWeights};
 pub use method::{KvTensor, METHODS, MergeOptions, Method, RowMerge, RowsAt, merge_tensor, method};
+pub use prune::prune;
+pub use refit::{REFIT_LAMBDA, Refit};
+pub use statistics::{HeadMoments, LayerStatistics, Moment, NamedTensors, StatisticsShape};

@@ -1,0 +1,82 @@
+//! The few decompositions the merges need, over faer, in f64 and sequential:
+//! results never depend on the number of threads.
+
+use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
+use faer::{Mat, MatRef, Par, Side, c64};
+
+use crate::Error;
+
+/// Lower Cholesky factor of `(a + aT) / 2 + jitter * mean diagonal`. The jitter
+/// grows until the factor exists: sums of f32 products are only nearly positive.
+pub(crate) fn cholesky(a: MatRef<'_, f64>, jitter: f64) -> Result<Mat<f64>, Error> {
+    let n = a.nrows();
+    let mean = (0..n).map(|i| a[(i, i)]).sum::<f64>() / count(n.max(1));
+    if !mean.is_finite() {
+        return Err(Error::NotFinite);
+    }
+    let mut jitter = jitter;
+    for _ in 0..8 {
+        let shift = jitter * mean.abs() + 1e-30;
+        let shifted = Mat::from_fn(n, n, |i, j| f64::midpoint(a[(i, j)], a[(j, i)]) + if i == j { shift } else { 0.0 });
+        if let Ok(factor) = shifted.llt(Side::Lower) {
+            return Ok(factor.L().to_owned());
+        }
+        jitter = (jitter * 100.0).max(1e-12);
+    }
+    Err(Error::NotFinite)
+}
+
+/// Eigenvalues, largest first, and eigenvectors as columns of a symmetric matrix.
+pub(crate) fn eigen(a: MatRef<'_, f64>) -> Result<(Vec<f64>, Mat<f64>), Error> {
+    let n = a.nrows();
+    let sym = Mat::from_fn(n, n, |i, j| f64::midpoint(a[(i, j)], a[(j, i)]));
+    let evd = sym.self_adjoint_eigen(Side::Lower).map_err(|_| Error::NotFinite)?;
+    let values = evd.S().column_vector();
+    let vectors = evd.U();
+    Ok(((0..n).map(|i| values[n - 1 - i]).collect(), Mat::from_fn(n, n, |i, j| vectors[(i, n - 1 - j)])))
+}
+
+/// The eigenvector of the largest eigenvalue of a Hermitian matrix.
+pub(crate) fn top_eigenvector(a: MatRef<'_, c64>) -> Result<Vec<c64>, Error> {
+    let n = a.nrows();
+    let evd = a.self_adjoint_eigen(Side::Lower).map_err(|_| Error::NotFinite)?;
+    Ok((0..n).map(|i| evd.U()[(i, n - 1)]).collect())
+}
+
+/// `L^-1 B`
+pub(crate) fn solve_lower(l: MatRef<'_, f64>, mut b: Mat<f64>) -> Mat<f64> {
+    solve_lower_triangular_in_place(l, b.as_mut(), Par::Seq);
+    b
+}
+
+/// `L^-T B`
+pub(crate) fn solve_lower_transposed(l: MatRef<'_, f64>, mut b: Mat<f64>) -> Mat<f64> {
+    solve_upper_triangular_in_place(l.transpose(), b.as_mut(), Par::Seq);
+    b
+}
+
+/// `(L LT)^-1 B`
+pub(crate) fn solve_factored(l: MatRef<'_, f64>, b: Mat<f64>) -> Mat<f64> {
+    solve_lower_transposed(l, solve_lower(l, b))
+}
+
+/// `trace(A BT)`
+pub(crate) fn dot(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> f64 {
+    let mut sum = 0.0;
+    for j in 0..a.ncols() {
+        for i in 0..a.nrows() {
+            sum += a[(i, j)] * b[(i, j)];
+        }
+    }
+    sum
+}
+
+/// Rows and columns `rows`, `columns` of `a`.
+pub(crate) fn gather(a: MatRef<'_, f64>, rows: &[usize], columns: &[usize]) -> Mat<f64> {
+    Mat::from_fn(rows.len(), columns.len(), |i, j| a[(rows[i], columns[j])])
+}
+
+/// A count as a float; exact for every size that fits into memory.
+pub(crate) fn count(n: usize) -> f64 {
+    n as f64
+}

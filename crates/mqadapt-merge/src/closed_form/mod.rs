@@ -1,0 +1,27 @@
+//! The closed form: K/V heads merged by a second-order solution from activation
+//! statistics, `q_proj` and `o_proj` compensated. Data in: a layer's weights and
+//! [`crate::LayerStatistics`]. Data out: weights of fewer K/V heads and a report.
+//!
+//! `docs/merge-methods.md` derives the formulas.
+
+mod cut;
+mod group;
+mod grouping;
+mod joint;
+mod keys;
+mod lbfgs;
+mod measure;
+mod merge;
+mod pairs;
+mod predict;
+mod readout;
+mod slow;
+#[cfg(test)]
+pub(crate) mod tests;
+mod values;
+
+pub use cut::Cut;
+pub use measure::Measurement;
+#[cfg(test)]
+pub(crate) use measure::outputs;
+pub use merge::{ClosedFormOptions, Fallback, LayerReport, merge};

@@ -1,0 +1,50 @@
+//! Read-outs: what a query head makes of the merged dims.
+
+use faer::{Mat, MatRef};
+
+use crate::Error;
+use crate::algebra::{cholesky, solve_factored};
+
+/// Jitter of the read-outs pooled over a group, of the mean diagonal.
+const POOLED_JITTER: f64 = 1e-10;
+/// Jitter of one head's departure from the pooled read-out.
+const HEAD_JITTER: f64 = 1e-6;
+
+/// Least-squares maps from the merged dims `P z` back to the dims `select ..` of
+/// each head: `B_h = S_g C_h PT (P C_h PT)^-1`, `[d, P.nrows()]`. Every head is
+/// regressed towards the group's pooled read-out, not towards zero, so that
+/// heads that are equal merge without loss whatever the jitter.
+///
+/// `moments[i]`, `select[i]` (first dim of its own head) per query head;
+/// `pooled` their weighted mean; `d` dims per head.
+pub(crate) fn read_outs(
+    p: MatRef<'_, f64>,
+    moments: &[Mat<f64>],
+    pooled: MatRef<'_, f64>,
+    select: &[usize],
+    d: usize,
+) -> Result<Vec<Mat<f64>>, Error> {
+    let projected = p * pooled; // [n, stacked]
+    let factor = cholesky((&projected * p.transpose()).as_ref(), POOLED_JITTER)?;
+    let all = solve_factored(factor.as_ref(), projected); // pooled read-outs of every member, transposed
+    moments
+        .iter()
+        .zip(select)
+        .map(|(moment, &at)| {
+            let base = all.subcols(at, d); // [n, d]
+            let own = p * moment; // [n, stacked]
+            let gram = &own * p.transpose();
+            let rest = own.subcols(at, d) - &gram * base;
+            let step = solve_factored(cholesky(gram.as_ref(), HEAD_JITTER)?.as_ref(), rest);
+            Ok((base + step).transpose().to_owned())
+        })
+        .collect()
+}
+
+/// Covariance of `k_g - B P z`: what a read-out leaves unexplained, for any `B`.
+pub(crate) fn unexplained(p: MatRef<'_, f64>, b: MatRef<'_, f64>, moment: MatRef<'_, f64>, at: usize) -> Mat<f64> {
+    let (d, n) = (b.nrows(), p.ncols());
+    let map = b * p; // [d, stacked]
+    let residual = Mat::from_fn(d, n, |i, j| f64::from(u8::from(j == at + i)) - map[(i, j)]);
+    &residual * moment * residual.transpose()
+}

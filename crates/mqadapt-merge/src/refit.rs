@@ -1,0 +1,165 @@
+//! Ridge refit of `o_proj` on the converted stream. Data in: attention outputs
+//! before `o_proj` of the converted layer and the output the original gave.
+//! Data out: corrected `o_proj` rows.
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Mat, MatRef, Par, Side};
+
+use crate::Error;
+use crate::algebra::solve_factored;
+use crate::attention::{product, view};
+use crate::layer::check_len;
+
+/// Rows whose products are summed in f32 before they go to f64.
+const SUM_ROWS: usize = 512;
+
+/// Ridge strength in features scaled to unit energy.
+pub const REFIT_LAMBDA: f64 = 0.1;
+
+/// Sums of one layer's refit, sequence by sequence; sums of two halves add.
+pub struct Refit {
+    features: usize,
+    hidden_size: usize,
+    o_proj: Vec<f32>,
+    gram: Mat<f64>,
+    cross: Mat<f64>,
+}
+
+impl Refit {
+    /// For the merged layer's `o_proj`, `[hidden_size, features]`,
+    /// `features = num_attention_heads * head_dim`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where `o_proj` has another length.
+    pub fn new(o_proj: &[f32], features: usize, hidden_size: usize) -> Result<Self, Error> {
+        check_len("o_proj", o_proj.len(), features * hidden_size)?;
+        Ok(Self {
+            features,
+            hidden_size,
+            o_proj: o_proj.to_vec(),
+            gram: Mat::zeros(features, features),
+            cross: Mat::zeros(features, hidden_size),
+        })
+    }
+
+    /// Adds `FT F` and `FT (Y - F OT)` of one sequence: `converted` attention
+    /// outputs before `o_proj` on the converted stream, `[tokens, features]`;
+    /// `original` attention outputs after `o_proj` on the original stream,
+    /// `[tokens, hidden_size]`, the bias of `o_proj` left out of both.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where the two have other lengths; [`Error::NotFinite`].
+    pub fn add_sequence(&mut self, converted: &[f32], original: &[f32]) -> Result<(), Error> {
+        let (f, hidden) = (self.features, self.hidden_size);
+        let tokens = converted.len() / f;
+        check_len("converted", converted.len(), tokens * f)?;
+        check_len("original", original.len(), tokens * hidden)?;
+        if [converted, original].iter().any(|x| x.iter().any(|v| !v.is_finite())) {
+            return Err(Error::NotFinite);
+        }
+        let o_proj = view(&self.o_proj, hidden, f, f);
+        let mut rest = Vec::new();
+        for start in (0..tokens).step_by(SUM_ROWS) {
+            let rows = SUM_ROWS.min(tokens - start);
+            let x = view(&converted[start * f..], rows, f, f);
+            rest.clear();
+            rest.resize(rows * hidden, 0.0);
+            product(&mut rest, x, o_proj.transpose());
+            rest.iter_mut().zip(&original[start * hidden..]).for_each(|(r, y)| *r = y - *r);
+            accumulate(&mut self.gram, x, x);
+            accumulate(&mut self.cross, x, view(&rest, rows, hidden, hidden));
+        }
+        Ok(())
+    }
+
+    /// Adds the sums of other text.
+    ///
+    /// # Errors
+    /// [`Error::StatisticsMismatch`] where they are of another layer.
+    pub fn add(&mut self, other: &Self) -> Result<(), Error> {
+        if self.o_proj != other.o_proj || self.features != other.features {
+            return Err(Error::StatisticsMismatch("the refit sums are of another o_proj".into()));
+        }
+        self.gram += &other.gram;
+        self.cross += &other.cross;
+        Ok(())
+    }
+
+    /// `O + [(Y - F OT)T F D^-1] (D^-1 FT F D^-1 + lambda I)^-1 D^-1`, `D = diag(FT F)^1/2`.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for a `lambda` that is not positive.
+    pub fn solve(&self, lambda: f64) -> Result<Vec<f32>, Error> {
+        if !(lambda.is_finite() && lambda > 0.0) {
+            return Err(Error::Option(format!("the refit's lambda must be positive, found {lambda}")));
+        }
+        let scale: Vec<f64> = (0..self.features).map(|i| 1.0 / self.gram[(i, i)].max(1e-30).sqrt()).collect();
+        let scaled = Mat::from_fn(self.features, self.features, |i, j| {
+            self.gram[(i, j)] * scale[i] * scale[j] + if i == j { lambda } else { 0.0 }
+        });
+        let factor = scaled.llt(Side::Lower).map_err(|_| Error::NotFinite)?;
+        let right = Mat::from_fn(self.features, self.hidden_size, |i, j| self.cross[(i, j)] * scale[i]);
+        let step = solve_factored(factor.L(), right);
+        let mut o_proj = self.o_proj.clone();
+        for (row, values) in o_proj.chunks_exact_mut(self.features).enumerate() {
+            for (i, value) in values.iter_mut().enumerate() {
+                *value = crate::layer::round(f64::from(*value) + step[(i, row)] * scale[i]);
+            }
+        }
+        Ok(o_proj)
+    }
+}
+
+/// `sum += aT b`, the product in f32.
+fn accumulate(sum: &mut Mat<f64>, a: MatRef<'_, f32>, b: MatRef<'_, f32>) {
+    let mut part = Mat::<f32>::zeros(a.ncols(), b.ncols());
+    matmul(part.as_mut(), Accum::Replace, a.transpose(), b, 1.0, Par::Seq);
+    for j in 0..part.ncols() {
+        for i in 0..part.nrows() {
+            sum[(i, j)] += f64::from(part[(i, j)]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Refit;
+    use crate::attention::project;
+    use crate::closed_form::tests::Noise;
+
+    const FEATURES: usize = 6;
+    const HIDDEN: usize = 5;
+
+    #[test]
+    fn finds_the_projection_that_made_the_output() {
+        let mut noise = Noise(21);
+        let truth = noise.vec(FEATURES * HIDDEN, 1.0);
+        let start: Vec<f32> = truth.iter().map(|v| v + noise.next()).collect();
+        let x: Vec<Vec<f32>> = [700, 60].iter().map(|t| noise.vec(t * FEATURES, 3.0)).collect();
+        let fit = |sequences: &[Vec<f32>]| {
+            let mut sums = Refit::new(&start, FEATURES, HIDDEN).unwrap();
+            for x in sequences {
+                sums.add_sequence(x, &project(x, &truth, None, FEATURES)).unwrap();
+            }
+            sums
+        };
+        let whole = fit(&x);
+        let close = |a: &[f32], b: &[f32], tolerance: f32| a.iter().zip(b).all(|(a, b)| (a - b).abs() < tolerance);
+        assert!(close(&whole.solve(1e-9).unwrap(), &truth, 1e-5));
+        // nearly white features: lambda 1 goes half of the way
+        let half: Vec<f32> = truth.iter().zip(&start).map(|(a, b)| f32::midpoint(*a, *b)).collect();
+        assert!(close(&whole.solve(1.0).unwrap(), &half, 0.15));
+        let mut halves = fit(&x[..1]);
+        halves.add(&fit(&x[1..])).unwrap();
+        assert!(close(&halves.solve(0.1).unwrap(), &whole.solve(0.1).unwrap(), 1e-6));
+    }
+
+    #[test]
+    fn refuses_what_does_not_fit() {
+        let mut sums = Refit::new(&[0.0; 30], FEATURES, HIDDEN).unwrap();
+        assert!(sums.add_sequence(&[0.0; 12], &[0.0; 9]).is_err());
+        assert!(sums.add_sequence(&[f32::NAN; 6], &[0.0; 5]).is_err());
+        assert!(sums.solve(0.0).is_err());
+        assert!(Refit::new(&[0.0; 29], FEATURES, HIDDEN).is_err());
+    }
+}

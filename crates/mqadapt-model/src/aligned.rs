@@ -1,0 +1,129 @@
+//! Weights and caches in main memory: floats of a dtype chosen at run time, aligned to cache lines, so that no vector
+//! load crosses two of them.
+
+use half::{bf16, f16};
+use mqadapt_core::DType;
+use mqadapt_kernels::{FloatsMut, FloatsRef, WeightsRef};
+
+/// One cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// Floats of one dtype.
+#[derive(Clone)]
+pub(crate) struct Floats {
+    lines: Vec<Line>,
+    len: usize,
+    dtype: DType,
+}
+
+/// A float that a run of bytes can be seen as.
+///
+/// # Safety
+/// Implementors accept every bit pattern and need no more than 64-byte alignment.
+unsafe trait Plain: Copy {}
+// SAFETY: a plain number.
+unsafe impl Plain for u8 {}
+// SAFETY: a plain number.
+unsafe impl Plain for f32 {}
+// SAFETY: a transparent wrapper of a plain number.
+unsafe impl Plain for f16 {}
+// SAFETY: a transparent wrapper of a plain number.
+unsafe impl Plain for bf16 {}
+
+impl Floats {
+    pub(crate) fn zeros(len: usize, dtype: DType) -> Self {
+        let lines = (len * dtype.bytes()).div_ceil(size_of::<Line>());
+        Self { lines: vec![Line([0; 64]); lines], len, dtype }
+    }
+
+    /// Each value rounded once, ties to even.
+    pub(crate) fn from_f32(values: &[f32], dtype: DType) -> Self {
+        let mut out = Self::zeros(values.len(), dtype);
+        match out.as_mut() {
+            FloatsMut::F32(out) => out.copy_from_slice(values),
+            FloatsMut::F16(out) => out.iter_mut().zip(values).for_each(|(o, v)| *o = f16::from_f32(*v)),
+            FloatsMut::Bf16(out) => out.iter_mut().zip(values).for_each(|(o, v)| *o = bf16::from_f32(*v)),
+            _ => {}
+        }
+        out
+    }
+
+    pub(crate) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Bytes allocated.
+    pub(crate) fn bytes(&self) -> usize {
+        self.lines.capacity() * size_of::<Line>()
+    }
+
+    /// The values as bytes of this machine.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        let len = self.len * self.dtype.bytes();
+        self.slice_mut(len)
+    }
+
+    pub(crate) fn as_ref(&self) -> FloatsRef<'_> {
+        match self.dtype {
+            DType::F32 => FloatsRef::F32(self.slice(self.len)),
+            DType::F16 => FloatsRef::F16(self.slice(self.len)),
+            DType::BF16 => FloatsRef::Bf16(self.slice(self.len)),
+        }
+    }
+
+    pub(crate) fn as_mut(&mut self) -> FloatsMut<'_> {
+        let len = self.len;
+        match self.dtype {
+            DType::F32 => FloatsMut::F32(self.slice_mut(len)),
+            DType::F16 => FloatsMut::F16(self.slice_mut(len)),
+            DType::BF16 => FloatsMut::Bf16(self.slice_mut(len)),
+        }
+    }
+
+    /// As a weight matrix.
+    pub(crate) fn weights(&self) -> WeightsRef<'_> {
+        match self.dtype {
+            DType::F32 => WeightsRef::F32(self.slice(self.len)),
+            DType::F16 => WeightsRef::F16(self.slice(self.len)),
+            DType::BF16 => WeightsRef::Bf16(self.slice(self.len)),
+        }
+    }
+
+    pub(crate) fn to_f32(&self) -> Vec<f32> {
+        match self.as_ref() {
+            FloatsRef::F32(values) => values.to_vec(),
+            FloatsRef::F16(values) => values.iter().map(|v| v.to_f32()).collect(),
+            FloatsRef::Bf16(values) => values.iter().map(|v| v.to_f32()).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    fn slice<T: Plain>(&self, len: usize) -> &[T] {
+        assert!(len * size_of::<T>() <= self.lines.len() * size_of::<Line>());
+        // SAFETY: the lines are initialised and hold `len` values, any bits are a `T`, and lines are aligned enough.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), len) }
+    }
+
+    fn slice_mut<T: Plain>(&mut self, len: usize) -> &mut [T] {
+        assert!(len * size_of::<T>() <= self.lines.len() * size_of::<Line>());
+        // SAFETY: as above, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_rounded_once_and_aligned() {
+        for (dtype, third) in [(DType::F32, 1.0f32 / 3.0), (DType::F16, 0.333_251_95), (DType::BF16, 0.333_984_38)] {
+            let floats = Floats::from_f32(&[1.0, 1.0 / 3.0, -2.0], dtype);
+            assert_eq!(floats.to_f32(), [1.0, third, -2.0]);
+            assert_eq!(floats.lines.as_ptr() as usize % 64, 0);
+            assert_eq!((floats.bytes(), floats.clone().bytes_mut().len()), (64, 3 * dtype.bytes()));
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! The forward pass on the processor, by the kernels of `mqadapt-kernels`, on buffers that are reused.
+
+use std::sync::{Mutex, PoisonError};
+
+use mqadapt_core::{Activation, DType};
+use mqadapt_kernels::{
+    AttentionParams, Cpu, KvMut, KvRef, Linear as LinearRef, MatmulOut, Precision, RopeTables, RowScore, ScoreHead,
+    Segment, Store,
+};
+
+use super::{Backend, Heads, HostMatrix, Linear, Scored, Wanted};
+use crate::aligned::Floats;
+use crate::batch::Batch;
+use crate::error::Result;
+use crate::rope::RopeTable;
+
+/// The kernels, how precisely they multiply, and lists that are refilled on every call.
+pub(crate) struct Kernels {
+    cpu: &'static Cpu,
+    precision: Precision,
+    lists: Mutex<Lists>,
+}
+
+#[derive(Default)]
+struct Lists {
+    segments: Vec<Segment<'static>>,
+    scores: Vec<RowScore>,
+    targets: Vec<u32>,
+    target_starts: Vec<usize>,
+    target_logits: Vec<f32>,
+}
+
+/// A cache of one layer: keys and values, `[num_key_value_heads, slots, head_dim]`.
+pub(crate) struct KernelCache {
+    k: Floats,
+    v: Floats,
+    slots: usize,
+}
+
+fn matrix<'a>(linear: &'a Linear<Kernels>) -> LinearRef<'a> {
+    LinearRef { weight: linear.weight.values.weights(), bias: linear.bias.as_deref().map(Vec::as_slice) }
+}
+
+/// Rows of `x`, `width` values each.
+fn rows(x: &[f32], width: usize) -> usize {
+    x.len() / width
+}
+
+impl Kernels {
+    pub(crate) fn new(cpu: &'static Cpu, precision: Precision) -> Self {
+        Self { cpu, precision, lists: Mutex::default() }
+    }
+
+    fn score_rows(&self, x: &[f32], lm_head: &HostMatrix, lists: &mut Lists) {
+        let head = ScoreHead {
+            lm_head: lm_head.values.weights(),
+            hidden_size: lm_head.in_features,
+            softcap: None,
+            precision: self.precision,
+            targets: &lists.targets,
+            target_starts: &lists.target_starts,
+        };
+        lists.scores.resize(rows(x, lm_head.in_features), RowScore::default());
+        lists.target_logits.resize(lists.targets.len(), 0.0);
+        self.cpu.score_head(&head, x, &mut lists.scores, &mut lists.target_logits);
+    }
+
+    fn lists(&self) -> std::sync::MutexGuard<'_, Lists> {
+        // the lists hold nothing between calls, so a panic in one leaves nothing wrong behind
+        self.lists.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Backend for Kernels {
+    type Matrix = HostMatrix;
+    type Vector = Vec<f32>;
+    type Buffer = Vec<f32>;
+    type Cache = KernelCache;
+
+    fn matrix(&self, matrix: HostMatrix) -> Result<HostMatrix> {
+        Ok(matrix)
+    }
+
+    fn matrix_bytes(&self, matrix: &HostMatrix) -> u64 {
+        matrix.values.weights().bytes() as u64
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(values)
+    }
+
+    fn cache(&self, heads: &Heads, slots: usize, dtype: DType) -> Result<KernelCache> {
+        let len = heads.num_key_value_heads * slots * heads.head_dim;
+        Ok(KernelCache { k: Floats::zeros(len, dtype), v: Floats::zeros(len, dtype), slots })
+    }
+
+    fn cache_bytes(&self, cache: &KernelCache) -> u64 {
+        (cache.k.bytes() + cache.v.bytes()) as u64
+    }
+
+    fn upload(&self, values: &[f32], _width: usize, out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        out.extend_from_slice(values);
+        Ok(())
+    }
+
+    fn download(&self, buffer: &Vec<f32>) -> Result<Vec<f32>> {
+        Ok(buffer.clone())
+    }
+
+    fn embed(&self, table: &HostMatrix, ids: &[u32], scale: f32, out: &mut Vec<f32>) -> Result<()> {
+        out.resize(ids.len() * table.in_features, 0.0);
+        self.cpu.gather_rows(table.values.weights(), table.in_features, ids, scale, out);
+        Ok(())
+    }
+
+    fn rms_norm(&self, x: &Vec<f32>, weight: &Vec<f32>, eps: f32, out: &mut Vec<f32>) -> Result<()> {
+        out.resize(x.len(), 0.0);
+        self.cpu.rms_norm(x, weight, 0.0, eps, out);
+        Ok(())
+    }
+
+    fn norm_heads(&self, x: &mut Vec<f32>, weight: &Vec<f32>, eps: f32) -> Result<()> {
+        self.cpu.rms_norm_inplace(x, weight, 0.0, eps);
+        Ok(())
+    }
+
+    fn project(&self, x: &Vec<f32>, layers: [&Linear<Self>; 3], outs: [&mut Vec<f32>; 3]) -> Result<()> {
+        let k = layers[0].weight.in_features;
+        let m = rows(x, k);
+        let [a, b, c] = outs;
+        let product = |linear: &'_ Linear<Self>, out: &mut Vec<f32>| out.resize(m * linear.weight.out_features, 0.0);
+        product(layers[0], a);
+        product(layers[1], b);
+        product(layers[2], c);
+        let products = &mut [
+            MatmulOut::new(matrix(layers[0]), a),
+            MatmulOut::new(matrix(layers[1]), b),
+            MatmulOut::new(matrix(layers[2]), c),
+        ];
+        self.cpu.matmul_nt(x, m, k, products, self.precision, Store::Overwrite);
+        Ok(())
+    }
+
+    fn linear_add(&self, x: &Vec<f32>, linear: &Linear<Self>, residual: &mut Vec<f32>) -> Result<()> {
+        let k = linear.weight.in_features;
+        let product = MatmulOut::new(matrix(linear), residual);
+        self.cpu.matmul_nt(x, rows(x, k), k, &mut [product], self.precision, Store::Accumulate);
+        Ok(())
+    }
+
+    fn gated(
+        &self,
+        x: &Vec<f32>,
+        gate: &Linear<Self>,
+        up: &Linear<Self>,
+        act: Activation,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        let k = gate.weight.in_features;
+        let m = rows(x, k);
+        out.resize(m * gate.weight.out_features, 0.0);
+        let act = match act {
+            Activation::Silu => mqadapt_kernels::Activation::Silu,
+            Activation::GeluTanh => mqadapt_kernels::Activation::GeluTanh,
+            Activation::Gelu => {
+                let mut ups = vec![0.0; out.len()];
+                let products = &mut [MatmulOut::new(matrix(gate), out), MatmulOut::new(matrix(up), &mut ups)];
+                self.cpu.matmul_nt(x, m, k, products, self.precision, Store::Overwrite);
+                for (gate, up) in out.iter_mut().zip(&ups) {
+                    *gate *= 0.5 * (1.0 + libm::erff(*gate * std::f32::consts::FRAC_1_SQRT_2)) * up;
+                }
+                return Ok(());
+            }
+        };
+        self.cpu.matmul_nt_gated(x, m, k, matrix(gate), matrix(up), act, out, self.precision);
+        Ok(())
+    }
+
+    fn rope(&self, x: &mut Vec<f32>, head_dim: usize, rope: &RopeTable, batch: &Batch) -> Result<()> {
+        let tables = RopeTables { cos: &rope.cos, sin: &rope.sin, rotary_dim: 2 * rope.pairs };
+        let heads = x.len() / batch.rows() / head_dim;
+        self.cpu.rope(x, heads, head_dim, &batch.positions, tables);
+        Ok(())
+    }
+
+    fn store(&self, k: &Vec<f32>, v: &Vec<f32>, heads: &Heads, batch: &Batch, cache: &mut KernelCache) -> Result<()> {
+        let (kv, head_dim) = (heads.num_key_value_heads, heads.head_dim);
+        let width = kv * head_dim;
+        for (new, stored) in [(k, &mut cache.k), (v, &mut cache.v)] {
+            let data = stored.as_mut();
+            let mut to = KvMut { data, head_stride: cache.slots * head_dim, row_stride: head_dim, head_dim };
+            for segment in &batch.segments {
+                let rows = &new[segment.row * width..(segment.row + segment.rows) * width];
+                self.cpu.store_kv(rows, kv, &mut to, segment.slot);
+            }
+        }
+        Ok(())
+    }
+
+    fn attend(&self, q: &Vec<f32>, heads: &Heads, batch: &Batch, cache: &KernelCache, out: &mut Vec<f32>) -> Result<()> {
+        out.resize(q.len(), 0.0);
+        let params = AttentionParams {
+            num_attention_heads: heads.num_attention_heads,
+            num_key_value_heads: heads.num_key_value_heads,
+            scale: heads.scaling,
+            softcap: None,
+            sliding_window: heads.sliding_window,
+            precision: self.precision,
+        };
+        let head_dim = heads.head_dim;
+        let view = |floats| KvRef { data: floats, head_stride: cache.slots * head_dim, row_stride: head_dim, head_dim };
+        let mut lists = self.lists();
+        let mut segments: Vec<Segment<'_>> = std::mem::take(&mut lists.segments);
+        segments.extend(batch.segments.iter().map(|segment| Segment {
+            q_start: segment.row,
+            q_len: segment.rows,
+            prefix: batch.prefix(segment),
+            own_start: segment.slot,
+        }));
+        self.cpu.attention(&params, q, view(cache.k.as_ref()), view(cache.v.as_ref()), &segments, out);
+        segments.clear();
+        // an empty list collected in place keeps its memory
+        lists.segments = segments.into_iter().map(|segment| Segment { prefix: &[], ..segment }).collect();
+        Ok(())
+    }
+
+    fn gather(&self, x: &Vec<f32>, width: usize, rows: &[usize], out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        rows.iter().for_each(|&row| out.extend_from_slice(&x[row * width..(row + 1) * width]));
+        Ok(())
+    }
+
+    fn logits(&self, x: &Vec<f32>, lm_head: &HostMatrix, out: &mut Vec<f32>) -> Result<()> {
+        let k = lm_head.in_features;
+        out.resize(rows(x, k) * lm_head.out_features, 0.0);
+        let product = MatmulOut::new(lm_head.values.weights(), out);
+        self.cpu.matmul_nt(x, rows(x, k), k, &mut [product], self.precision, Store::Overwrite);
+        Ok(())
+    }
+
+    fn score(&self, x: &Vec<f32>, lm_head: &HostMatrix, wanted: &[Wanted], out: &mut Vec<Scored>) -> Result<()> {
+        let lists = &mut *self.lists();
+        lists.targets.clear();
+        lists.targets.extend(wanted.iter().map(|w| w.token));
+        lists.target_starts.clear();
+        lists.target_starts.extend((0..=rows(x, lm_head.in_features)).map(|row| wanted.partition_point(|w| w.row < row)));
+        self.score_rows(x, lm_head, lists);
+        out.clear();
+        out.extend(wanted.iter().zip(&lists.target_logits).map(|(wanted, logit)| {
+            let row = &lists.scores[wanted.row];
+            let logprob = f64::from(*logit) - f64::from(row.log_sum_exp);
+            Scored { logprob, is_greedy: row.argmax == wanted.token }
+        }));
+        Ok(())
+    }
+
+    fn argmax(&self, x: &Vec<f32>, lm_head: &HostMatrix, out: &mut Vec<u32>) -> Result<()> {
+        let lists = &mut *self.lists();
+        lists.targets.clear();
+        lists.target_starts.clear();
+        lists.target_starts.resize(rows(x, lm_head.in_features) + 1, 0);
+        self.score_rows(x, lm_head, lists);
+        out.clear();
+        out.extend(lists.scores.iter().map(|row| row.argmax));
+        Ok(())
+    }
+}

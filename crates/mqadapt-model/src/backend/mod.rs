@@ -1,0 +1,131 @@
+//! The operations that the forward pass is made of, and the two that carry them out.
+//!
+//! [`Kernels`] runs on the processor, on buffers that are allocated once. [`Stock`] is a composition of candle's own
+//! operations, so that it runs wherever candle does; on the processor the tests hold the two against each other.
+//! Activations are f32, row-major, one row a token.
+
+mod kernels;
+mod stock;
+
+use std::sync::Arc;
+
+use mqadapt_core::{Activation, DType};
+
+use crate::aligned::Floats;
+use crate::batch::Batch;
+use crate::error::Result;
+use crate::rope::RopeTable;
+
+pub(crate) use kernels::Kernels;
+pub(crate) use stock::Stock;
+
+/// A weight matrix in main memory, `[out_features, in_features]`.
+pub(crate) struct HostMatrix {
+    pub values: Floats,
+    pub out_features: usize,
+    pub in_features: usize,
+}
+
+/// A linear layer: `y = x W^T + b`.
+pub(crate) struct Linear<B: Backend> {
+    /// `[out_features, in_features]`
+    pub weight: Arc<B::Matrix>,
+    /// `[out_features]`
+    pub bias: Option<Arc<B::Vector>>,
+}
+
+/// Heads of an attention layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Heads {
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+    /// Factor on `q . k`.
+    pub scaling: f32,
+    /// A token sees this many tokens, itself included; `None`: all before it.
+    pub sliding_window: Option<usize>,
+}
+
+/// The log-likelihood of a token is wanted: of which of the scored rows, and of which token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub row: usize,
+    pub token: u32,
+}
+
+/// What came out of it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Scored {
+    pub logprob: f64,
+    /// The token is the most likely one (the first of equals).
+    pub is_greedy: bool,
+}
+
+/// The operations of the forward pass. Results are written to `out`, whatever it held before.
+pub(crate) trait Backend: Sized + Send + Sync + 'static {
+    /// A weight matrix.
+    type Matrix: Send + Sync;
+    /// A norm's weight or a bias.
+    type Vector: Send + Sync;
+    /// Activations.
+    type Buffer: Default + Send;
+    /// Keys and values of one layer, `[num_key_value_heads, slots, head_dim]` each.
+    type Cache: Send;
+
+    fn matrix(&self, matrix: HostMatrix) -> Result<Self::Matrix>;
+    /// Bytes that it takes.
+    fn matrix_bytes(&self, matrix: &Self::Matrix) -> u64;
+    fn vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
+    fn cache(&self, heads: &Heads, slots: usize, dtype: DType) -> Result<Self::Cache>;
+    /// Bytes allocated for it.
+    fn cache_bytes(&self, cache: &Self::Cache) -> u64;
+    fn upload(&self, values: &[f32], width: usize, out: &mut Self::Buffer) -> Result<()>;
+    fn download(&self, buffer: &Self::Buffer) -> Result<Vec<f32>>;
+
+    /// Rows of the embedding, times `scale`.
+    fn embed(&self, table: &Self::Matrix, ids: &[u32], scale: f32, out: &mut Self::Buffer) -> Result<()>;
+    fn rms_norm(&self, x: &Self::Buffer, weight: &Self::Vector, eps: f32, out: &mut Self::Buffer) -> Result<()>;
+    /// RMS norm of every head, in place.
+    fn norm_heads(&self, x: &mut Self::Buffer, weight: &Self::Vector, eps: f32) -> Result<()>;
+    /// Three linear layers of one input.
+    fn project(&self, x: &Self::Buffer, layers: [&Linear<Self>; 3], outs: [&mut Self::Buffer; 3]) -> Result<()>;
+    /// `residual += x W^T + b`
+    fn linear_add(&self, x: &Self::Buffer, linear: &Linear<Self>, residual: &mut Self::Buffer) -> Result<()>;
+    /// `act(gate x) * (up x)`
+    fn gated(
+        &self,
+        x: &Self::Buffer,
+        gate: &Linear<Self>,
+        up: &Linear<Self>,
+        act: Activation,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// Rotates the heads of every row to its position, in place.
+    fn rope(&self, x: &mut Self::Buffer, head_dim: usize, rope: &RopeTable, batch: &Batch) -> Result<()>;
+    /// Writes keys and values of all rows to their slots.
+    fn store(
+        &self,
+        k: &Self::Buffer,
+        v: &Self::Buffer,
+        heads: &Heads,
+        batch: &Batch,
+        cache: &mut Self::Cache,
+    ) -> Result<()>;
+    /// Attention of every row over its piece's spans, up to its own position; `[rows, num_attention_heads * head_dim]`.
+    fn attend(
+        &self,
+        q: &Self::Buffer,
+        heads: &Heads,
+        batch: &Batch,
+        cache: &Self::Cache,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// Some rows of `[_, width]`, in the order given.
+    fn gather(&self, x: &Self::Buffer, width: usize, rows: &[usize], out: &mut Self::Buffer) -> Result<()>;
+    /// Logits of all rows, `[rows, vocab_size]`.
+    fn logits(&self, x: &Self::Buffer, lm_head: &Self::Matrix, out: &mut Vec<f32>) -> Result<()>;
+    /// Log-likelihoods; `wanted` ascends by row.
+    fn score(&self, x: &Self::Buffer, lm_head: &Self::Matrix, wanted: &[Wanted], out: &mut Vec<Scored>) -> Result<()>;
+    /// The most likely token of every row (the first of equals).
+    fn argmax(&self, x: &Self::Buffer, lm_head: &Self::Matrix, out: &mut Vec<u32>) -> Result<()>;
+}

@@ -1,0 +1,293 @@
+//! The forward pass in candle's own operations: for devices that our kernels do not know, and to be held against them.
+//! On the processor weights become f32 (candle multiplies no bf16 there); on a GPU they stay as stored, and products
+//! are rounded to their type.
+
+use candle_core::{D, DType as CandleDType, Device, Tensor};
+use mqadapt_core::{Activation, DType};
+
+use mqadapt_kernels::{FloatsRef, Span};
+
+use super::{Backend, Heads, HostMatrix, Linear, Scored, Wanted};
+use crate::batch::{Batch, Segment};
+use crate::error::Result;
+use crate::rope::RopeTable;
+
+/// Query rows of a piece whose scores are held at a time.
+const QUERY_ROWS: usize = 128;
+/// Rows whose logits are held at a time.
+const LOGIT_ROWS: usize = 32;
+
+/// candle's operations on one device.
+pub(crate) struct Stock {
+    pub device: Device,
+}
+
+/// Keys and values of one layer, `[num_key_value_heads, slots, head_dim]`.
+pub(crate) struct StockCache {
+    k: Tensor,
+    v: Tensor,
+}
+
+/// Activations; `None` before the first pass.
+type Buffer = Option<Tensor>;
+
+fn held(buffer: &Buffer) -> Result<&Tensor> {
+    buffer.as_ref().ok_or_else(|| candle_core::Error::Msg("a buffer was read before it was written".to_owned()).into())
+}
+
+fn candle_dtype(dtype: DType) -> CandleDType {
+    match dtype {
+        DType::F32 => CandleDType::F32,
+        DType::F16 => CandleDType::F16,
+        DType::BF16 => CandleDType::BF16,
+    }
+}
+
+impl Stock {
+    fn product(&self, x: &Tensor, linear: &Linear<Self>) -> Result<Tensor> {
+        let y = self.matmul(x, &linear.weight)?;
+        Ok(match &linear.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+
+    /// `x W^T`, f32
+    fn matmul(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        Ok(x.to_dtype(weight.dtype())?.matmul(&weight.t()?)?.to_dtype(CandleDType::F32)?)
+    }
+
+    /// Keys or values of a piece and of what it reads, `[num_key_value_heads, tokens, head_dim]`, f32.
+    fn cached(cache: &Tensor, batch: &Batch, segment: &Segment) -> Result<Tensor> {
+        let own = Span { start: segment.slot, len: segment.rows };
+        let spans = batch.prefix(segment).iter().chain([&own]);
+        let parts: candle_core::Result<Vec<_>> = spans.map(|span| cache.narrow(1, span.start, span.len)).collect();
+        Ok(Tensor::cat(&parts?, 1)?.to_dtype(CandleDType::F32)?.contiguous()?)
+    }
+
+    /// Attention of some rows of a piece. `q`: `[rows, num_attention_heads * head_dim]`, `k`, `v`:
+    /// `[num_key_value_heads, tokens, head_dim]`; `position`: that of the first row.
+    fn attend_rows(&self, q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads, position: usize) -> Result<Tensor> {
+        let (rows, d) = (q.dim(0)?, heads.head_dim);
+        let (kv, groups) = (heads.num_key_value_heads, heads.num_attention_heads / heads.num_key_value_heads);
+        let tokens = k.dim(1)?;
+        let visible = |row: usize, token: usize| {
+            let here = position + row;
+            token <= here && heads.sliding_window.is_none_or(|window| here - token < window)
+        };
+        let mask: Vec<f32> = (0..rows * tokens)
+            .map(|i| if visible(i / tokens, i % tokens) { 0.0 } else { f32::NEG_INFINITY })
+            .collect();
+        let mask = Tensor::from_vec(mask, (1, 1, rows, tokens), &self.device)?;
+        // [num_key_value_heads, groups * rows, head_dim]: the query heads of a K/V head are its rows
+        let q = q.reshape((rows, kv, groups, d))?.permute((1, 2, 0, 3))?.contiguous()?.reshape((kv, groups * rows, d))?;
+        let scores = (q.matmul(&k.t()?.contiguous()?)? * f64::from(heads.scaling))?;
+        let scores = scores.reshape((kv, groups, rows, tokens))?.broadcast_add(&mask)?;
+        let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
+        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
+        let out = weights.reshape((kv, groups * rows, tokens))?.matmul(v)?;
+        let out = out.reshape((kv, groups, rows, d))?.permute((2, 0, 1, 3))?.contiguous()?;
+        Ok(out.reshape((rows, heads.num_attention_heads * d))?)
+    }
+
+    /// Runs over the logits of a few rows at a time: `[count, vocab_size]` from row `first` on.
+    fn logit_tiles(&self, x: &Tensor, lm_head: &Tensor, mut tile: impl FnMut(usize, &Tensor) -> Result<()>) -> Result<()> {
+        let rows = x.dim(0)?;
+        for first in (0..rows).step_by(LOGIT_ROWS) {
+            let count = LOGIT_ROWS.min(rows - first);
+            tile(first, &self.matmul(&x.narrow(0, first, count)?, lm_head)?)?;
+        }
+        Ok(())
+    }
+}
+
+impl Backend for Stock {
+    type Matrix = Tensor;
+    type Vector = Tensor;
+    type Buffer = Buffer;
+    type Cache = StockCache;
+
+    fn matrix(&self, matrix: HostMatrix) -> Result<Tensor> {
+        let shape = (matrix.out_features, matrix.in_features);
+        let tensor = match matrix.values.as_ref() {
+            FloatsRef::F32(values) => Tensor::from_slice(values, shape, &self.device)?,
+            FloatsRef::F16(values) => Tensor::from_slice(values, shape, &self.device)?,
+            FloatsRef::Bf16(values) => Tensor::from_slice(values, shape, &self.device)?,
+            other => return Err(candle_core::Error::Msg(format!("no tensor of {} values of this type", other.len())).into()),
+        };
+        Ok(if self.device.is_cpu() { tensor.to_dtype(CandleDType::F32)? } else { tensor })
+    }
+
+    fn matrix_bytes(&self, matrix: &Tensor) -> u64 {
+        (matrix.elem_count() * matrix.dtype().size_in_bytes()) as u64
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<Tensor> {
+        let len = values.len();
+        Ok(Tensor::from_vec(values, len, &self.device)?)
+    }
+
+    fn cache(&self, heads: &Heads, slots: usize, dtype: DType) -> Result<StockCache> {
+        let shape = (heads.num_key_value_heads, slots, heads.head_dim);
+        let zeros = || Tensor::zeros(shape, candle_dtype(dtype), &self.device);
+        Ok(StockCache { k: zeros()?, v: zeros()? })
+    }
+
+    fn cache_bytes(&self, cache: &StockCache) -> u64 {
+        [&cache.k, &cache.v].map(|t| (t.elem_count() * t.dtype().size_in_bytes()) as u64).iter().sum()
+    }
+
+    fn upload(&self, values: &[f32], width: usize, out: &mut Buffer) -> Result<()> {
+        *out = Some(Tensor::from_slice(values, (values.len() / width, width), &self.device)?);
+        Ok(())
+    }
+
+    fn download(&self, buffer: &Buffer) -> Result<Vec<f32>> {
+        Ok(held(buffer)?.flatten_all()?.to_vec1()?)
+    }
+
+    fn embed(&self, table: &Tensor, ids: &[u32], scale: f32, out: &mut Buffer) -> Result<()> {
+        let ids = Tensor::from_slice(ids, ids.len(), &self.device)?;
+        let rows = table.index_select(&ids, 0)?.to_dtype(CandleDType::F32)?;
+        *out = Some((rows * f64::from(scale))?);
+        Ok(())
+    }
+
+    fn rms_norm(&self, x: &Buffer, weight: &Tensor, eps: f32, out: &mut Buffer) -> Result<()> {
+        let x = held(x)?;
+        let root = (x.sqr()?.mean_keepdim(D::Minus1)? + f64::from(eps))?.sqrt()?;
+        *out = Some(x.broadcast_div(&root)?.broadcast_mul(weight)?);
+        Ok(())
+    }
+
+    fn norm_heads(&self, x: &mut Buffer, weight: &Tensor, eps: f32) -> Result<()> {
+        let rows = held(x)?.dim(0)?;
+        let heads = Some(held(x)?.reshape(((), weight.elem_count()))?);
+        self.rms_norm(&heads, weight, eps, x)?;
+        *x = Some(held(x)?.reshape((rows, ()))?);
+        Ok(())
+    }
+
+    fn project(&self, x: &Buffer, layers: [&Linear<Self>; 3], outs: [&mut Buffer; 3]) -> Result<()> {
+        for (linear, out) in layers.into_iter().zip(outs) {
+            *out = Some(self.product(held(x)?, linear)?);
+        }
+        Ok(())
+    }
+
+    fn linear_add(&self, x: &Buffer, linear: &Linear<Self>, residual: &mut Buffer) -> Result<()> {
+        *residual = Some((held(residual)? + self.product(held(x)?, linear)?)?);
+        Ok(())
+    }
+
+    fn gated(
+        &self,
+        x: &Buffer,
+        gate: &Linear<Self>,
+        up: &Linear<Self>,
+        act: Activation,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let x = held(x)?;
+        let gate = self.product(x, gate)?;
+        let gate = match act {
+            Activation::Silu => gate.silu()?,
+            Activation::GeluTanh => gate.gelu()?,
+            Activation::Gelu => gate.gelu_erf()?,
+        };
+        *out = Some((gate * self.product(x, up)?)?);
+        Ok(())
+    }
+
+    fn rope(&self, x: &mut Buffer, head_dim: usize, rope: &RopeTable, batch: &Batch) -> Result<()> {
+        let all = held(x)?;
+        let ((rows, width), pairs) = (all.dims2()?, rope.pairs);
+        let table = |values: &[f32]| {
+            let rows_of = batch.positions.iter().flat_map(|&at| &values[at as usize * pairs..][..pairs]);
+            Tensor::from_vec(rows_of.copied().collect::<Vec<_>>(), (rows, 1, pairs), &self.device)
+        };
+        let (cos, sin) = (table(&rope.cos)?, table(&rope.sin)?);
+        let heads = all.reshape((rows, width / head_dim, head_dim))?;
+        let (re, im) = (heads.narrow(2, 0, pairs)?, heads.narrow(2, pairs, pairs)?);
+        let turned_re = (re.broadcast_mul(&cos)? - im.broadcast_mul(&sin)?)?;
+        let turned_im = (im.broadcast_mul(&cos)? + re.broadcast_mul(&sin)?)?;
+        *x = Some(Tensor::cat(&[turned_re, turned_im], 2)?.reshape((rows, width))?);
+        Ok(())
+    }
+
+    fn store(&self, k: &Buffer, v: &Buffer, heads: &Heads, batch: &Batch, cache: &mut StockCache) -> Result<()> {
+        for (new, stored) in [(k, &cache.k), (v, &cache.v)] {
+            let new = held(new)?.reshape(((), heads.num_key_value_heads, heads.head_dim))?;
+            for segment in &batch.segments {
+                let rows = new.narrow(0, segment.row, segment.rows)?.transpose(0, 1)?.to_dtype(stored.dtype())?;
+                stored.slice_set(&rows.contiguous()?, 1, segment.slot)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn attend(&self, q: &Buffer, heads: &Heads, batch: &Batch, cache: &StockCache, out: &mut Buffer) -> Result<()> {
+        let q = held(q)?;
+        let mut parts = Vec::new();
+        for segment in &batch.segments {
+            let k = Self::cached(&cache.k, batch, segment)?;
+            let v = Self::cached(&cache.v, batch, segment)?;
+            for first in (0..segment.rows).step_by(QUERY_ROWS) {
+                let rows = q.narrow(0, segment.row + first, QUERY_ROWS.min(segment.rows - first))?;
+                parts.push(self.attend_rows(&rows.contiguous()?, &k, &v, heads, segment.position + first)?);
+            }
+        }
+        *out = Some(Tensor::cat(&parts, 0)?);
+        Ok(())
+    }
+
+    fn gather(&self, x: &Buffer, _width: usize, rows: &[usize], out: &mut Buffer) -> Result<()> {
+        let rows: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
+        let rows = Tensor::from_slice(&rows, rows.len(), &self.device)?;
+        *out = Some(held(x)?.index_select(&rows, 0)?);
+        Ok(())
+    }
+
+    fn logits(&self, x: &Buffer, lm_head: &Tensor, out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        self.logit_tiles(held(x)?, lm_head, |_, logits| {
+            out.extend(logits.flatten_all()?.to_vec1::<f32>()?);
+            Ok(())
+        })
+    }
+
+    fn score(&self, x: &Buffer, lm_head: &Tensor, wanted: &[Wanted], out: &mut Vec<Scored>) -> Result<()> {
+        out.clear();
+        let mut rest = wanted;
+        self.logit_tiles(held(x)?, lm_head, |first, logits| {
+            let (count, vocab_size) = logits.dims2()?;
+            let here = rest.partition_point(|w| w.row < first + count);
+            let (mine, others) = rest.split_at(here);
+            rest = others;
+            if mine.is_empty() {
+                return Ok(());
+            }
+            let most = logits.max_keepdim(1)?;
+            let sums = logits.broadcast_sub(&most)?.exp()?.sum(1)?.to_vec1::<f32>()?;
+            let most = most.flatten_all()?.to_vec1::<f32>()?;
+            let greedy = logits.argmax(1)?.to_vec1::<u32>()?;
+            let at: Vec<u32> = mine.iter().map(|w| ((w.row - first) * vocab_size) as u32 + w.token).collect();
+            let at = Tensor::from_slice(&at, at.len(), &self.device)?;
+            let values = logits.flatten_all()?.index_select(&at, 0)?.to_vec1::<f32>()?;
+            for (want, value) in mine.iter().zip(values) {
+                let row = want.row - first;
+                let logprob = f64::from(value) - f64::from(most[row]) - f64::from(sums[row]).ln();
+                out.push(Scored { logprob, is_greedy: greedy[row] == want.token });
+            }
+            Ok(())
+        })
+    }
+
+    fn argmax(&self, x: &Buffer, lm_head: &Tensor, out: &mut Vec<u32>) -> Result<()> {
+        out.clear();
+        self.logit_tiles(held(x)?, lm_head, |_, logits| {
+            out.extend(logits.argmax(1)?.to_vec1::<u32>()?);
+            Ok(())
+        })
+    }
+}

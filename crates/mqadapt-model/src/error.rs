@@ -1,0 +1,66 @@
+//! What can go wrong while a model is loaded or run.
+
+use mqadapt_core::Interrupted;
+
+/// The result of this crate's functions.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong. Every message says where, what was expected and what was found.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The checkpoint cannot be read, or lacks a tensor.
+    #[error(transparent)]
+    Checkpoint(#[from] mqadapt_checkpoint::Error),
+    /// The configuration or the plan is not legal.
+    #[error(transparent)]
+    Config(#[from] mqadapt_core::Error),
+    /// The checkpoint lacks a tensor that its configuration asks for.
+    #[error("the checkpoint has no tensor '{tensor}'")]
+    Missing {
+        /// Its name.
+        tensor: String,
+    },
+    /// No merge method of this name, or one that cannot be applied while loading.
+    #[error("merge method '{found}' is not one of {known}")]
+    Method {
+        /// The name given.
+        found: String,
+        /// The names that are known.
+        known: String,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token id {found} is outside the vocabulary of {vocab_size} tokens (sequence {sequence}, position {position})")]
+    Token {
+        /// The id.
+        found: u32,
+        /// Size of the vocabulary.
+        vocab_size: usize,
+        /// Index of the sequence or request.
+        sequence: usize,
+        /// Index in it.
+        position: usize,
+    },
+    /// An argument that cannot be.
+    #[error("{name} {detail}")]
+    Argument {
+        /// The argument's name.
+        name: &'static str,
+        /// What was expected and what was found.
+        detail: String,
+    },
+    /// The device is not there, or this build cannot use it.
+    #[error("device '{device}' is not available: {detail}")]
+    Device {
+        /// The device asked for.
+        device: String,
+        /// Why not, and what to do.
+        detail: String,
+    },
+    /// An operation of candle failed (out of memory on the device, most often).
+    #[error("the device failed: {0}")]
+    Candle(#[from] candle_core::Error),
+    /// The user asked to stop.
+    #[error(transparent)]
+    Interrupted(#[from] Interrupted),
+}

@@ -1,0 +1,286 @@
+//! From a checkpoint to a [`Decoder`]: weights are read in parallel straight into place, merged where a plan says so.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use mqadapt_checkpoint::{Checkpoint, TensorInfo};
+use mqadapt_core::family::{EMBED_TOKENS, LM_HEAD, LayerTensor, Module, NORM};
+use mqadapt_core::{DType, ModelConfig, Plan, Progress};
+use mqadapt_merge::{KvTensor, METHODS, MergeOptions, RowMerge, merge_tensor, method};
+
+use crate::aligned::Floats;
+use crate::backend::{Backend, Heads, HostMatrix, Linear};
+use crate::decoder::{Attention, Block, Decoder, Mlp};
+use crate::error::{Error, Result};
+
+#[cfg(target_endian = "big")]
+compile_error!("weights are read as the little-endian numbers that safetensors holds");
+
+/// Bytes read at a time by one thread.
+const PIECE: usize = 4 << 20;
+/// Readers: more than processors, since they wait for the disk.
+const READERS: usize = 4;
+/// How often a long read asks whether to go on.
+const PATIENCE: Duration = Duration::from_millis(50);
+
+/// How the K/V weights of changed layers come about.
+pub(crate) struct Overlay<'a> {
+    pub plan: &'a Plan,
+    pub rows: &'static dyn RowMerge,
+    pub options: MergeOptions,
+}
+
+impl<'a> Overlay<'a> {
+    pub(crate) fn new(plan: &'a Plan, name: &str, options: MergeOptions) -> Result<Self> {
+        let rows = method(name).and_then(|method| method.rows()).ok_or_else(|| Error::Method {
+            found: name.to_owned(),
+            known: METHODS.iter().filter(|m| m.rows().is_some()).map(|m| m.name).collect::<Vec<_>>().join(", "),
+        })?;
+        Ok(Self { plan, rows, options })
+    }
+}
+
+/// What one tensor becomes.
+struct Wanted<'a> {
+    info: &'a TensorInfo,
+    /// The source's K/V heads and the tensor's place, where it is merged.
+    merge: Option<(usize, KvTensor)>,
+    floats: Floats,
+}
+
+/// Reads the named tensors of a model whose configuration (its plan applied) is `config`.
+pub(crate) fn read(
+    checkpoint: &Checkpoint,
+    names: &[String],
+    overlay: Option<&Overlay<'_>>,
+    dtype: Option<DType>,
+    progress: &dyn Progress,
+) -> Result<HashMap<String, Floats>> {
+    let mut wanted = Vec::with_capacity(names.len());
+    for name in names {
+        let info = checkpoint.tensor(name).ok_or_else(|| Error::Missing { tensor: name.clone() })?;
+        let dtype = dtype.or(info.dtype.float()).unwrap_or(checkpoint.dtype());
+        let merge = overlay.and_then(|overlay| merged(name, overlay.plan));
+        let len = match (merge, overlay) {
+            (Some((heads, tensor)), Some(overlay)) => {
+                info.len() / heads * overlay.plan.layers()[tensor.layer_idx].num_key_value_heads()
+            }
+            _ => info.len(),
+        };
+        wanted.push(Wanted { info, merge, floats: Floats::zeros(len, dtype) });
+    }
+    fill(checkpoint, &mut wanted, overlay, progress)?;
+    Ok(names.iter().cloned().zip(wanted.into_iter().map(|wanted| wanted.floats)).collect())
+}
+
+/// The place of a tensor that a plan merges, and the heads it has in the source.
+fn merged(name: &str, plan: &Plan) -> Option<(usize, KvTensor)> {
+    let LayerTensor { layer_idx, module, bias } = LayerTensor::parse(name)?;
+    let value = match module {
+        Module::KProj => false,
+        Module::VProj => true,
+        _ => return None,
+    };
+    let heads = *plan.source_num_key_value_heads().get(layer_idx)?;
+    plan.changes(layer_idx).then_some((heads, KvTensor { layer_idx, value, bias }))
+}
+
+/// A piece of work for a reader.
+enum Task<'a> {
+    /// Values from the first on, as they are.
+    Read { info: &'a TensorInfo, dtype: DType, first: usize, out: &'a mut [u8] },
+    /// A whole tensor, merged.
+    Merge { info: &'a TensorInfo, heads: usize, tensor: KvTensor, out: &'a mut Floats },
+}
+
+fn fill(
+    checkpoint: &Checkpoint,
+    wanted: &mut [Wanted<'_>],
+    overlay: Option<&Overlay<'_>>,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let mut tasks = Vec::new();
+    for Wanted { info, merge, floats } in wanted {
+        if let Some((heads, tensor)) = *merge {
+            tasks.push(Task::Merge { info, heads, tensor, out: floats });
+            continue;
+        }
+        let dtype = floats.dtype();
+        let pieces = floats.bytes_mut().chunks_mut(PIECE).enumerate();
+        tasks.extend(pieces.map(|(nth, out)| Task::Read { info, dtype, first: nth * PIECE / dtype.bytes(), out }));
+    }
+    let bytes = |task: &Task<'_>| match task {
+        Task::Read { out, .. } => out.len() as u64,
+        Task::Merge { info, .. } => info.bytes,
+    };
+    let total: u64 = tasks.iter().map(bytes).sum();
+    let count = tasks.len();
+    let tasks: Vec<Mutex<Option<Task<'_>>>> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
+    let (next, done, stop) = (AtomicUsize::new(0), AtomicU64::new(0), AtomicBool::new(false));
+    let (sender, receiver) = mpsc::channel::<Result<()>>();
+    thread::scope(|scope| {
+        for _ in 0..READERS.min(count) {
+            let (tasks, next, done, stop, sender) = (&tasks, &next, &done, &stop, sender.clone());
+            scope.spawn(move || {
+                while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let taken = task.lock().unwrap_or_else(PoisonError::into_inner).take();
+                    let Some(task) = taken else { continue };
+                    let size = bytes(&task);
+                    let result = perform(checkpoint, task, overlay);
+                    done.fetch_add(size, Ordering::Relaxed);
+                    let failed = result.is_err();
+                    if sender.send(result).is_err() || failed {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(sender);
+        // this thread hears of results and asks whether to go on: a signal reaches no other
+        let mut outcome = Ok(());
+        loop {
+            let heard = receiver.recv_timeout(PATIENCE);
+            let told = progress.advance("bytes", done.load(Ordering::Relaxed), total);
+            outcome = outcome.and(told.map_err(Error::from));
+            match heard {
+                Ok(result) => outcome = outcome.and(result),
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => return outcome,
+            }
+            if outcome.is_err() {
+                stop.store(true, Ordering::Relaxed);
+            }
+        }
+    })
+}
+
+fn perform(checkpoint: &Checkpoint, task: Task<'_>, overlay: Option<&Overlay<'_>>) -> Result<()> {
+    match (task, overlay) {
+        (Task::Read { info, dtype, first, out }, _) => checkpoint.read_as(info, dtype, first, out).map(drop)?,
+        (Task::Merge { info, heads, tensor, out }, Some(overlay)) => {
+            let mut source = vec![0.0; info.len()];
+            checkpoint.read_f32(info, 0, &mut source)?;
+            let target = overlay.plan.layers().get(tensor.layer_idx).map_or(heads, |c| c.num_key_value_heads());
+            let mut values = vec![0.0; info.len() / heads * target];
+            merge_tensor(overlay.rows, &overlay.options, tensor, &source, heads, &mut values);
+            *out = Floats::from_f32(&values, out.dtype());
+        }
+        (Task::Merge { .. }, None) => {}
+    }
+    Ok(())
+}
+
+/// The tensors that have been read, on their way into a backend.
+pub(crate) struct Weights<'a, B: Backend> {
+    pub backend: &'a B,
+    pub config: &'a ModelConfig,
+    pub tensors: HashMap<String, Floats>,
+}
+
+impl<B: Backend> Weights<'_, B> {
+    fn take(&mut self, name: String) -> Result<Floats> {
+        self.tensors.remove(&name).ok_or(Error::Missing { tensor: name })
+    }
+
+    fn matrix(&mut self, name: String, out_features: usize, in_features: usize) -> Result<Arc<B::Matrix>> {
+        let values = self.take(name)?;
+        Ok(Arc::new(self.backend.matrix(HostMatrix { values, out_features, in_features })?))
+    }
+
+    fn norm(&mut self, name: String) -> Result<Arc<B::Vector>> {
+        let mut weight = self.take(name)?.to_f32();
+        if self.config.family.forward.norm_weight_plus_one {
+            weight.iter_mut().for_each(|w| *w += 1.0);
+        }
+        Ok(Arc::new(self.backend.vector(weight)?))
+    }
+
+    /// A linear layer of a decoder layer, with its bias where the model has one.
+    pub(crate) fn linear(&mut self, layer_idx: usize, module: Module) -> Result<Linear<B>> {
+        let shape = self.config.weight_shape(layer_idx, module).unwrap_or_default();
+        let name = LayerTensor::weight(layer_idx, module).name();
+        let &[out_features, in_features] = shape.as_slice() else { return Err(Error::Missing { tensor: name }) };
+        let weight = self.matrix(name, out_features, in_features)?;
+        let bias = if self.config.has_bias(module) {
+            let bias = self.take(LayerTensor::bias(layer_idx, module).name())?.to_f32();
+            Some(Arc::new(self.backend.vector(bias)?))
+        } else {
+            None
+        };
+        Ok(Linear { weight, bias })
+    }
+
+    fn block(&mut self, layer_idx: usize) -> Result<Block<B>> {
+        let norm = |weights: &mut Self, module| weights.norm(LayerTensor::weight(layer_idx, module).name());
+        let qk_norm = self.config.family.forward.qk_norm;
+        let head_norm = |weights: &mut Self, module| qk_norm.then(|| norm(weights, module)).transpose();
+        Ok(Block {
+            input_layernorm: norm(self, Module::InputLayernorm)?,
+            self_attn: Attention {
+                heads: heads(self.config, layer_idx),
+                q_proj: self.linear(layer_idx, Module::QProj)?,
+                k_proj: self.linear(layer_idx, Module::KProj)?,
+                v_proj: self.linear(layer_idx, Module::VProj)?,
+                o_proj: self.linear(layer_idx, Module::OProj)?,
+                q_norm: head_norm(self, Module::QNorm)?,
+                k_norm: head_norm(self, Module::KNorm)?,
+            },
+            post_attention_layernorm: norm(self, Module::PostAttentionLayernorm)?,
+            mlp: Arc::new(Mlp {
+                gate_proj: self.linear(layer_idx, Module::GateProj)?,
+                up_proj: self.linear(layer_idx, Module::UpProj)?,
+                down_proj: self.linear(layer_idx, Module::DownProj)?,
+                hidden_act: self.config.hidden_act,
+            }),
+        })
+    }
+}
+
+/// The heads of a layer.
+pub(crate) fn heads(config: &ModelConfig, layer_idx: usize) -> Heads {
+    Heads {
+        num_attention_heads: config.num_attention_heads,
+        num_key_value_heads: config.num_key_value_heads.get(layer_idx).copied().unwrap_or(1),
+        head_dim: config.head_dim,
+        scaling: (config.head_dim as f64).powf(-0.5) as f32,
+        sliding_window: config.sliding_window.get(layer_idx).copied().flatten(),
+    }
+}
+
+/// Loads the whole model. `config`: with the K/V heads of the overlay's plan.
+pub(crate) fn decoder<B: Backend>(
+    checkpoint: &Checkpoint,
+    backend: B,
+    config: &ModelConfig,
+    overlay: Option<&Overlay<'_>>,
+    dtype: Option<DType>,
+    progress: &dyn Progress,
+) -> Result<Decoder<B>> {
+    let names: Vec<String> = config.tensors().into_iter().map(|tensor| tensor.name).collect();
+    let tensors = read(checkpoint, &names, overlay, dtype, progress)?;
+    let embedding_dtype = tensors.get(EMBED_TOKENS).map_or(DType::F32, Floats::dtype);
+    let mut weights = Weights { backend: &backend, config, tensors };
+    let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
+    let embed_tokens = weights.matrix(EMBED_TOKENS.to_owned(), vocab_size, hidden_size)?;
+    let lm_head = if config.tie_word_embeddings {
+        Arc::clone(&embed_tokens)
+    } else {
+        weights.matrix(LM_HEAD.to_owned(), vocab_size, hidden_size)?
+    };
+    let layers: Result<Vec<_>> = (0..config.num_hidden_layers).map(|idx| weights.block(idx).map(Arc::new)).collect();
+    let (layers, norm) = (layers?, weights.norm(NORM.to_owned())?);
+    let embedding_scale = if config.family.forward.scale_embeddings {
+        // transformers rounds the factor to the dtype of the embeddings
+        Floats::from_f32(&[(hidden_size as f64).sqrt() as f32], embedding_dtype).to_f32()[0]
+    } else {
+        1.0
+    };
+    let backend = Arc::new(backend);
+    Ok(Decoder { backend, config: config.clone(), embedding_scale, embed_tokens, layers, norm, lm_head })
+}

@@ -1,0 +1,422 @@
+//! The model as its users see it: which backend runs it is decided here and nowhere else.
+
+use std::sync::LazyLock;
+
+use mqadapt_checkpoint::Checkpoint;
+use mqadapt_core::{DType, KvChoice, ModelConfig, NoProgress, Plan, Progress};
+use mqadapt_kernels::Cpu;
+use mqadapt_merge::MergeOptions;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::backend::{Backend, Kernels, Stock};
+use crate::decoder::Decoder;
+use crate::load::{self, Overlay};
+use crate::overlay::{self, AttentionWeights};
+use crate::session::Runner;
+use crate::{Device, Error, GenerateOptions, LoadOptions, Perplexity, Result};
+
+/// Residual stream of some sequences at the entrance of a layer (or behind the last one, before the final norm).
+#[derive(Debug, Clone, PartialEq)]
+pub struct HiddenStates {
+    /// Layers that have been run: 0 is the embeddings, `num_hidden_layers` all of them.
+    pub layer_idx: usize,
+    /// Tokens of each sequence.
+    pub lengths: Vec<usize>,
+    /// `[sum of lengths, hidden_size]`, one sequence after the other.
+    pub values: Vec<f32>,
+}
+
+/// What one layer saw of one sequence; row-major, one row a token.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerTrace<'a> {
+    /// The layer.
+    pub layer_idx: usize,
+    /// Index of the sequence.
+    pub sequence: usize,
+    /// Residual stream entering the layer, `[tokens, hidden_size]`.
+    pub hidden: &'a [f32],
+    /// What the projections read: `input_layernorm` of it, `[tokens, hidden_size]`.
+    pub attention_input: &'a [f32],
+    /// Queries after bias and norm, before `RoPE`, `[tokens, num_attention_heads * head_dim]`.
+    pub q: &'a [f32],
+    /// Keys after bias and norm, before `RoPE`, `[tokens, num_key_value_heads * head_dim]`.
+    pub k: &'a [f32],
+    /// Values, `[tokens, num_key_value_heads * head_dim]`.
+    pub v: &'a [f32],
+    /// What `o_proj` reads, `[tokens, num_attention_heads * head_dim]`.
+    pub attention: &'a [f32],
+}
+
+/// A decoder-only language model, ready to run. Calls from several threads wait for each other.
+pub struct Model {
+    engine: Engine,
+    plan: Plan,
+    fingerprint: String,
+    /// Of weights that are replaced.
+    dtype: DType,
+    options: LoadOptions,
+    /// Layers with weights that are not of the checkpoint and plan.
+    replaced: Vec<usize>,
+}
+
+/// The model on the backend that runs it.
+enum Engine {
+    Kernels(Runner<Kernels>),
+    Stock(Runner<Stock>),
+}
+
+/// The same expression for whichever backend runs the model.
+macro_rules! on_backend {
+    ($engine:expr, $runner:ident => $work:expr) => {
+        match $engine {
+            Engine::Kernels($runner) => $work,
+            Engine::Stock($runner) => $work,
+        }
+    };
+}
+
+impl From<Runner<Kernels>> for Engine {
+    fn from(runner: Runner<Kernels>) -> Self {
+        Self::Kernels(runner)
+    }
+}
+
+impl From<Runner<Stock>> for Engine {
+    fn from(runner: Runner<Stock>) -> Self {
+        Self::Stock(runner)
+    }
+}
+
+/// The names of what a model computes, as 16 hexadecimal digits.
+fn name_of(parts: &[&str]) -> String {
+    format!("{:016x}", xxh3_64(parts.join("\n").as_bytes()))
+}
+
+impl Model {
+    /// Loads a checkpoint; a plan in the options is applied while reading, with the logits of the converted checkpoint
+    /// bit for bit. Progress: bytes.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`], [`Error::Shape`], [`Error::Method`], [`Error::Device`], [`Error::Interrupted`].
+    pub fn load(checkpoint: &Checkpoint, options: &LoadOptions, progress: &dyn Progress) -> Result<Self> {
+        let source = checkpoint.config();
+        let plan = options.plan.clone().unwrap_or_else(|| Plan::keep(source));
+        if options.max_tokens_in_flight == 0 {
+            return Err(Error::Argument { name: "max_tokens_in_flight", detail: "must be 1 or more".to_owned() });
+        }
+        if plan.source_num_key_value_heads() != source.num_key_value_heads {
+            let detail = "was made for a model with other K/V heads".to_owned();
+            return Err(Error::Argument { name: "plan", detail });
+        }
+        let overlay = if plan.is_keep() { None } else { Some(Overlay::new(&plan, &options.method, options.merge)?) };
+        let config = planned(source, &plan);
+        let dtype = options.dtype.unwrap_or(checkpoint.dtype());
+        let weights = Loading { checkpoint, config: &config, overlay: overlay.as_ref(), options, progress };
+        let engine = match options.device {
+            Device::Cpu => {
+                let cpu = kernels()?;
+                Engine::Kernels(weights.runner(Kernels::new(cpu, options.precision), dtype)?)
+            }
+            Device::CpuStock => {
+                let device = candle_core::Device::Cpu;
+                Engine::Stock(weights.runner(Stock { device }, DType::F32)?)
+            }
+            Device::Cuda(index) => {
+                let device = cuda(index)?;
+                Engine::Stock(weights.runner(Stock { device }, dtype)?)
+            }
+        };
+        let fingerprint = fingerprint(&checkpoint.fingerprint()?, &plan, options);
+        Ok(Self { engine, plan, fingerprint, dtype, options: options.clone(), replaced: Vec::new() })
+    }
+
+    /// The same model under another plan for its checkpoint; unchanged layers are shared, so this takes the time and
+    /// memory of the changed K/V projections only.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn with_plan(&self, checkpoint: &Checkpoint, plan: &Plan, method: &str, merge: &MergeOptions) -> Result<Self> {
+        let source = checkpoint.config();
+        if plan.source_num_key_value_heads() != self.plan.source_num_key_value_heads() {
+            let detail = "was made for a model with other K/V heads".to_owned();
+            return Err(Error::Argument { name: "plan", detail });
+        }
+        let overlay = Overlay::new(plan, method, *merge)?;
+        let config = planned(source, plan);
+        let layers: Vec<usize> = (0..config.num_hidden_layers)
+            .filter(|&idx| plan.changes(idx) || self.plan.changes(idx) || self.replaced.contains(&idx))
+            .collect();
+        let mut options = self.options.clone();
+        (options.plan, options.method, options.merge) = (Some(plan.clone()), method.to_owned(), *merge);
+        let engine = on_backend!(&self.engine, runner => runner
+            .with(overlay::with_plan(&runner.decoder, checkpoint, &config, &overlay, &layers, options.dtype, &NoProgress)?)
+            .into());
+        let fingerprint = fingerprint(&checkpoint.fingerprint()?, plan, &options);
+        Ok(Self { engine, plan: plan.clone(), fingerprint, dtype: self.dtype, options, replaced: Vec::new() })
+    }
+
+    /// The same model with one layer's attention replaced; everything else is shared.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where a length does not fit.
+    pub fn with_layer(&self, layer_idx: usize, weights: &AttentionWeights) -> Result<Self> {
+        let mut heads = self.config().num_key_value_heads.clone();
+        let wrong = |detail: String| Error::Argument { name: "weights", detail };
+        let own = heads.get_mut(layer_idx).ok_or_else(|| wrong(format!("are for layer {layer_idx}, which is not there")))?;
+        *own = weights.num_key_value_heads;
+        let mut source = self.config().clone();
+        source.num_key_value_heads = self.plan.source_num_key_value_heads().to_vec();
+        let plan = Plan::from_heads(&heads, &source)?;
+        let config = planned(&source, &plan);
+        let engine = on_backend!(&self.engine, runner => runner
+            .with(overlay::with_layer(&runner.decoder, &config, layer_idx, weights, self.dtype)?)
+            .into());
+        let fingerprint = name_of(&[&self.fingerprint, &layer_idx.to_string(), &weights.fingerprint()]);
+        let mut replaced = self.replaced.clone();
+        replaced.push(layer_idx);
+        Ok(Self { engine, plan, fingerprint, dtype: self.dtype, options: self.options.clone(), replaced })
+    }
+
+    /// The configuration, its K/V heads those of the plan.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        on_backend!(&self.engine, runner => &runner.decoder.config)
+    }
+
+    /// The plan that was applied.
+    #[must_use]
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Names what this model computes: checkpoint, plan, method, options, dtypes and device, as 16 hexadecimal digits.
+    #[must_use]
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// Bytes of K/V cache that are allocated now.
+    #[must_use]
+    pub fn kv_bytes(&self) -> u64 {
+        on_backend!(&self.engine, runner => runner.kv_bytes())
+    }
+
+    /// Bytes that one token takes in the K/V cache.
+    #[must_use]
+    pub fn kv_bytes_per_token(&self) -> u64 {
+        let value_bytes = on_backend!(&self.engine, runner => runner.kv_dtype).bytes();
+        let values = |choice: &KvChoice| 2 * choice.num_key_value_heads() * self.config().head_dim; // a key and a value
+        self.plan.layers().iter().map(|choice| (values(choice) * value_bytes) as u64).sum()
+    }
+
+    /// Bytes that one decode step of one sequence reads with `depth` tokens cached: the weights of the layers and of
+    /// `lm_head`, and the cache. What limits its speed on most machines.
+    #[must_use]
+    pub fn bytes_per_step(&self, depth: usize) -> u64 {
+        on_backend!(&self.engine, runner => runner.bytes_per_step(depth))
+    }
+
+    /// Seconds of each of some decode steps with `depth` tokens cached before the first, for one sequence or several side
+    /// by side: the latency at that depth, without reading a text of that length first. Progress: steps.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for no sequences, [`Error::Candle`], [`Error::Interrupted`].
+    pub fn measure_decode(
+        &self,
+        depth: usize,
+        steps: usize,
+        sequences: usize,
+        progress: &dyn Progress,
+    ) -> Result<Vec<f64>> {
+        on_backend!(&self.engine, runner => runner.measure_decode(depth, steps, sequences, progress))
+    }
+
+    /// Seconds of each of some passes over a prompt of this many tokens. Progress: passes.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for no tokens, [`Error::Candle`], [`Error::Interrupted`].
+    pub fn measure_prefill(&self, tokens: usize, passes: usize, progress: &dyn Progress) -> Result<Vec<f64>> {
+        on_backend!(&self.engine, runner => runner.measure_prefill(tokens, passes, progress))
+    }
+
+    /// Logits of every position, `[ids.len(), vocab_size]`. Progress: tokens.
+    ///
+    /// # Errors
+    /// [`Error::Token`], [`Error::Candle`], [`Error::Interrupted`], as every call below.
+    pub fn logits(&self, ids: &[u32], progress: &dyn Progress) -> Result<Vec<f32>> {
+        self.logits_in_steps(ids, &[], progress)
+    }
+
+    /// As [`Self::logits`], the sequence being fed through the K/V cache in pieces of these lengths
+    /// (and what is left of it in one last piece).
+    ///
+    /// # Errors
+    /// As [`Self::logits`].
+    pub fn logits_in_steps(&self, ids: &[u32], steps: &[usize], progress: &dyn Progress) -> Result<Vec<f32>> {
+        on_backend!(&self.engine, runner => runner.logits(ids, steps, progress))
+    }
+
+    /// What transformers calls `output_hidden_states`: the embeddings, the output of every layer but the last, and the
+    /// final norm's output, each `[ids.len(), hidden_size]`.
+    ///
+    /// # Errors
+    /// As [`Self::logits`].
+    pub fn hidden_states(&self, ids: &[u32], progress: &dyn Progress) -> Result<Vec<Vec<f32>>> {
+        on_backend!(&self.engine, runner => runner.hidden_states(ids, progress))
+    }
+
+    /// For each (context, continuation): the log-likelihood of the continuation, and whether it is what greedy
+    /// decoding gives. What requests have in common is computed once, wherever they stand in the list.
+    /// Progress: requests.
+    ///
+    /// # Errors
+    /// As [`Self::logits`]; [`Error::Argument`] for an empty context.
+    pub fn loglikelihood(&self, requests: &[(Vec<u32>, Vec<u32>)], progress: &dyn Progress) -> Result<Vec<(f64, bool)>> {
+        on_backend!(&self.engine, runner => runner.loglikelihood(requests, progress))
+    }
+
+    /// Perplexity over non-overlapping windows of `context` tokens, the first `windows` of them (`None`: all; a rest
+    /// shorter than a window is left out). Progress: windows.
+    ///
+    /// # Errors
+    /// As [`Self::logits`]; [`Error::Argument`] where `context < 2` or the text is shorter than a window.
+    pub fn perplexity(
+        &self,
+        ids: &[u32],
+        context: usize,
+        windows: Option<usize>,
+        progress: &dyn Progress,
+    ) -> Result<Perplexity> {
+        let wrong = |name, detail: String| Err(Error::Argument { name, detail });
+        if context < 2 {
+            return wrong("context", format!("must be 2 or more, so that a token is predicted; found {context}"));
+        }
+        let count = (ids.len() / context).min(windows.unwrap_or(usize::MAX));
+        if count == 0 {
+            return wrong("ids", format!("must be a window of {context} tokens at least; found {}", ids.len()));
+        }
+        let windows: Vec<_> =
+            ids.chunks_exact(context).take(count).map(|window| (window[..1].to_vec(), window[1..].to_vec())).collect();
+        let scores = self.loglikelihood(&windows, progress)?;
+        let window_nll: Vec<f64> = scores.iter().map(|(sum, _)| -sum / (context - 1) as f64).collect();
+        let mean = window_nll.iter().sum::<f64>() / count as f64;
+        Ok(Perplexity { perplexity: mean.exp(), tokens: count * (context - 1), window_nll })
+    }
+
+    /// Continues every prompt; the new tokens only. `on_token(index, token)` is told every new token in turn and ends its
+    /// sequence by returning `false` (the token stays). Progress: sequences.
+    ///
+    /// # Errors
+    /// As [`Self::logits`]; [`Error::Argument`] for an empty prompt or options that cannot be.
+    pub fn generate(
+        &self,
+        prompts: &[Vec<u32>],
+        options: &GenerateOptions,
+        on_token: &mut dyn FnMut(usize, u32) -> bool,
+        progress: &dyn Progress,
+    ) -> Result<Vec<Vec<u32>>> {
+        on_backend!(&self.engine, runner => runner.generate(prompts, options, on_token, progress))
+    }
+
+    /// Runs all sequences, layer by layer, and shows what every layer saw of every sequence. Returns the residual stream
+    /// behind the last layer. Memory: the residual streams of all sequences. Progress: layers.
+    ///
+    /// # Errors
+    /// As [`Self::logits`]; what the visitor returns.
+    pub fn trace_layers<E: From<Error>>(
+        &self,
+        sequences: &[Vec<u32>],
+        visitor: &mut dyn FnMut(&LayerTrace<'_>) -> std::result::Result<(), E>,
+        progress: &dyn Progress,
+    ) -> std::result::Result<HiddenStates, E> {
+        on_backend!(&self.engine, runner => runner.trace_layers(sequences, visitor, progress))
+    }
+
+    /// The residual stream entering layer `layer_idx` (`num_hidden_layers`: behind the last). Progress: tokens.
+    ///
+    /// # Errors
+    /// As [`Self::logits`]; [`Error::Argument`] for a layer that is not there.
+    pub fn hidden_before(&self, layer_idx: usize, sequences: &[Vec<u32>], progress: &dyn Progress) -> Result<HiddenStates> {
+        on_backend!(&self.engine, runner => runner.hidden_before(layer_idx, sequences, progress))
+    }
+
+    /// Goes on from a saved residual stream up to the entrance of layer `layer_idx`. Progress: tokens.
+    ///
+    /// # Errors
+    /// As [`Self::hidden_before`].
+    pub fn forward_from(&self, hidden: &HiddenStates, layer_idx: usize, progress: &dyn Progress) -> Result<HiddenStates> {
+        on_backend!(&self.engine, runner => runner.forward_from(hidden, layer_idx, progress))
+    }
+
+    /// Negative log-likelihood in nats of every token but the first of each sequence, from the residual stream behind
+    /// the last layer; `[sum of (length - 1)]`.
+    ///
+    /// # Errors
+    /// As [`Self::logits`]; [`Error::Argument`] where the two do not fit.
+    pub fn nll(&self, hidden: &HiddenStates, sequences: &[Vec<u32>], progress: &dyn Progress) -> Result<Vec<f64>> {
+        on_backend!(&self.engine, runner => runner.nll(hidden, sequences, progress))
+    }
+
+    /// For every row, the Kullback-Leibler divergence of this model's next-token distribution from another's, in nats:
+    /// `sum_i p_i (ln p_i - ln q_i)`, `p` of `reference` (the residual stream of the other model behind its last
+    /// layer), `q` of `hidden`. Both go through this model's final norm and `lm_head`, a few rows at a time.
+    /// Progress: tokens.
+    ///
+    /// # Errors
+    /// As [`Self::logits`]; [`Error::Argument`] where the two do not fit.
+    pub fn kl_divergence(&self, reference: &HiddenStates, hidden: &HiddenStates, progress: &dyn Progress) -> Result<Vec<f64>> {
+        on_backend!(&self.engine, runner => runner.kl_divergence(reference, hidden, progress))
+    }
+}
+
+/// What all backends load from.
+struct Loading<'a> {
+    checkpoint: &'a Checkpoint,
+    config: &'a ModelConfig,
+    overlay: Option<&'a Overlay<'a>>,
+    options: &'a LoadOptions,
+    progress: &'a dyn Progress,
+}
+
+impl Loading<'_> {
+    /// `kv_dtype`: of the cache, unless the options say otherwise.
+    fn runner<B: Backend>(&self, backend: B, kv_dtype: DType) -> Result<Runner<B>> {
+        let Self { checkpoint, config, overlay, options, progress } = *self;
+        let decoder: Decoder<B> = load::decoder(checkpoint, backend, config, overlay, options.dtype, progress)?;
+        Ok(Runner::new(decoder, options.kv_dtype.unwrap_or(kv_dtype), options.max_tokens_in_flight))
+    }
+}
+
+/// The configuration with the plan's heads.
+fn planned(source: &ModelConfig, plan: &Plan) -> ModelConfig {
+    ModelConfig { num_key_value_heads: plan.num_key_value_heads(), ..source.clone() }
+}
+
+fn fingerprint(checkpoint: &str, plan: &Plan, options: &LoadOptions) -> String {
+    let LoadOptions { method, merge, dtype, kv_dtype, device, precision, .. } = options;
+    let merge = if plan.is_keep() { String::new() } else { format!("{method} {merge:?}") };
+    name_of(&[checkpoint, &plan.to_string(), &merge, &format!("{dtype:?} {kv_dtype:?} {device:?} {precision:?}")])
+}
+
+/// The kernels, once the environment has been looked at.
+fn kernels() -> Result<&'static Cpu> {
+    static CHECKED: LazyLock<std::result::Result<(), String>> = LazyLock::new(|| Cpu::from_env().map(drop));
+    match &*CHECKED {
+        Ok(()) => Ok(Cpu::global()),
+        Err(detail) => Err(Error::Device { device: "cpu".to_owned(), detail: detail.clone() }),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(index: usize) -> Result<candle_core::Device> {
+    candle_core::Device::new_cuda(index).map_err(|source| {
+        let detail = format!("no usable GPU was found ({source}); use device 'cpu'");
+        Error::Device { device: format!("cuda:{index}"), detail }
+    })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(index: usize) -> Result<candle_core::Device> {
+    let detail = "this build has no CUDA; install one built with the feature 'cuda', or use device 'cpu'".to_owned();
+    Err(Error::Device { device: format!("cuda:{index}"), detail })
+}

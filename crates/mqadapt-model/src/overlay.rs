@@ -1,0 +1,168 @@
+//! Other attention weights for single layers of a loaded model; everything else is shared.
+
+use std::sync::Arc;
+
+use mqadapt_checkpoint::Checkpoint;
+use mqadapt_core::family::{LayerTensor, Module};
+use mqadapt_core::{DType, ModelConfig, Progress};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::aligned::Floats;
+use crate::backend::{Backend, HostMatrix, Linear};
+use crate::decoder::{Attention, Block, Decoder};
+use crate::error::{Error, Result};
+use crate::load::{self, Overlay, Weights};
+
+/// New attention weights of one layer, row-major f32; rounded once to the dtype of the weights that they replace.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionWeights {
+    /// K/V heads; divides `num_attention_heads`.
+    pub num_key_value_heads: usize,
+    /// `[num_attention_heads * head_dim, hidden_size]`; `None`: unchanged.
+    pub q_proj: Option<Vec<f32>>,
+    /// `[num_key_value_heads * head_dim, hidden_size]`.
+    pub k_proj: Vec<f32>,
+    /// `[num_key_value_heads * head_dim, hidden_size]`.
+    pub v_proj: Vec<f32>,
+    /// `[hidden_size, num_attention_heads * head_dim]`; `None`: unchanged.
+    pub o_proj: Option<Vec<f32>>,
+    /// `[num_attention_heads * head_dim]`; `None`: unchanged.
+    pub q_proj_bias: Option<Vec<f32>>,
+    /// `[num_key_value_heads * head_dim]`, where the layer has one.
+    pub k_proj_bias: Option<Vec<f32>>,
+    /// `[num_key_value_heads * head_dim]`, where the layer has one.
+    pub v_proj_bias: Option<Vec<f32>>,
+}
+
+impl AttentionWeights {
+    /// A name for these values.
+    pub(crate) fn fingerprint(&self) -> String {
+        let mut hash = Xxh3::new();
+        let (k_proj, v_proj) = (Some(&self.k_proj), Some(&self.v_proj));
+        let biases = [self.q_proj_bias.as_ref(), self.k_proj_bias.as_ref(), self.v_proj_bias.as_ref()];
+        for values in [self.q_proj.as_ref(), k_proj, v_proj, self.o_proj.as_ref()].into_iter().chain(biases) {
+            hash.update(&values.map_or(0, Vec::len).to_le_bytes());
+            values.into_iter().flatten().for_each(|value| hash.update(&value.to_le_bytes()));
+        }
+        format!("{:016x}", hash.digest())
+    }
+}
+
+impl<B: Backend> Linear<B> {
+    fn shared(&self) -> Self {
+        Self { weight: Arc::clone(&self.weight), bias: self.bias.clone() }
+    }
+}
+
+/// A decoder that shares everything with another, and can have layers replaced.
+fn shared<B: Backend>(decoder: &Decoder<B>, config: ModelConfig) -> Decoder<B> {
+    Decoder {
+        backend: Arc::clone(&decoder.backend),
+        config,
+        embedding_scale: decoder.embedding_scale,
+        embed_tokens: Arc::clone(&decoder.embed_tokens),
+        layers: decoder.layers.clone(),
+        norm: Arc::clone(&decoder.norm),
+        lm_head: Arc::clone(&decoder.lm_head),
+    }
+}
+
+/// Puts other attention into a layer.
+fn replace<B: Backend>(decoder: &mut Decoder<B>, layer_idx: usize, self_attn: Attention<B>) {
+    let Some(layer) = decoder.layers.get_mut(layer_idx) else { return };
+    *layer = Arc::new(Block {
+        self_attn,
+        input_layernorm: Arc::clone(&layer.input_layernorm),
+        post_attention_layernorm: Arc::clone(&layer.post_attention_layernorm),
+        mlp: Arc::clone(&layer.mlp),
+    });
+}
+
+/// The decoder with the K/V weights of some layers read again under a plan. `config`: with the plan's heads.
+pub(crate) fn with_plan<B: Backend>(
+    decoder: &Decoder<B>,
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    overlay: &Overlay<'_>,
+    layers: &[usize],
+    dtype: Option<DType>,
+    progress: &dyn Progress,
+) -> Result<Decoder<B>> {
+    let mut names = Vec::new();
+    for &layer_idx in layers {
+        for module in [Module::KProj, Module::VProj] {
+            names.push(LayerTensor::weight(layer_idx, module).name());
+            if config.has_bias(module) {
+                names.push(LayerTensor::bias(layer_idx, module).name());
+            }
+        }
+    }
+    let tensors = load::read(checkpoint, &names, Some(overlay), dtype, progress)?;
+    let mut out = shared(decoder, config.clone());
+    let mut weights = Weights { backend: &*decoder.backend, config, tensors };
+    for &layer_idx in layers {
+        let Some(layer) = decoder.layers.get(layer_idx) else { continue };
+        let old = &layer.self_attn;
+        let self_attn = Attention {
+            heads: load::heads(config, layer_idx),
+            q_proj: old.q_proj.shared(),
+            k_proj: weights.linear(layer_idx, Module::KProj)?,
+            v_proj: weights.linear(layer_idx, Module::VProj)?,
+            o_proj: old.o_proj.shared(),
+            q_norm: old.q_norm.clone(),
+            k_norm: old.k_norm.clone(),
+        };
+        replace(&mut out, layer_idx, self_attn);
+    }
+    Ok(out)
+}
+
+/// The decoder with one layer's attention replaced. `config`: with the layer's new heads; `dtype`: of the weights.
+pub(crate) fn with_layer<B: Backend>(
+    decoder: &Decoder<B>,
+    config: &ModelConfig,
+    layer_idx: usize,
+    new: &AttentionWeights,
+    dtype: DType,
+) -> Result<Decoder<B>> {
+    let layers = decoder.layers.len();
+    let Some(layer) = decoder.layers.get(layer_idx) else {
+        let detail = format!("must be below {layers}; found {layer_idx}");
+        return Err(Error::Argument { name: "layer_idx", detail });
+    };
+    let old = &layer.self_attn;
+    let check = |tensor: LayerTensor, values: &[f32], len: usize| {
+        let detail = format!("need {len} values for '{}'; found {}", tensor.name(), values.len());
+        if values.len() == len { Ok(()) } else { Err(Error::Argument { name: "weights", detail }) }
+    };
+    let linear = |module, weight: Option<&Vec<f32>>, bias: Option<&Vec<f32>>, old: &Linear<B>| -> Result<Linear<B>> {
+        let shape = config.weight_shape(layer_idx, module).unwrap_or_default();
+        let &[out_features, in_features] = shape.as_slice() else { return Ok(old.shared()) };
+        let mut linear = old.shared();
+        if let Some(weight) = weight {
+            check(LayerTensor::weight(layer_idx, module), weight, out_features * in_features)?;
+            let values = Floats::from_f32(weight, dtype);
+            linear.weight = Arc::new(decoder.backend.matrix(HostMatrix { values, out_features, in_features })?);
+        }
+        let heads_change = matches!(module, Module::KProj | Module::VProj);
+        if let Some(bias) = bias {
+            check(LayerTensor::bias(layer_idx, module), bias, out_features)?;
+            linear.bias = Some(Arc::new(decoder.backend.vector(Floats::from_f32(bias, dtype).to_f32())?));
+        } else if heads_change && linear.bias.is_some() {
+            check(LayerTensor::bias(layer_idx, module), &[], out_features)?;
+        }
+        Ok(linear)
+    };
+    let self_attn = Attention {
+        heads: load::heads(config, layer_idx),
+        q_proj: linear(Module::QProj, new.q_proj.as_ref(), new.q_proj_bias.as_ref(), &old.q_proj)?,
+        k_proj: linear(Module::KProj, Some(&new.k_proj), new.k_proj_bias.as_ref(), &old.k_proj)?,
+        v_proj: linear(Module::VProj, Some(&new.v_proj), new.v_proj_bias.as_ref(), &old.v_proj)?,
+        o_proj: linear(Module::OProj, new.o_proj.as_ref(), None, &old.o_proj)?,
+        q_norm: old.q_norm.clone(),
+        k_norm: old.k_norm.clone(),
+    };
+    let mut out = shared(decoder, config.clone());
+    replace(&mut out, layer_idx, self_attn);
+    Ok(out)
+}

@@ -1,0 +1,391 @@
+//! Looking inside: logits of every position, residual streams between layers, what each layer saw, divergences.
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use mqadapt_core::Progress;
+use mqadapt_kernels::{Cpu, Span};
+
+use crate::backend::{Backend, Wanted};
+use crate::decoder::{Moment, Workspace};
+use crate::error::{Error, Result};
+use crate::model::{HiddenStates, LayerTrace};
+use crate::session::{Progressing, Runner, Session};
+
+/// Rows whose logits are held at a time.
+const LOGIT_ROWS: usize = 32;
+
+/// What a run of layers starts from.
+enum Input<'a> {
+    Tokens(&'a [Vec<u32>]),
+    Hidden(&'a HiddenStates),
+}
+
+impl Input<'_> {
+    fn lengths(&self) -> Vec<usize> {
+        match self {
+            Self::Tokens(sequences) => sequences.iter().map(Vec::len).collect(),
+            Self::Hidden(hidden) => hidden.lengths.clone(),
+        }
+    }
+}
+
+fn wrong(name: &'static str, detail: String) -> Error {
+    Error::Argument { name, detail }
+}
+
+impl<B: Backend> Runner<B> {
+    /// Logits of every position; the sequence goes through the cache in pieces of the lengths in `steps`.
+    pub(crate) fn logits(&self, ids: &[u32], steps: &[usize], progress: &dyn Progress) -> Result<Vec<f32>> {
+        self.check_tokens(ids, 0)?;
+        let total = ids.len() as u64;
+        let mut session = self.session_with(ids.len())?;
+        let mut out = Vec::with_capacity(ids.len() * self.decoder.config.vocab_size);
+        let mut tile = Vec::new();
+        let mut steps = steps.iter().copied().filter(|&step| step > 0);
+        let mut at = 0;
+        while at < ids.len() {
+            let step = steps.next().unwrap_or(self.max_tokens_in_flight).min(ids.len() - at);
+            let progressing = Progressing { progress, phase: "tokens", done: at as u64, total };
+            session.one_piece(&ids[at..at + step], at);
+            session.pass(&self.decoder, 0..self.decoder.layers.len(), true, &progressing)?;
+            for first in (0..step).step_by(LOGIT_ROWS) {
+                progressing.tell()?;
+                let rows: Vec<usize> = (first..step.min(first + LOGIT_ROWS)).collect();
+                self.decoder.finish(&rows, &mut session.ws)?;
+                self.decoder.backend.logits(&session.ws.normed, &self.decoder.lm_head, &mut tile)?;
+                out.extend_from_slice(&tile);
+            }
+            at += step;
+        }
+        Ok(out)
+    }
+
+    /// The residual stream entering every layer, and what the final norm gives.
+    pub(crate) fn hidden_states(&self, ids: &[u32], progress: &dyn Progress) -> Result<Vec<Vec<f32>>> {
+        self.check_tokens(ids, 0)?;
+        let layers = self.decoder.layers.len();
+        let mut session = self.session_with(ids.len())?;
+        let mut out = vec![Vec::new(); layers + 1];
+        if ids.is_empty() {
+            return Ok(out);
+        }
+        let progressing = Progressing { progress, phase: "tokens", done: 0, total: ids.len() as u64 };
+        session.one_piece(ids, 0);
+        let backend = &self.decoder.backend;
+        session.observed_pass(&self.decoder, 0..layers, true, &mut |moment, layer: usize, ws: &Workspace<B>| {
+            if moment == Moment::Entering {
+                out[layer] = backend.download(&ws.hidden)?;
+            }
+            progressing.tell()
+        })?;
+        let rows: Vec<usize> = (0..ids.len()).collect();
+        self.decoder.finish(&rows, &mut session.ws)?;
+        out[layers] = backend.download(&session.ws.normed)?;
+        Ok(out)
+    }
+
+    /// The residual stream of some sequences at the entrance of a layer.
+    pub(crate) fn hidden_before(
+        &self,
+        layer_idx: usize,
+        sequences: &[Vec<u32>],
+        progress: &dyn Progress,
+    ) -> Result<HiddenStates> {
+        for (index, sequence) in sequences.iter().enumerate() {
+            self.check_tokens(sequence, index)?;
+        }
+        self.check_layer(layer_idx)?;
+        self.advance(&Input::Tokens(sequences), 0..layer_idx, progress)
+    }
+
+    /// The residual stream further up.
+    pub(crate) fn forward_from(
+        &self,
+        hidden: &HiddenStates,
+        layer_idx: usize,
+        progress: &dyn Progress,
+    ) -> Result<HiddenStates> {
+        self.check_hidden("hidden", hidden)?;
+        self.check_layer(layer_idx)?;
+        if hidden.layer_idx > layer_idx {
+            let detail = format!("is at layer {}, behind layer {layer_idx}", hidden.layer_idx);
+            return Err(wrong("hidden", detail));
+        }
+        self.advance(&Input::Hidden(hidden), hidden.layer_idx..layer_idx, progress)
+    }
+
+    fn check_layer(&self, layer_idx: usize) -> Result<()> {
+        let layers = self.decoder.layers.len();
+        if layer_idx <= layers {
+            return Ok(());
+        }
+        Err(wrong("layer_idx", format!("must be at most {layers}, behind the last layer; found {layer_idx}")))
+    }
+
+    fn check_hidden(&self, name: &'static str, hidden: &HiddenStates) -> Result<()> {
+        let expected = hidden.lengths.iter().sum::<usize>() * self.decoder.config.hidden_size;
+        if hidden.values.len() == expected {
+            return Ok(());
+        }
+        Err(wrong(name, format!("must have {expected} values for its lengths; found {}", hidden.values.len())))
+    }
+
+    /// Runs some layers on packed sequences, as many rows at a time as may be in flight.
+    fn advance(&self, input: &Input<'_>, layers: Range<usize>, progress: &dyn Progress) -> Result<HiddenStates> {
+        let (lengths, width) = (input.lengths(), self.decoder.config.hidden_size);
+        let rows: usize = lengths.iter().sum();
+        let passes = passes(&lengths, self.max_tokens_in_flight);
+        let mut out = HiddenStates { layer_idx: layers.end, lengths, values: Vec::with_capacity(rows * width) };
+        let longest = out.lengths.iter().copied().max().unwrap_or(0);
+        let mut session = self.session_with(longest.max(self.max_tokens_in_flight.min(rows)))?;
+        let mut first = 0; // row of the pass's first token
+        for pass in passes {
+            session.batch.clear();
+            for piece in &pass {
+                let before = [Span { start: piece.base, len: piece.tokens.start }];
+                let slot = piece.base + piece.tokens.start;
+                match input {
+                    Input::Tokens(all) => session.batch.push(&all[piece.sequence][piece.tokens.clone()], before, slot),
+                    Input::Hidden(_) => session.batch.push_rows(piece.tokens.len(), before, slot),
+                }
+            }
+            let count = session.batch.rows();
+            let progressing = Progressing { progress, phase: "tokens", done: first as u64, total: rows as u64 };
+            if let Input::Hidden(hidden) = input {
+                let values = &hidden.values[first * width..(first + count) * width];
+                self.decoder.backend.upload(values, width, &mut session.ws.hidden)?;
+            }
+            session.pass(&self.decoder, layers.clone(), matches!(input, Input::Tokens(_)), &progressing)?;
+            out.values.extend(self.decoder.backend.download(&session.ws.hidden)?);
+            first += count;
+        }
+        Ok(out)
+    }
+
+    /// Layer by layer, every sequence through it.
+    pub(crate) fn trace_layers<E: From<Error>>(
+        &self,
+        sequences: &[Vec<u32>],
+        visitor: &mut dyn FnMut(&LayerTrace<'_>) -> std::result::Result<(), E>,
+        progress: &dyn Progress,
+    ) -> std::result::Result<HiddenStates, E> {
+        let (layers, width) = (self.decoder.layers.len(), self.decoder.config.hidden_size);
+        let mut hidden = self.hidden_before(0, sequences, progress)?;
+        let longest = hidden.lengths.iter().copied().max().unwrap_or(0);
+        for layer_idx in 0..layers {
+            let mut rest = hidden.values.as_mut_slice();
+            for (sequence, &length) in hidden.lengths.iter().enumerate() {
+                let (stream, others) = std::mem::take(&mut rest).split_at_mut(length * width);
+                rest = others;
+                if length == 0 {
+                    continue;
+                }
+                let progressing = Progressing { progress, phase: "layers", done: layer_idx as u64, total: layers as u64 };
+                let mut session = self.session_with(longest)?;
+                let (session, backend) = (&mut *session, &self.decoder.backend);
+                session.batch.push_rows(length, [], 0);
+                backend.upload(stream, width, &mut session.ws.hidden)?;
+                let mut seen: [Vec<f32>; 5] = Default::default();
+                session.observed_pass(
+                    &self.decoder,
+                    layer_idx..layer_idx + 1,
+                    false,
+                    &mut |moment, _: usize, ws: &Workspace<B>| {
+                        match moment {
+                            Moment::Entering => {}
+                            Moment::Projected => {
+                                for (seen, buffer) in seen.iter_mut().zip([&ws.normed, &ws.q, &ws.k, &ws.v]) {
+                                    *seen = backend.download(buffer)?;
+                                }
+                            }
+                            Moment::Attended => seen[4] = backend.download(&ws.attention)?,
+                        }
+                        progressing.tell()
+                    },
+                )?;
+                let [attention_input, q, k, v, attention] = &seen;
+                visitor(&LayerTrace { layer_idx, sequence, hidden: stream, attention_input, q, k, v, attention })?;
+                stream.copy_from_slice(&backend.download(&session.ws.hidden)?);
+            }
+        }
+        hidden.layer_idx = layers;
+        Ok(hidden)
+    }
+
+    /// Rows behind the last layer, normed, a few at a time: `take(first row, session)`.
+    fn finished_rows(
+        &self,
+        hidden: &HiddenStates,
+        rows: Range<usize>,
+        session: &mut Session<B>,
+    ) -> Result<()> {
+        let width = self.decoder.config.hidden_size;
+        self.decoder.backend.upload(&hidden.values[rows.start * width..rows.end * width], width, &mut session.ws.hidden)?;
+        self.decoder.finish(&(0..rows.len()).collect::<Vec<_>>(), &mut session.ws)
+    }
+
+    fn check_finished(&self, name: &'static str, hidden: &HiddenStates) -> Result<()> {
+        self.check_hidden(name, hidden)?;
+        let layers = self.decoder.layers.len();
+        if hidden.layer_idx == layers {
+            return Ok(());
+        }
+        Err(wrong(name, format!("must be behind the last layer, {layers}; found layer {}", hidden.layer_idx)))
+    }
+
+    /// Negative log-likelihood of every token but the first of each sequence.
+    pub(crate) fn nll(&self, hidden: &HiddenStates, sequences: &[Vec<u32>], progress: &dyn Progress) -> Result<Vec<f64>> {
+        self.check_finished("hidden", hidden)?;
+        if !sequences.iter().map(Vec::len).eq(hidden.lengths.iter().copied()) {
+            return Err(wrong("sequences", "must have the lengths of the hidden states".to_owned()));
+        }
+        let mut wanted = Vec::new(); // over all rows
+        let mut first = 0;
+        for (index, sequence) in sequences.iter().enumerate() {
+            self.check_tokens(sequence, index)?;
+            wanted.extend(sequence.iter().skip(1).enumerate().map(|(i, &token)| Wanted { row: first + i, token }));
+            first += sequence.len();
+        }
+        let mut session = self.session();
+        let (mut out, mut scored) = (Vec::with_capacity(wanted.len()), Vec::new());
+        for start in (0..first).step_by(self.max_tokens_in_flight) {
+            Progressing { progress, phase: "tokens", done: start as u64, total: first as u64 }.tell()?;
+            let end = first.min(start + self.max_tokens_in_flight);
+            self.finished_rows(hidden, start..end, &mut session)?;
+            let mine = wanted.partition_point(|w| w.row < start)..wanted.partition_point(|w| w.row < end);
+            let mine: Vec<_> = wanted[mine].iter().map(|w| Wanted { row: w.row - start, ..*w }).collect();
+            self.decoder.backend.score(&session.ws.normed, &self.decoder.lm_head, &mine, &mut scored)?;
+            out.extend(scored.iter().map(|scored| -scored.logprob));
+        }
+        Ok(out)
+    }
+
+    /// Divergence of the next-token distributions of `hidden` from those of `reference`, row by row.
+    pub(crate) fn kl_divergence(
+        &self,
+        reference: &HiddenStates,
+        hidden: &HiddenStates,
+        progress: &dyn Progress,
+    ) -> Result<Vec<f64>> {
+        self.check_finished("reference", reference)?;
+        self.check_finished("hidden", hidden)?;
+        if reference.lengths != hidden.lengths {
+            return Err(wrong("hidden", "must have the lengths of the reference".to_owned()));
+        }
+        let total: usize = hidden.lengths.iter().sum();
+        let (backend, vocab_size) = (&self.decoder.backend, self.decoder.config.vocab_size);
+        let (mut p, mut q) = (Vec::new(), Vec::new());
+        let mut session = self.session();
+        let mut out = vec![0.0; total];
+        for (tile, out) in out.chunks_mut(LOGIT_ROWS).enumerate() {
+            let first = tile * LOGIT_ROWS;
+            Progressing { progress, phase: "tokens", done: first as u64, total: total as u64 }.tell()?;
+            let rows = first..first + out.len();
+            for (states, logits) in [(reference, &mut p), (hidden, &mut q)] {
+                self.finished_rows(states, rows.clone(), &mut session)?;
+                backend.logits(&session.ws.normed, &self.decoder.lm_head, logits)?;
+            }
+            let pairs = p.chunks_exact(vocab_size).zip(q.chunks_exact(vocab_size));
+            let work: Mutex<Vec<_>> = Mutex::new(pairs.zip(out).collect());
+            Cpu::global().parallel(rows.len(), |_| {
+                let next = work.lock().unwrap_or_else(PoisonError::into_inner).pop();
+                if let Some(((p, q), out)) = next {
+                    *out = divergence(p, q);
+                }
+            });
+        }
+        Ok(out)
+    }
+}
+
+impl<B: Backend> Session<B> {
+    /// The batch becomes one piece of one sequence, whose earlier tokens are in the slots before.
+    fn one_piece(&mut self, ids: &[u32], at: usize) {
+        self.batch.clear();
+        self.batch.push(ids, [Span { start: 0, len: at }], at);
+    }
+}
+
+/// A piece of a sequence in a pass.
+#[derive(Debug, PartialEq)]
+struct Piece {
+    sequence: usize,
+    /// Slot of the sequence's first token.
+    base: usize,
+    tokens: Range<usize>,
+}
+
+/// Packs sequences into passes of at most `most` rows, in order: whole sequences together, longer ones cut and alone.
+fn passes(lengths: &[usize], most: usize) -> Vec<Vec<Piece>> {
+    let mut passes: Vec<Vec<Piece>> = Vec::new();
+    let mut room = 0;
+    for (sequence, &length) in lengths.iter().enumerate().filter(|(_, length)| **length > 0) {
+        if length > most {
+            let starts = (0..length).step_by(most);
+            passes.extend(starts.map(|at| vec![Piece { sequence, base: 0, tokens: at..length.min(at + most) }]));
+            room = 0;
+            continue;
+        }
+        if room < length {
+            passes.push(Vec::new());
+            room = most;
+        }
+        if let Some(pass) = passes.last_mut() {
+            pass.push(Piece { sequence, base: most - room, tokens: 0..length });
+        }
+        room -= length;
+    }
+    passes
+}
+
+/// `sum p (ln p - ln q)` of two rows of logits, in nats.
+fn divergence(p: &[f32], q: &[f32]) -> f64 {
+    let top = |logits: &[f32]| logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let (p_top, q_top) = (top(p), top(q));
+    let (mut p_sum, mut q_sum, mut difference) = (0.0f64, 0.0f64, 0.0f64);
+    // f32 within a short run, f64 across runs
+    for (p, q) in p.chunks(64).zip(q.chunks(64)) {
+        let (mut p_part, mut q_part, mut part) = (0.0f32, 0.0f32, 0.0f32);
+        for (p, q) in p.iter().zip(q) {
+            let (p, q) = (p - p_top, q - q_top);
+            let weight = p.exp();
+            p_part += weight;
+            q_part += q.exp();
+            part += weight * (p - q);
+        }
+        p_sum += f64::from(p_part);
+        q_sum += f64::from(q_part);
+        difference += f64::from(part);
+    }
+    difference / p_sum - p_sum.ln() + q_sum.ln()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequences_are_packed_in_order() {
+        let piece = |sequence, base, tokens| Piece { sequence, base, tokens };
+        assert_eq!(
+            passes(&[3, 0, 4, 9, 1, 1], 8),
+            [
+                vec![piece(0, 0, 0..3), piece(2, 3, 0..4)],
+                vec![piece(3, 0, 0..8)],
+                vec![piece(3, 0, 8..9)],
+                vec![piece(4, 0, 0..1), piece(5, 1, 0..1)],
+            ]
+        );
+    }
+
+    #[test]
+    fn divergence_of_known_distributions() {
+        let logits = |p: [f64; 3], shift: f64| p.map(|p| (p.ln() + shift) as f32);
+        let (p, q) = ([0.5f64, 0.3, 0.2], [0.25f64, 0.25, 0.5]);
+        let exact: f64 = p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum();
+        // logits are rounded to f32: 1e-6 of values around 10
+        assert!((divergence(&logits(p, 9.0), &logits(q, -3.0)) - exact).abs() < 2e-6);
+        assert_eq!(divergence(&logits(p, 1.0), &logits(p, 1.0)), 0.0);
+    }
+}
