@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
 
 use mqadapt_core::{DType, ModelConfig};
 use xxhash_rust::xxh3::Xxh3;
@@ -41,7 +43,8 @@ pub struct Shard {
     name: String,
     path: PathBuf,
     len: u64,
-    file: File,
+    file: Arc<File>,
+    modified: Option<SystemTime>,
     metadata: Option<Vec<(String, String)>>,
 }
 
@@ -53,7 +56,8 @@ impl Shard {
         file: File,
         metadata: Option<Vec<(String, String)>>,
     ) -> Self {
-        Self { name, path, len, file, metadata }
+        let modified = file.metadata().and_then(|m| m.modified()).ok();
+        Self { name, path, len, file: Arc::new(file), modified, metadata }
     }
 
     /// Its file name.
@@ -74,10 +78,36 @@ impl Shard {
         self.len
     }
 
+    /// When it was last changed, at the time it was opened.
+    #[must_use]
+    pub fn modified(&self) -> Option<SystemTime> {
+        self.modified
+    }
+
+    /// What is different about the file from when it was opened, in words; `None` if nothing is.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn change(&self) -> Result<Option<String>> {
+        let metadata = std::fs::metadata(&self.path).map_err(Error::io("check", &self.path))?;
+        if metadata.len() != self.len {
+            return Ok(Some(format!("it had {} bytes and has {} now", self.len, metadata.len())));
+        }
+        Ok((metadata.modified().ok() != self.modified).then(|| "it was written to".to_owned()))
+    }
+
     /// `__metadata__` of its header, in the file's order.
     #[must_use]
     pub fn metadata(&self) -> Option<&[(String, String)]> {
         self.metadata.as_deref()
+    }
+
+    /// The file, open for reading.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn file(&self) -> Result<Arc<File>> {
+        Ok(Arc::clone(&self.file))
     }
 
     /// Fills `out` with the file's bytes from `offset` on.
@@ -85,7 +115,7 @@ impl Shard {
     /// # Errors
     /// [`Error::Io`], [`Error::Shrunk`].
     pub fn read_exact_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
-        read_exact_at(&self.file, &self.path, offset, out)
+        read_exact_at(&*self.file()?, &self.path, offset, out)
     }
 }
 

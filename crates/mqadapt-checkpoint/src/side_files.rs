@@ -14,6 +14,17 @@ pub struct SideFile {
     pub content: Content,
 }
 
+impl SideFile {
+    /// Its length, as far as it can be told now.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        match &self.content {
+            Content::File(path) => fs::metadata(path).map_or(0, |metadata| metadata.len()),
+            Content::Bytes(bytes) => bytes.len() as u64,
+        }
+    }
+}
+
 /// Where the content of a side file is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Content {

@@ -27,6 +27,18 @@ impl StoredType {
         }
     }
 
+    /// The dtype of a safetensors header; `None` for quantised blocks, which safetensors has not.
+    #[must_use]
+    pub fn safetensors(self) -> Option<safetensors::Dtype> {
+        match self {
+            Self::Float(DType::F32) => Some(safetensors::Dtype::F32),
+            Self::Float(DType::F16) => Some(safetensors::Dtype::F16),
+            Self::Float(DType::BF16) => Some(safetensors::Dtype::BF16),
+            Self::Other(dtype) => Some(dtype),
+            Self::Ggml(_) => None,
+        }
+    }
+
     /// From the dtype of a safetensors header.
     #[must_use]
     pub fn from_safetensors(dtype: safetensors::Dtype) -> Self {

@@ -24,6 +24,18 @@ impl ErrorSum {
         }
     }
 
+    /// The two sums, squared error and squared norm of the source, for keeping.
+    #[must_use]
+    pub fn parts(&self) -> (f64, f64) {
+        (self.error, self.energy)
+    }
+
+    /// From the two sums.
+    #[must_use]
+    pub fn from_parts((error, energy): (f64, f64)) -> Self {
+        Self { error, energy }
+    }
+
     /// Adds the sums of another piece.
     pub fn merge(&mut self, other: Self) {
         self.error += other.error;

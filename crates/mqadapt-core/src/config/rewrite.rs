@@ -13,7 +13,7 @@ pub(super) fn rewrite(source: &ModelConfig, heads: &[usize], modeling_file: &str
     let ours = format!("LayerwiseKV{}ForCausalLM", source.class_prefix());
     let plain = format!("{}ForCausalLM", source.class_prefix());
     out.insert("num_key_value_heads".to_owned(), json!(widest));
-    out.remove("per_layer_config");
+    out.shift_remove("per_layer_config");
     // `head_dim` is derived from the head counts by some readers, which a Gemma contradicts: say it
     out.insert("head_dim".to_owned(), json!(source.head_dim));
 
@@ -38,7 +38,7 @@ pub(super) fn rewrite(source: &ModelConfig, heads: &[usize], modeling_file: &str
 fn remove_auto_map(out: &mut Map<String, Value>, ours: &str) {
     let is_ours = |map: &Value| map["AutoModelForCausalLM"].as_str().is_some_and(|class| class.ends_with(ours));
     if out.get("auto_map").is_some_and(is_ours) {
-        out.remove("auto_map");
+        out.shift_remove("auto_map");
     }
 }
 

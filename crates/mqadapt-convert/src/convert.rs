@@ -1,0 +1,204 @@
+//! A conversion from beginning to end: check everything, plan all output, move the bytes, write what describes them.
+
+use std::path::Path;
+use std::time::{Instant, UNIX_EPOCH};
+
+use mqadapt_checkpoint::{Checkpoint, Content, SideFile, StoredType};
+use mqadapt_core::{DType, ModelConfig, Plan, Progress, cost};
+use serde_json::{Map, Value, json};
+
+use crate::engine::{Engine, LayerNotes, Moved};
+use crate::follower::Follower;
+use crate::journal::{JOURNAL_FILE, Journal};
+use crate::layout::{INDEX_FILE, Layout, Request};
+use crate::manifest::{MANIFEST_FILE, Manifest, PlanRecord, SourceRecord};
+use crate::options::peak_rss_bytes;
+use crate::output::Output;
+use crate::{ConversionReport, ConvertOptions, Error, LayerMerge, Result};
+
+/// The modelling file of checkpoints whose layers differ, without `.py`.
+const MODELING_FILE: &str = "modeling_mqadapt";
+/// Its text; `@FAM@` stands for the prefix of the family's transformers classes.
+const MODELING_TEMPLATE: &str = include_str!("modeling_mqadapt.py.in");
+/// Bytes besides the tensors that have to fit the disk: configuration, manifest, journal.
+const SLACK: u64 = 1 << 20;
+
+/// Converts a checkpoint into a new folder.
+///
+/// Progress is reported in bytes written, phase `convert`. The folder appears under its name only when it is complete: until
+/// then it is called `DST.mqadapt-partial`. After an error it is removed, unless `options.resume` asks to keep it.
+///
+/// # Errors
+/// The [`Error`] that applies; the output is then absent or, after a kill or with `options.resume`, unfinished and resumable.
+pub fn convert(
+    checkpoint: &Checkpoint,
+    dst: &Path,
+    plan: &Plan,
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+) -> Result<ConversionReport> {
+    if options.method.rows().is_none() {
+        let detail = "needs statistics of calibration text".to_owned();
+        return Err(Error::Method { method: options.method.name.to_owned(), detail });
+    }
+    run(checkpoint, dst, plan, options, None, progress)
+}
+
+/// Converts a checkpoint by a method that needs whole layers. Otherwise as [`convert`].
+///
+/// # Errors
+/// As [`convert`], and [`Error::Method`] when `layers` fails.
+pub fn convert_layers(
+    checkpoint: &Checkpoint,
+    dst: &Path,
+    plan: &Plan,
+    options: &ConvertOptions,
+    layers: &mut dyn LayerMerge,
+    progress: &dyn Progress,
+) -> Result<ConversionReport> {
+    run(checkpoint, dst, plan, options, Some(layers), progress)
+}
+
+fn run(
+    checkpoint: &Checkpoint,
+    dst: &Path,
+    plan: &Plan,
+    options: &ConvertOptions,
+    layers: Option<&mut dyn LayerMerge>,
+    progress: &dyn Progress,
+) -> Result<ConversionReport> {
+    let begun = Instant::now();
+    let planned = planned_config(checkpoint, plan, options);
+    let whole_layers = layers.is_some();
+    let layout = Layout::new(Request { checkpoint, planned: &planned, plan, options, whole_layers })?;
+    let source = SourceRecord {
+        name: options.source_name.clone().unwrap_or_else(|| checkpoint.path().display().to_string()),
+        fingerprint: checkpoint.fingerprint()?,
+    };
+    let side_files = checkpoint.side_files()?;
+    let (output, resumed) = Output::begin(checkpoint, dst, options)?;
+    let job = job(checkpoint, plan, options, &source);
+    let (journal, past) = Journal::open(output.work(), &job, resumed, options.sync)?;
+    let side_bytes: u64 = side_files.iter().map(SideFile::bytes).sum();
+    output.check_space((layout.bytes() + side_bytes + SLACK).saturating_sub(output.bytes_there()))?;
+
+    let mut engine = Engine::new(checkpoint, plan, options, output.work(), layout.bytes(), progress);
+    let notes = match layers {
+        Some(layers) => engine.layers(&layout, &past, layers)?,
+        None => LayerNotes::default(),
+    };
+    let moved = engine.run(&layout, &past, Follower::start(journal, options.sync))?;
+    let bytes_read = moved.bytes_read;
+
+    let mut bytes_written = layout.bytes();
+    for file in &side_files {
+        bytes_written += match &file.content {
+            Content::File(path) => output.copy_small(&file.name, path)?,
+            Content::Bytes(bytes) => output.write(&file.name, bytes)?,
+        };
+    }
+    if planned.json.get("per_layer_config").is_some() {
+        let text = MODELING_TEMPLATE.replace("@FAM@", planned.class_prefix());
+        bytes_written += output.write(&format!("{MODELING_FILE}.py"), text.as_bytes())?;
+    }
+    let config = serde_json::to_string_pretty(&planned.json).unwrap_or_default() + "\n";
+    bytes_written += output.write("config.json", config.as_bytes())?;
+    let manifest = manifest(checkpoint, plan, options, source, moved, notes);
+    bytes_written += output.write(MANIFEST_FILE, manifest.to_json().as_bytes())?;
+    if let Some(index) = &layout.index {
+        bytes_written += output.write(INDEX_FILE, index.as_bytes())?;
+    }
+    refuse_changed_source(checkpoint)?;
+    output.commit(&[JOURNAL_FILE])?;
+    Ok(ConversionReport {
+        manifest,
+        bytes_read,
+        bytes_written,
+        seconds: begun.elapsed().as_secs_f64(),
+        peak_rss_bytes: peak_rss_bytes(),
+    })
+}
+
+/// The configuration of the result.
+fn planned_config(checkpoint: &Checkpoint, plan: &Plan, options: &ConvertOptions) -> ModelConfig {
+    let mut planned = checkpoint.config().with_num_key_value_heads(&plan.num_key_value_heads(), MODELING_FILE);
+    let quantised = checkpoint.tensors().iter().any(|tensor| matches!(tensor.dtype, StoredType::Ggml(_)));
+    let dtype = options.dtype.or_else(|| quantised.then(|| checkpoint.dtype()));
+    if let (Some(dtype), Some(fields)) = (dtype, planned.json.as_object_mut()) {
+        // transformers 5 reads `dtype`, 4 `torch_dtype` as well
+        let known: Vec<_> = ["dtype", "torch_dtype"].into_iter().filter(|name| fields.contains_key(*name)).collect();
+        for name in if known.is_empty() { vec!["dtype"] } else { known } {
+            fields.insert(name.to_owned(), json!(dtype.name()));
+        }
+        planned.dtype = Some(dtype);
+    }
+    planned
+}
+
+/// Everything that the written bytes depend on: a conversion is continued only by the same job.
+fn job(checkpoint: &Checkpoint, plan: &Plan, options: &ConvertOptions, source: &SourceRecord) -> Value {
+    let file = |shard: &mqadapt_checkpoint::Shard| {
+        let modified = shard.modified().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        json!([shard.name(), shard.bytes(), modified.map_or(0, |time| time.as_nanos() as u64)])
+    };
+    json!({
+        "mqadapt_version": env!("CARGO_PKG_VERSION"),
+        "source": source,
+        "source files": checkpoint.shards().iter().map(file).collect::<Vec<_>>(),
+        "plan": plan.num_key_value_heads(),
+        "method": options.method.name,
+        "options": merge_options(options),
+        "dtype": options.dtype.map(DType::name),
+        "max_shard_size": options.max_shard_size,
+    })
+}
+
+fn merge_options(options: &ConvertOptions) -> Map<String, Value> {
+    let pairs = [("seed", json!(options.merge.seed)), ("initializer_range", json!(options.merge.initializer_range))];
+    pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+fn manifest(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    options: &ConvertOptions,
+    source: SourceRecord,
+    moved: Moved,
+    notes: LayerNotes,
+) -> Manifest {
+    let config = checkpoint.config();
+    let keep = Plan::keep(config);
+    let dtype = options.dtype.unwrap_or(checkpoint.dtype());
+    let mut relative_error = moved.relative_error;
+    for (layer, error) in relative_error.iter_mut().enumerate() {
+        *error = notes.relative_error.get(&layer).copied().unwrap_or(*error);
+    }
+    Manifest {
+        format_version: 1,
+        mqadapt_version: env!("CARGO_PKG_VERSION").to_owned(),
+        source,
+        plan: PlanRecord { num_key_value_heads: plan.num_key_value_heads() },
+        method: options.method.name.to_owned(),
+        options: merge_options(options),
+        dtype: dtype.name().to_owned(),
+        num_key_value_heads_before: config.num_key_value_heads.clone(),
+        num_key_value_heads_after: plan.num_key_value_heads(),
+        relative_error,
+        layers: notes.notes,
+        kv_bytes_per_token_before: cost::kv_bytes_per_token(config, &keep, dtype.bytes()),
+        kv_bytes_per_token_after: cost::kv_bytes_per_token(config, plan, dtype.bytes()),
+        parameters_before: cost::parameters(config, &keep),
+        parameters_after: cost::parameters(config, plan),
+        shards: moved.shards,
+    }
+}
+
+/// A source that was written to while it was read gave a mixture.
+fn refuse_changed_source(checkpoint: &Checkpoint) -> Result<()> {
+    for shard in checkpoint.shards() {
+        if let Some(detail) = shard.change()? {
+            return Err(Error::SourceChanged { path: shard.path().to_owned(), detail });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,395 @@
+//! Moving the bytes: shard by shard in order, long runs of untouched tensors in one go, touched ones in pieces.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::{self, File, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use mqadapt_checkpoint::{Checkpoint, TensorInfo, convert};
+use mqadapt_core::family::LayerTensor;
+use mqadapt_core::{DType, Plan, Progress};
+use mqadapt_merge::{ErrorSum, KvMerge};
+use serde_json::{Map, Value};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::follower::{Follower, Following};
+use crate::journal::{Mark, MergedTensor, Past};
+use crate::layers::{LayerMerge, LayerWeights, MergedLayer};
+use crate::layout::{How, Layout, OutputShard, OutputTensor};
+use crate::steps::{Step, Work, steps};
+use crate::transfer::{Transfer, write_all_at};
+use crate::{ConvertOptions, Error, Result, ShardRecord, cache};
+
+/// Bytes between two places to continue from.
+const MARK_EVERY: u64 = 256 << 20;
+/// Bytes of the source that the system is asked to read in advance.
+const READ_AHEAD: u64 = 16 << 20;
+/// The phase that progress is reported under; its unit is bytes written.
+pub(crate) const PHASE: &str = "convert";
+
+/// Moves the bytes of one conversion.
+pub(crate) struct Engine<'a> {
+    checkpoint: &'a Checkpoint,
+    plan: &'a Plan,
+    options: &'a ConvertOptions,
+    work: &'a Path,
+    progress: &'a dyn Progress,
+    total: u64,
+    done: u64,
+    bytes_read: u64,
+    transfer: Transfer,
+    buffer: Vec<u8>,
+    /// Per layer.
+    errors: Vec<ErrorSum>,
+    /// Of the tensors merged since the last mark.
+    merged: Vec<MergedTensor>,
+}
+
+/// What is known when all bytes are moved.
+pub(crate) struct Moved {
+    pub shards: Vec<ShardRecord>,
+    pub relative_error: Vec<f64>,
+    pub bytes_read: u64,
+}
+
+/// What a method that needs whole layers said of them.
+#[derive(Debug, Default)]
+pub(crate) struct LayerNotes {
+    pub relative_error: BTreeMap<usize, f64>,
+    pub notes: Map<String, Value>,
+}
+
+/// A file that is being written.
+#[derive(Clone, Copy)]
+struct Destination<'a> {
+    file: &'a File,
+    path: &'a Path,
+}
+
+impl<'a> Engine<'a> {
+    pub fn new(
+        checkpoint: &'a Checkpoint,
+        plan: &'a Plan,
+        options: &'a ConvertOptions,
+        work: &'a Path,
+        total: u64,
+        progress: &'a dyn Progress,
+    ) -> Self {
+        // one buffer to convert through, one to copy through; merging has two of its own
+        let buffer = usize::try_from(options.max_memory / 16).unwrap_or(usize::MAX).clamp(64 << 10, 4 << 20);
+        Self {
+            checkpoint,
+            plan,
+            options,
+            work,
+            progress,
+            total,
+            done: 0,
+            bytes_read: 0,
+            transfer: Transfer::new(buffer),
+            buffer: vec![0; buffer],
+            errors: vec![ErrorSum::default(); checkpoint.config().num_hidden_layers],
+            merged: Vec::new(),
+        }
+    }
+
+    /// Moves everything, or what `past` has left of it.
+    pub fn run(mut self, layout: &Layout, past: &Past, mut follower: Follower) -> Result<Moved> {
+        let mut earlier = Vec::new();
+        for shard in &layout.shards {
+            match self.completed_before(shard, past) {
+                Some(record) => {
+                    self.remember(past.marks(&shard.name));
+                    self.advance(shard.bytes)?;
+                    earlier.push(record);
+                }
+                None => self.shard(shard, past.marks(&shard.name), &mut follower)?,
+            }
+        }
+        let (progress, done, total) = (self.progress, self.done, self.total);
+        let mut shards = follower.finish(|| Ok(progress.advance(PHASE, done, total)?))?;
+        shards.append(&mut earlier);
+        shards.sort_by_key(|record| layout.shards.iter().position(|shard| shard.name == record.name));
+        let relative_error = self.errors.iter().map(ErrorSum::relative).collect();
+        Ok(Moved { shards, relative_error, bytes_read: self.bytes_read })
+    }
+
+    /// Puts the layers of a method that needs them whole into their places, before the rest is streamed around them.
+    pub fn layers(&mut self, layout: &Layout, past: &Past, method: &mut dyn LayerMerge) -> Result<LayerNotes> {
+        let mut out = LayerNotes::default();
+        let complete: HashSet<&str> = layout
+            .shards
+            .iter()
+            .filter(|s| self.completed_before(s, past).is_some())
+            .map(|s| s.name.as_str())
+            .collect();
+        for layer_idx in 0..self.checkpoint.config().num_hidden_layers {
+            let places: Vec<_> =
+                layout.shards.iter().flat_map(|shard| shard.of_layer(layer_idx).map(move |t| (shard, t))).collect();
+            if places.is_empty() {
+                continue;
+            }
+            self.progress.advance(PHASE, self.done, self.total)?;
+            let merged = self.merged_layer(layer_idx, &places, method)?;
+            for (shard, tensor) in places {
+                if !complete.contains(shard.name.as_str()) {
+                    self.put(shard, tensor, &merged.weights)?;
+                }
+            }
+            out.relative_error.insert(layer_idx, merged.relative_error);
+            out.notes.insert(layer_idx.to_string(), merged.notes);
+        }
+        Ok(out)
+    }
+
+    /// Reads a layer and has it merged.
+    fn merged_layer(
+        &mut self,
+        layer_idx: usize,
+        places: &[(&OutputShard, &OutputTensor)],
+        method: &mut dyn LayerMerge,
+    ) -> Result<MergedLayer> {
+        let mut weights = LayerWeights::new();
+        for (_, place) in places {
+            let source = self.source(place.source)?;
+            let mut values = vec![0.0; source.len()];
+            self.checkpoint.read_f32(source, 0, &mut values)?;
+            self.bytes_read += source.bytes;
+            weights.insert(source.name.clone(), values);
+        }
+        let heads = self.plan.layers().get(layer_idx).map_or(0, |choice| choice.num_key_value_heads());
+        let failed = |detail| Error::Method { method: self.options.method.name.to_owned(), detail };
+        let merged = method.merge_layer(layer_idx, heads, weights).map_err(failed)?;
+        for (_, place) in places {
+            let name = &self.source(place.source)?.name;
+            let expected = place.shape.iter().product::<usize>();
+            match merged.weights.get(name) {
+                Some(values) if values.len() == expected => {}
+                found => {
+                    let found = found.map_or_else(|| "nothing".to_owned(), |values| format!("{} values", values.len()));
+                    return Err(failed(format!("gave {found} for '{name}', which takes {expected}")));
+                }
+            }
+        }
+        Ok(merged)
+    }
+
+    /// Writes one merged tensor of a layer into the unfinished file of its shard.
+    fn put(&mut self, shard: &OutputShard, tensor: &OutputTensor, weights: &LayerWeights) -> Result<()> {
+        let name = &self.source(tensor.source)?.name;
+        let (Some(values), Some(dtype)) = (weights.get(name), tensor.dtype.float()) else { return Ok(()) };
+        let path = partial(&self.work.join(&shard.name));
+        let file = open_output(&path)?;
+        let bytes = f32_bytes(values);
+        let per_piece = self.buffer.len() / 4;
+        let mut at = tensor.offset;
+        for piece in bytes.chunks(per_piece * 4) {
+            let Some(out) = self.buffer.get_mut(..piece.len() / 4 * dtype.bytes()) else { break };
+            refuse_overflow(name, convert(DType::F32, piece, dtype, out))?;
+            write_all_at(&file, &path, at, out)?;
+            at += out.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// The record of a shard that an earlier run completed.
+    fn completed_before(&self, shard: &OutputShard, past: &Past) -> Option<ShardRecord> {
+        let last = past.marks(&shard.name).last().filter(|mark| mark.complete && mark.bytes == shard.bytes)?;
+        let there = fs::metadata(self.work.join(&shard.name)).is_ok_and(|metadata| metadata.len() == shard.bytes);
+        there.then(|| ShardRecord { name: last.shard.clone(), bytes: last.bytes, xxh3_128: last.xxh3_128.clone() })
+    }
+
+    fn shard(&mut self, shard: &OutputShard, marks: &[Mark], follower: &mut Follower) -> Result<()> {
+        let following = self.continued(shard, marks)?;
+        let (file, path) = (Arc::clone(&following.file), following.partial.clone());
+        let to = Destination { file: &file, path: &path };
+        let begun = following.hashed;
+        let mut marked = begun;
+        self.advance(begun)?;
+        follower.begin(following)?;
+        if begun == 0 {
+            write_all_at(&file, &path, 0, &shard.header)?;
+            self.advance(shard.header.len() as u64)?;
+        }
+        for step in steps(shard, self.checkpoint).iter().filter(|step| step.end > begun) {
+            self.step(step, to)?;
+            follower.written(step.end)?;
+            if step.end - marked >= MARK_EVERY {
+                marked = step.end;
+                follower.mark(std::mem::take(&mut self.merged))?;
+            }
+        }
+        follower.complete(std::mem::take(&mut self.merged))
+    }
+
+    fn step(&mut self, step: &Step, to: Destination<'_>) -> Result<()> {
+        let bytes = step.end - step.start;
+        match step.work {
+            Work::Copy { shard, offset } => {
+                let Some(from) = self.checkpoint.shards().get(shard) else { return Ok(()) };
+                cache::will_need(&*from.file()?, offset + bytes, offset + bytes + READ_AHEAD);
+                self.transfer.copy(from, offset, to.file, to.path, step.start, bytes)?;
+                self.bytes_read += bytes;
+                self.advance(bytes)
+            }
+            Work::Read { tensor, first_value, dtype } => {
+                let source = self.source(tensor)?;
+                let mut first_value = first_value;
+                let mut at = step.start;
+                while at < step.end {
+                    let most = usize::try_from(step.end - at).unwrap_or(usize::MAX).min(self.buffer.len());
+                    let Some(out) = self.buffer.get_mut(..most) else { break };
+                    refuse_overflow(&source.name, self.checkpoint.read_as(source, dtype, first_value, out)?)?;
+                    write_all_at(to.file, to.path, at, out)?;
+                    first_value += most / dtype.bytes();
+                    at += most as u64;
+                }
+                self.bytes_read += source.bytes * bytes / (source.len().max(1) * dtype.bytes()) as u64;
+                self.advance(bytes)
+            }
+            Work::Merge { tensor, layer, dtype } => self.merge(tensor, layer, dtype, step.start, to),
+            Work::Skip => self.advance(bytes),
+        }
+    }
+
+    /// Merges the heads of one tensor, in pieces.
+    fn merge(
+        &mut self,
+        tensor: usize,
+        layer: LayerTensor,
+        dtype: DType,
+        start: u64,
+        to: Destination<'_>,
+    ) -> Result<()> {
+        let source = self.source(tensor)?;
+        let config = self.checkpoint.config();
+        let rows = self.options.method.rows();
+        let Some(merge) = rows.and_then(|rows| KvMerge::of(layer, config, self.plan, rows, &self.options.merge)) else {
+            return Ok(()); // the layout has merges only where there is one
+        };
+        let read = |first: usize, out: &mut [f32]| Ok(self.checkpoint.read_f32(source, first, out)?);
+        let (buffer, progress, total) = (&mut self.buffer, self.progress, self.total);
+        let done = &mut self.done;
+        let write = |first: usize, merged: &mut [f32]| {
+            let mut at = start + (first * dtype.bytes()) as u64;
+            for piece in merged.chunks_mut(buffer.len() / 4) {
+                let Some(out) = buffer.get_mut(..piece.len() * dtype.bytes()) else { break };
+                refuse_overflow(&source.name, round(piece, dtype, out))?;
+                write_all_at(to.file, to.path, at, out)?;
+                at += out.len() as u64;
+                *done += out.len() as u64;
+            }
+            Ok(progress.advance(PHASE, *done, total)?)
+        };
+        let error = merge.run::<Error>(read, write)?;
+        self.bytes_read += source.bytes;
+        if let Some(sum) = self.errors.get_mut(layer.layer_idx) {
+            sum.merge(error);
+        }
+        let (error, energy) = error.parts();
+        let (error_bits, energy_bits) = (error.to_bits(), energy.to_bits());
+        self.merged.push(MergedTensor { layer_idx: layer.layer_idx, error_bits, energy_bits });
+        Ok(())
+    }
+
+    /// The unfinished file of a shard, and how much of it is known to be right: up to the last mark whose checksum the
+    /// file still has (after a power failure, it may not have what was written last).
+    fn continued(&mut self, shard: &OutputShard, marks: &[Mark]) -> Result<Following> {
+        let path = self.work.join(&shard.name);
+        let partial = partial(&path);
+        if !marks.is_empty() && path.exists() && !partial.exists() {
+            // killed between the last rename and the line in the journal
+            fs::rename(&path, &partial).map_err(Error::io("rename", &path))?;
+        }
+        let file = open_output(&partial)?;
+        let len = file.metadata().map_err(Error::io("open", &partial))?.len();
+        let fresh = |hashed, hash| Following {
+            name: shard.name.clone(),
+            file: Arc::new(file),
+            partial: partial.clone(),
+            path,
+            hashed,
+            hash,
+        };
+        let mut trusted = fresh(0, Box::new(Xxh3::new()));
+        let mut known = 0;
+        let mut piece = vec![0; 256 << 10];
+        for (at, mark) in marks.iter().enumerate() {
+            if mark.bytes > len || mark.bytes > shard.bytes || mark.bytes < trusted.hashed {
+                break;
+            }
+            let before = (trusted.hashed, trusted.hash.clone());
+            trusted.follow(mark.bytes, &mut piece, &AtomicBool::new(false))?;
+            self.progress.advance(PHASE, self.done + trusted.hashed, self.total)?;
+            if trusted.digest() != mark.xxh3_128 {
+                (trusted.hashed, trusted.hash) = before;
+                break;
+            }
+            known = at + 1;
+        }
+        self.remember(marks.get(..known).unwrap_or(&[]));
+        Ok(trusted)
+    }
+
+    /// Takes the errors of merged tensors from the journal.
+    fn remember(&mut self, marks: &[Mark]) {
+        for merged in marks.iter().flat_map(|mark| &mark.merged) {
+            if let Some(sum) = self.errors.get_mut(merged.layer_idx) {
+                let parts = (f64::from_bits(merged.error_bits), f64::from_bits(merged.energy_bits));
+                sum.merge(ErrorSum::from_parts(parts));
+            }
+        }
+    }
+
+    fn source(&self, at: usize) -> Result<&'a TensorInfo> {
+        let none = || Error::Method { method: self.options.method.name.to_owned(), detail: format!("no tensor {at}") };
+        self.checkpoint.tensors().get(at).ok_or_else(none)
+    }
+
+    fn advance(&mut self, bytes: u64) -> Result<()> {
+        self.done += bytes;
+        Ok(self.progress.advance(PHASE, self.done, self.total)?)
+    }
+}
+
+impl OutputShard {
+    /// The tensors that a layer method gives for this layer.
+    fn of_layer(&self, layer_idx: usize) -> impl Iterator<Item = &OutputTensor> {
+        self.tensors
+            .iter()
+            .filter(move |tensor| matches!(tensor.how, How::Layer(layer) if layer.layer_idx == layer_idx))
+    }
+}
+
+/// The name of a shard while it is unfinished.
+fn partial(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    path.with_file_name(name)
+}
+
+fn open_output(path: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).open(path).map_err(Error::io("create", path))
+}
+
+fn f32_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+/// Rounds values to what is stored, in place, and puts the stored bytes into `out`.
+fn round(values: &mut [f32], dtype: DType, out: &mut [u8]) -> u64 {
+    let bytes = f32_bytes(values);
+    let overflowed = convert(DType::F32, &bytes, dtype, out);
+    let mut back = bytes;
+    convert(dtype, out, DType::F32, &mut back);
+    for (value, bytes) in values.iter_mut().zip(back.as_chunks::<4>().0) {
+        *value = f32::from_le_bytes(*bytes);
+    }
+    overflowed
+}
+
+fn refuse_overflow(name: &str, count: u64) -> Result<()> {
+    if count == 0 { Ok(()) } else { Err(Error::Overflow { name: name.to_owned(), count }) }
+}

@@ -1,0 +1,117 @@
+//! What can go wrong in a conversion.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The result of this crate's functions.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a conversion or a verification ended. Every message says where, what was expected and what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The source cannot be read or is not what it should be.
+    #[error(transparent)]
+    Checkpoint(#[from] mqadapt_checkpoint::Error),
+    /// The operating system refused.
+    #[error("cannot {action} {}: {source}", .path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The output folder is there already.
+    #[error("{}: exists already; give another folder, or --overwrite to replace it", .path.display())]
+    Exists {
+        /// The output folder.
+        path: PathBuf,
+    },
+    /// What would be overwritten does not look like a checkpoint.
+    #[error("{}: holds no checkpoint (neither config.json nor mqadapt.json), so it is not overwritten; remove it yourself", .path.display())]
+    NotReplaceable {
+        /// The output folder.
+        path: PathBuf,
+    },
+    /// The output would replace the source.
+    #[error("{}: the output folder is the source, or holds it; a conversion is never in place: give another folder", .path.display())]
+    InPlace {
+        /// The output folder.
+        path: PathBuf,
+    },
+    /// An earlier conversion into this folder was killed.
+    #[error("{}: an unfinished conversion is there; --resume continues it, --overwrite starts again", .path.display())]
+    Unfinished {
+        /// Its folder.
+        path: PathBuf,
+    },
+    /// The unfinished conversion is of another kind.
+    #[error("{}: the unfinished conversion there is another one ({difference}); --overwrite starts again", .path.display())]
+    OtherConversion {
+        /// Its folder.
+        path: PathBuf,
+        /// What differs.
+        difference: String,
+    },
+    /// Another process converts into this folder.
+    #[error("{}: another process is converting into this folder; wait for it or give another folder", .path.display())]
+    Locked {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The disk is too small.
+    #[error("{}: the converted checkpoint needs {needed} bytes, but only {available} are free there", .path.display())]
+    NoSpace {
+        /// The folder.
+        path: PathBuf,
+        /// Bytes to be written.
+        needed: u64,
+        /// Bytes free.
+        available: u64,
+    },
+    /// The source was changed during the conversion.
+    #[error("{}: was changed while it was converted ({detail}); convert it again", .path.display())]
+    SourceChanged {
+        /// The file.
+        path: PathBuf,
+        /// What changed.
+        detail: String,
+    },
+    /// Finite values became infinite in the dtype asked for.
+    #[error("tensor '{name}': {count} values are too large for float16 (which ends at 65504); use bfloat16 or float32")]
+    Overflow {
+        /// The first tensor where it happened.
+        name: String,
+        /// How many of its values.
+        count: u64,
+    },
+    /// The method cannot do this.
+    #[error("method '{method}': {detail}")]
+    Method {
+        /// The method.
+        method: String,
+        /// Why not.
+        detail: String,
+    },
+    /// `mqadapt.json` is malformed or says something impossible.
+    #[error("{}: {detail}", .path.display())]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what was found.
+        detail: String,
+    },
+    /// The user stopped it.
+    #[error(transparent)]
+    Interrupted(#[from] mqadapt_core::Interrupted),
+}
+
+impl Error {
+    /// For `map_err` on an I/O operation.
+    pub(crate) fn io<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl FnOnce(E) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { action, path, source: source.into() }
+    }
+}

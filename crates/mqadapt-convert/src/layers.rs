@@ -1,0 +1,38 @@
+//! The place of methods that need a whole layer at once.
+
+use std::collections::BTreeMap;
+
+use mqadapt_core::family::{LayerTensor, Module};
+use serde_json::Value;
+
+/// The attention weights of one layer: every tensor of `q_proj`, `k_proj`, `v_proj`, `o_proj` that it has, row-major.
+pub type LayerWeights = BTreeMap<String, Vec<f32>>;
+
+/// A layer's merged weights.
+#[derive(Debug, Clone, Default)]
+pub struct MergedLayer {
+    /// The same tensors as were given, under the same names, in the shapes of the plan.
+    pub weights: LayerWeights,
+    /// How far the layer is from the source's, as the method measures it.
+    pub relative_error: f64,
+    /// What the method has to say of this layer (predicted errors, fallbacks); goes into the manifest's `layers`.
+    pub notes: Value,
+}
+
+/// A merge method that needs `q_proj`, `k_proj`, `v_proj` and `o_proj` of a layer together, and gives all of them back.
+///
+/// A conversion calls it for each layer that the plan changes, from the first to the last, before it streams the rest: one
+/// layer's weights are in memory at a time. A resumed conversion calls it again for all of them, so equal calls must give
+/// equal weights.
+pub trait LayerMerge {
+    /// Merges one layer. `heads` is the layer's number of K/V heads in the plan.
+    ///
+    /// # Errors
+    /// Why it cannot, in words.
+    fn merge_layer(&mut self, layer_idx: usize, heads: usize, weights: LayerWeights) -> Result<MergedLayer, String>;
+}
+
+/// Whether a tensor is among those that a layer method is given and gives back.
+pub(crate) fn replaced_by_layer_method(tensor: LayerTensor) -> bool {
+    matches!(tensor.module, Module::QProj | Module::KProj | Module::VProj | Module::OProj)
+}

@@ -1,0 +1,234 @@
+//! All of the output before the first byte is written: which tensor goes where, how it gets there, and every header.
+
+use mqadapt_checkpoint::{Checkpoint, StoredType, TensorInfo};
+use mqadapt_core::family::LayerTensor;
+use mqadapt_core::{ModelConfig, Plan};
+use serde_json::{Map, Value, json};
+
+use crate::layers::replaced_by_layer_method;
+use crate::{ConvertOptions, Error, Result};
+
+/// Name of the only file of a checkpoint without an index.
+const SINGLE_FILE: &str = "model.safetensors";
+/// Name of the index.
+pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// What the layout follows from.
+#[derive(Clone, Copy)]
+pub(crate) struct Request<'a> {
+    pub checkpoint: &'a Checkpoint,
+    /// The configuration of the result.
+    pub planned: &'a ModelConfig,
+    pub plan: &'a Plan,
+    pub options: &'a ConvertOptions,
+    /// The method gives whole layers.
+    pub whole_layers: bool,
+}
+
+/// The files of the output.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    pub shards: Vec<OutputShard>,
+    /// The text of the index, where there is one.
+    pub index: Option<String>,
+}
+
+/// A file of the output.
+#[derive(Debug)]
+pub(crate) struct OutputShard {
+    pub name: String,
+    /// Length and JSON, as they are written.
+    pub header: Vec<u8>,
+    /// Length of the file.
+    pub bytes: u64,
+    pub tensors: Vec<OutputTensor>,
+}
+
+/// A tensor of the output.
+#[derive(Debug, Clone)]
+pub(crate) struct OutputTensor {
+    /// Index in the source's tensors.
+    pub source: usize,
+    pub shape: Vec<usize>,
+    pub dtype: StoredType,
+    /// Where it begins in the file.
+    pub offset: u64,
+    pub bytes: u64,
+    pub how: How,
+}
+
+/// How a tensor gets into the output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum How {
+    /// Its bytes are copied.
+    Copy,
+    /// Its values are read in another type.
+    Read,
+    /// Its heads are merged, row by row.
+    Merge(LayerTensor),
+    /// A method that needs the whole layer gives it.
+    Layer(LayerTensor),
+}
+
+impl Layout {
+    /// The layout of a checkpoint converted by a plan.
+    pub fn new(request: Request<'_>) -> Result<Self> {
+        let Request { checkpoint, options, .. } = request;
+        let tensors = checkpoint.tensors().iter().enumerate();
+        let outputs: Vec<_> = tensors.map(|(at, tensor)| request.output_tensor(at, tensor)).collect::<Result<_>>()?;
+        let groups = match options.max_shard_size {
+            Some(limit) => cut(outputs, limit),
+            None => by_source(outputs, checkpoint),
+        };
+        let count = groups.len();
+        let name = |number: usize| match (count, options.max_shard_size) {
+            (0 | 1, _) => SINGLE_FILE.to_owned(),
+            (_, Some(_)) => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
+            (_, None) => checkpoint.shards().get(number).map_or_else(String::new, |shard| shard.name().to_owned()),
+        };
+        let shards: Vec<_> = groups
+            .into_iter()
+            .enumerate()
+            .map(|(number, tensors)| OutputShard::new(name(number), tensors, checkpoint))
+            .collect();
+        let index = (count > 1).then(|| index_text(&shards, checkpoint));
+        Ok(Self { shards, index })
+    }
+
+    /// Bytes of all files.
+    pub fn bytes(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.bytes).sum()
+    }
+}
+
+impl OutputShard {
+    /// Places the tensors one after another and writes the header.
+    fn new(name: String, mut tensors: Vec<OutputTensor>, checkpoint: &Checkpoint) -> Self {
+        let metadata = match tensors.first().and_then(|t| checkpoint.tensors().get(t.source)) {
+            Some(first) => checkpoint.shards().get(first.shard).and_then(|shard| shard.metadata()),
+            None => None,
+        };
+        let mut header = Map::new();
+        // transformers refuses a file that does not say which framework wrote it
+        let metadata: Map<String, Value> = match metadata {
+            Some(pairs) => pairs.iter().map(|(key, value)| (key.clone(), json!(value))).collect(),
+            None => Map::from_iter([("format".to_owned(), json!("pt"))]),
+        };
+        header.insert("__metadata__".to_owned(), Value::Object(metadata));
+        let mut end = 0;
+        for tensor in &mut tensors {
+            tensor.offset = end;
+            end += tensor.bytes;
+            let source = checkpoint.tensors().get(tensor.source).map_or("", |source| source.name.as_str());
+            let dtype = tensor.dtype.safetensors().map_or(Value::Null, |dtype| json!(dtype));
+            let entry = json!({ "dtype": dtype, "shape": tensor.shape, "data_offsets": [tensor.offset, end] });
+            header.insert(source.to_owned(), entry);
+        }
+        let mut json = Value::Object(header).to_string().into_bytes();
+        json.resize(json.len().next_multiple_of(8), b' ');
+        let mut header = (json.len() as u64).to_le_bytes().to_vec();
+        header.append(&mut json);
+        for tensor in &mut tensors {
+            tensor.offset += header.len() as u64;
+        }
+        Self { name, bytes: header.len() as u64 + end, header, tensors }
+    }
+}
+
+impl Request<'_> {
+    /// Shape, type and way of one tensor.
+    fn output_tensor(&self, at: usize, tensor: &TensorInfo) -> Result<OutputTensor> {
+        let dtype = match (tensor.dtype, self.options.dtype) {
+            (StoredType::Float(_), Some(asked)) => StoredType::Float(asked),
+            (StoredType::Ggml(_), asked) => StoredType::Float(asked.unwrap_or(self.checkpoint.dtype())),
+            (stored, _) => stored,
+        };
+        let (how, shape) = match self.changed(tensor) {
+            Some((how, layer)) => {
+                let shape = self.planned.weight_shape(layer.layer_idx, layer.module);
+                let shape = shape.map(|shape| if layer.bias { shape.into_iter().take(1).collect() } else { shape });
+                (how, shape.unwrap_or_else(|| tensor.shape.clone()))
+            }
+            None if tensor.dtype == dtype && tensor.verbatim => (How::Copy, tensor.shape.clone()),
+            None => (How::Read, tensor.shape.clone()),
+        };
+        let bytes = match (how, dtype.float()) {
+            (How::Copy, _) => tensor.bytes, // of any type, sub-byte ones too
+            (_, Some(dtype)) => (shape.iter().product::<usize>() * dtype.bytes()) as u64,
+            (_, None) => {
+                let (path, name) = (self.checkpoint.path().to_owned(), tensor.name.clone());
+                let found = tensor.dtype.to_string();
+                return Err(Error::Checkpoint(mqadapt_checkpoint::Error::Dtype { path, name, found }));
+            }
+        };
+        Ok(OutputTensor { source: at, shape, dtype, offset: 0, bytes, how })
+    }
+
+    /// How a tensor changes, if the plan changes it.
+    fn changed(&self, tensor: &TensorInfo) -> Option<(How, LayerTensor)> {
+        let layer = LayerTensor::parse(&tensor.name)?;
+        let config = self.checkpoint.config();
+        let before = *config.num_key_value_heads.get(layer.layer_idx)?;
+        let after = self.plan.layers().get(layer.layer_idx)?.num_key_value_heads();
+        // a bias that the model does not have (transformers would ignore it) stays as it is
+        if after == before || (layer.bias && !config.has_bias(layer.module)) {
+            return None;
+        }
+        if self.whole_layers {
+            return replaced_by_layer_method(layer).then_some((How::Layer(layer), layer));
+        }
+        is_kv(layer).then_some((How::Merge(layer), layer))
+    }
+}
+
+fn is_kv(layer: LayerTensor) -> bool {
+    use mqadapt_core::family::Module::{KProj, VProj};
+    matches!(layer.module, KProj | VProj)
+}
+
+/// The source's own shards.
+fn by_source(outputs: Vec<OutputTensor>, checkpoint: &Checkpoint) -> Vec<Vec<OutputTensor>> {
+    let mut groups = vec![Vec::new(); checkpoint.shards().len()];
+    for output in outputs {
+        let shard = checkpoint.tensors().get(output.source).map_or(0, |tensor| tensor.shard);
+        if let Some(group) = groups.get_mut(shard) {
+            group.push(output);
+        }
+    }
+    groups
+}
+
+/// Files of at most `limit` bytes of tensors, filled in source order; a tensor larger than that has a file of its own.
+fn cut(outputs: Vec<OutputTensor>, limit: u64) -> Vec<Vec<OutputTensor>> {
+    let mut groups: Vec<Vec<OutputTensor>> = Vec::new();
+    let mut room = 0;
+    for output in outputs {
+        match groups.last_mut() {
+            Some(group) if output.bytes <= room => {
+                room -= output.bytes;
+                group.push(output);
+            }
+            _ => {
+                room = limit.saturating_sub(output.bytes);
+                groups.push(vec![output]);
+            }
+        }
+    }
+    groups
+}
+
+/// `model.safetensors.index.json`, as `save_pretrained` writes it.
+fn index_text(shards: &[OutputShard], checkpoint: &Checkpoint) -> String {
+    let mut places: Vec<(&str, &str)> = Vec::new();
+    let mut total_size = 0;
+    for shard in shards {
+        for tensor in &shard.tensors {
+            total_size += tensor.bytes;
+            places.extend(checkpoint.tensors().get(tensor.source).map(|t| (t.name.as_str(), shard.name.as_str())));
+        }
+    }
+    places.sort_unstable();
+    let weight_map: Map<_, _> = places.into_iter().map(|(name, shard)| (name.to_owned(), json!(shard))).collect();
+    let index = json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map });
+    serde_json::to_string_pretty(&index).unwrap_or_default() + "\n"
+}
