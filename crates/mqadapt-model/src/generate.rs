@@ -218,7 +218,11 @@ impl<B: Backend> Schedule<'_, B> {
         let shared = common(prompt, &self.latest.prompt).min(prompt.len() - 1);
         let (whole, shared) = self.cut(shared);
         let mut parts = self.nodes.share(&self.latest.parts[..whole]);
-        parts.reserve(self.options.max_new_tokens / SLOTS_AT_A_TIME + 8);
+        // room for all that its new tokens will take, so that they allocate nothing
+        let pieces = self.options.max_new_tokens / SLOTS_AT_A_TIME + 8;
+        parts.reserve(pieces);
+        self.nodes.nodes.reserve(pieces);
+        self.session.batch.spans.reserve(pieces);
         let mut ids = Vec::with_capacity(reserved);
         ids.extend_from_slice(prompt);
         self.active.push(Sequence { index, ids, parts, cached: shared, reserved, ended: false });

@@ -24,3 +24,5 @@ pub use mqadapt_kernels::Precision;
 pub use options::{Device, GenerateOptions, LoadOptions, Perplexity};
 pub use overlay::AttentionWeights;
 
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,8 @@
+//! Tests of the whole model on tiny random checkpoints of every family. Parity with transformers is tested from Python.
+
+mod fixtures;
+mod generation;
+mod inside;
+mod overlays;
+mod parity;
+mod scoring;
