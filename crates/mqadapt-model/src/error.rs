@@ -30,7 +30,9 @@ pub enum Error {
         known: String,
     },
     /// A token id outside the vocabulary.
-    #[error("token id {found} is outside the vocabulary of {vocab_size} tokens (sequence {sequence}, position {position})")]
+    #[error(
+        "token id {found} is outside the vocabulary of {vocab_size} tokens (sequence {sequence}, position {position})"
+    )]
     Token {
         /// The id.
         found: u32,

@@ -82,16 +82,12 @@ struct Schedule<'a, B: Backend> {
 impl Nodes {
     fn add(&mut self, span: Span) -> usize {
         let node = Node { span, users: 1 };
-        match self.unused.pop() {
-            Some(index) => {
-                self.nodes[index] = node;
-                index
-            }
-            None => {
-                self.nodes.push(node);
-                self.nodes.len() - 1
-            }
+        if let Some(index) = self.unused.pop() {
+            self.nodes[index] = node;
+            return index;
         }
+        self.nodes.push(node);
+        self.nodes.len() - 1
     }
 
     fn span(&self, part: Part) -> Span {
@@ -100,7 +96,9 @@ impl Nodes {
 
     /// A path, shared.
     fn share(&mut self, path: &[Part]) -> Vec<Part> {
-        path.iter().for_each(|part| self.nodes[part.node].users += 1);
+        for part in path {
+            self.nodes[part.node].users += 1;
+        }
         path.to_vec()
     }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use mqadapt_checkpoint::{Checkpoint, TensorInfo};
 use mqadapt_core::family::{EMBED_TOKENS, LM_HEAD, LayerTensor, Module, NORM};
 use mqadapt_core::{DType, ModelConfig, Plan, Progress};
-use mqadapt_merge::{KvTensor, METHODS, MergeOptions, RowMerge, merge_tensor, method};
+use mqadapt_merge::{KvTensor, METHODS, MergeOptions, Method, RowMerge, merge_tensor, method};
 
 use crate::aligned::Floats;
 use crate::backend::{Backend, Heads, HostMatrix, Linear};
@@ -35,7 +35,7 @@ pub(crate) struct Overlay<'a> {
 
 impl<'a> Overlay<'a> {
     pub(crate) fn new(plan: &'a Plan, name: &str, options: MergeOptions) -> Result<Self> {
-        let rows = method(name).and_then(|method| method.rows()).ok_or_else(|| Error::Method {
+        let rows = method(name).and_then(Method::rows).ok_or_else(|| Error::Method {
             found: name.to_owned(),
             known: METHODS.iter().filter(|m| m.rows().is_some()).map(|m| m.name).collect::<Vec<_>>().join(", "),
         })?;
@@ -196,7 +196,9 @@ impl<B: Backend> Weights<'_, B> {
     fn norm(&mut self, name: String) -> Result<Arc<B::Vector>> {
         let mut weight = self.take(name)?.to_f32();
         if self.config.family.forward.norm_weight_plus_one {
-            weight.iter_mut().for_each(|w| *w += 1.0);
+            for w in &mut weight {
+                *w += 1.0;
+            }
         }
         Ok(Arc::new(self.backend.vector(weight)?))
     }

@@ -97,7 +97,7 @@ impl Model {
     /// bit for bit. Progress: bytes.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`], [`Error::Shape`], [`Error::Method`], [`Error::Device`], [`Error::Interrupted`].
+    /// [`Error::Checkpoint`], [`Error::Missing`], [`Error::Argument`], [`Error::Method`], [`Error::Device`], [`Error::Interrupted`].
     pub fn load(checkpoint: &Checkpoint, options: &LoadOptions, progress: &dyn Progress) -> Result<Self> {
         let source = checkpoint.config();
         let plan = options.plan.clone().unwrap_or_else(|| Plan::keep(source));
@@ -162,7 +162,8 @@ impl Model {
     pub fn with_layer(&self, layer_idx: usize, weights: &AttentionWeights) -> Result<Self> {
         let mut heads = self.config().num_key_value_heads.clone();
         let wrong = |detail: String| Error::Argument { name: "weights", detail };
-        let own = heads.get_mut(layer_idx).ok_or_else(|| wrong(format!("are for layer {layer_idx}, which is not there")))?;
+        let own =
+            heads.get_mut(layer_idx).ok_or_else(|| wrong(format!("are for layer {layer_idx}, which is not there")))?;
         *own = weights.num_key_value_heads;
         let mut source = self.config().clone();
         source.num_key_value_heads = self.plan.source_num_key_value_heads().to_vec();
@@ -271,7 +272,11 @@ impl Model {
     ///
     /// # Errors
     /// As [`Self::logits`]; [`Error::Argument`] for an empty context.
-    pub fn loglikelihood(&self, requests: &[(Vec<u32>, Vec<u32>)], progress: &dyn Progress) -> Result<Vec<(f64, bool)>> {
+    pub fn loglikelihood(
+        &self,
+        requests: &[(Vec<u32>, Vec<u32>)],
+        progress: &dyn Progress,
+    ) -> Result<Vec<(f64, bool)>> {
         on_backend!(&self.engine, runner => runner.loglikelihood(requests, progress))
     }
 
@@ -336,7 +341,12 @@ impl Model {
     ///
     /// # Errors
     /// As [`Self::logits`]; [`Error::Argument`] for a layer that is not there.
-    pub fn hidden_before(&self, layer_idx: usize, sequences: &[Vec<u32>], progress: &dyn Progress) -> Result<HiddenStates> {
+    pub fn hidden_before(
+        &self,
+        layer_idx: usize,
+        sequences: &[Vec<u32>],
+        progress: &dyn Progress,
+    ) -> Result<HiddenStates> {
         on_backend!(&self.engine, runner => runner.hidden_before(layer_idx, sequences, progress))
     }
 
@@ -344,7 +354,12 @@ impl Model {
     ///
     /// # Errors
     /// As [`Self::hidden_before`].
-    pub fn forward_from(&self, hidden: &HiddenStates, layer_idx: usize, progress: &dyn Progress) -> Result<HiddenStates> {
+    pub fn forward_from(
+        &self,
+        hidden: &HiddenStates,
+        layer_idx: usize,
+        progress: &dyn Progress,
+    ) -> Result<HiddenStates> {
         on_backend!(&self.engine, runner => runner.forward_from(hidden, layer_idx, progress))
     }
 
@@ -364,7 +379,12 @@ impl Model {
     ///
     /// # Errors
     /// As [`Self::logits`]; [`Error::Argument`] where the two do not fit.
-    pub fn kl_divergence(&self, reference: &HiddenStates, hidden: &HiddenStates, progress: &dyn Progress) -> Result<Vec<f64>> {
+    pub fn kl_divergence(
+        &self,
+        reference: &HiddenStates,
+        hidden: &HiddenStates,
+        progress: &dyn Progress,
+    ) -> Result<Vec<f64>> {
         on_backend!(&self.engine, runner => runner.kl_divergence(reference, hidden, progress))
     }
 }

@@ -181,7 +181,8 @@ impl<B: Backend> Runner<B> {
                 if length == 0 {
                     continue;
                 }
-                let progressing = Progressing { progress, phase: "layers", done: layer_idx as u64, total: layers as u64 };
+                let progressing =
+                    Progressing { progress, phase: "layers", done: layer_idx as u64, total: layers as u64 };
                 let mut session = self.session_with(longest)?;
                 let (session, backend) = (&mut *session, &self.decoder.backend);
                 session.batch.push_rows(length, [], 0);
@@ -214,14 +215,13 @@ impl<B: Backend> Runner<B> {
     }
 
     /// Rows behind the last layer, normed, a few at a time: `take(first row, session)`.
-    fn finished_rows(
-        &self,
-        hidden: &HiddenStates,
-        rows: Range<usize>,
-        session: &mut Session<B>,
-    ) -> Result<()> {
+    fn finished_rows(&self, hidden: &HiddenStates, rows: Range<usize>, session: &mut Session<B>) -> Result<()> {
         let width = self.decoder.config.hidden_size;
-        self.decoder.backend.upload(&hidden.values[rows.start * width..rows.end * width], width, &mut session.ws.hidden)?;
+        self.decoder.backend.upload(
+            &hidden.values[rows.start * width..rows.end * width],
+            width,
+            &mut session.ws.hidden,
+        )?;
         self.decoder.finish(&(0..rows.len()).collect::<Vec<_>>(), &mut session.ws)
     }
 
@@ -235,7 +235,12 @@ impl<B: Backend> Runner<B> {
     }
 
     /// Negative log-likelihood of every token but the first of each sequence.
-    pub(crate) fn nll(&self, hidden: &HiddenStates, sequences: &[Vec<u32>], progress: &dyn Progress) -> Result<Vec<f64>> {
+    pub(crate) fn nll(
+        &self,
+        hidden: &HiddenStates,
+        sequences: &[Vec<u32>],
+        progress: &dyn Progress,
+    ) -> Result<Vec<f64>> {
         self.check_finished("hidden", hidden)?;
         if !sequences.iter().map(Vec::len).eq(hidden.lengths.iter().copied()) {
             return Err(wrong("sequences", "must have the lengths of the hidden states".to_owned()));

@@ -37,7 +37,7 @@ pub(crate) struct KernelCache {
     slots: usize,
 }
 
-fn matrix<'a>(linear: &'a Linear<Kernels>) -> LinearRef<'a> {
+fn matrix(linear: &Linear<Kernels>) -> LinearRef<'_> {
     LinearRef { weight: linear.weight.values.weights(), bias: linear.bias.as_deref().map(Vec::as_slice) }
 }
 
@@ -198,7 +198,14 @@ impl Backend for Kernels {
         Ok(())
     }
 
-    fn attend(&self, q: &Vec<f32>, heads: &Heads, batch: &Batch, cache: &KernelCache, out: &mut Vec<f32>) -> Result<()> {
+    fn attend(
+        &self,
+        q: &Vec<f32>,
+        heads: &Heads,
+        batch: &Batch,
+        cache: &KernelCache,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
         out.resize(q.len(), 0.0);
         let params = AttentionParams {
             num_attention_heads: heads.num_attention_heads,
@@ -227,7 +234,9 @@ impl Backend for Kernels {
 
     fn gather(&self, x: &Vec<f32>, width: usize, rows: &[usize], out: &mut Vec<f32>) -> Result<()> {
         out.clear();
-        rows.iter().for_each(|&row| out.extend_from_slice(&x[row * width..(row + 1) * width]));
+        for &row in rows {
+            out.extend_from_slice(&x[row * width..(row + 1) * width]);
+        }
         Ok(())
     }
 
@@ -244,7 +253,9 @@ impl Backend for Kernels {
         lists.targets.clear();
         lists.targets.extend(wanted.iter().map(|w| w.token));
         lists.target_starts.clear();
-        lists.target_starts.extend((0..=rows(x, lm_head.in_features)).map(|row| wanted.partition_point(|w| w.row < row)));
+        lists
+            .target_starts
+            .extend((0..=rows(x, lm_head.in_features)).map(|row| wanted.partition_point(|w| w.row < row)));
         self.score_rows(x, lm_head, lists);
         out.clear();
         out.extend(wanted.iter().zip(&lists.target_logits).map(|(wanted, logit)| {

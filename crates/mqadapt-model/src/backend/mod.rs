@@ -36,6 +36,7 @@ pub(crate) struct Linear<B: Backend> {
 
 /// Heads of an attention layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[allow(clippy::struct_field_names)] // the names of config.json
 pub(crate) struct Heads {
     pub num_attention_heads: usize,
     pub num_key_value_heads: usize,

@@ -44,8 +44,8 @@ fn candle_dtype(dtype: DType) -> CandleDType {
 }
 
 impl Stock {
-    fn product(&self, x: &Tensor, linear: &Linear<Self>) -> Result<Tensor> {
-        let y = self.matmul(x, &linear.weight)?;
+    fn product(x: &Tensor, linear: &Linear<Self>) -> Result<Tensor> {
+        let y = Self::matmul(x, &linear.weight)?;
         Ok(match &linear.bias {
             Some(bias) => y.broadcast_add(bias)?,
             None => y,
@@ -53,7 +53,7 @@ impl Stock {
     }
 
     /// `x W^T`, f32
-    fn matmul(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    fn matmul(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         Ok(x.to_dtype(weight.dtype())?.matmul(&weight.t()?)?.to_dtype(CandleDType::F32)?)
     }
 
@@ -75,12 +75,12 @@ impl Stock {
             let here = position + row;
             token <= here && heads.sliding_window.is_none_or(|window| here - token < window)
         };
-        let mask: Vec<f32> = (0..rows * tokens)
-            .map(|i| if visible(i / tokens, i % tokens) { 0.0 } else { f32::NEG_INFINITY })
-            .collect();
+        let mask: Vec<f32> =
+            (0..rows * tokens).map(|i| if visible(i / tokens, i % tokens) { 0.0 } else { f32::NEG_INFINITY }).collect();
         let mask = Tensor::from_vec(mask, (1, 1, rows, tokens), &self.device)?;
         // [num_key_value_heads, groups * rows, head_dim]: the query heads of a K/V head are its rows
-        let q = q.reshape((rows, kv, groups, d))?.permute((1, 2, 0, 3))?.contiguous()?.reshape((kv, groups * rows, d))?;
+        let q =
+            q.reshape((rows, kv, groups, d))?.permute((1, 2, 0, 3))?.contiguous()?.reshape((kv, groups * rows, d))?;
         let scores = (q.matmul(&k.t()?.contiguous()?)? * f64::from(heads.scaling))?;
         let scores = scores.reshape((kv, groups, rows, tokens))?.broadcast_add(&mask)?;
         let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
@@ -91,11 +91,11 @@ impl Stock {
     }
 
     /// Runs over the logits of a few rows at a time: `[count, vocab_size]` from row `first` on.
-    fn logit_tiles(&self, x: &Tensor, lm_head: &Tensor, mut tile: impl FnMut(usize, &Tensor) -> Result<()>) -> Result<()> {
+    fn logit_tiles(x: &Tensor, lm_head: &Tensor, mut tile: impl FnMut(usize, &Tensor) -> Result<()>) -> Result<()> {
         let rows = x.dim(0)?;
         for first in (0..rows).step_by(LOGIT_ROWS) {
             let count = LOGIT_ROWS.min(rows - first);
-            tile(first, &self.matmul(&x.narrow(0, first, count)?, lm_head)?)?;
+            tile(first, &Self::matmul(&x.narrow(0, first, count)?, lm_head)?)?;
         }
         Ok(())
     }
@@ -113,7 +113,9 @@ impl Backend for Stock {
             FloatsRef::F32(values) => Tensor::from_slice(values, shape, &self.device)?,
             FloatsRef::F16(values) => Tensor::from_slice(values, shape, &self.device)?,
             FloatsRef::Bf16(values) => Tensor::from_slice(values, shape, &self.device)?,
-            other => return Err(candle_core::Error::Msg(format!("no tensor of {} values of this type", other.len())).into()),
+            other => {
+                return Err(candle_core::Error::Msg(format!("no tensor of {} values of this type", other.len())).into());
+            }
         };
         Ok(if self.device.is_cpu() { tensor.to_dtype(CandleDType::F32)? } else { tensor })
     }
@@ -170,13 +172,13 @@ impl Backend for Stock {
 
     fn project(&self, x: &Buffer, layers: [&Linear<Self>; 3], outs: [&mut Buffer; 3]) -> Result<()> {
         for (linear, out) in layers.into_iter().zip(outs) {
-            *out = Some(self.product(held(x)?, linear)?);
+            *out = Some(Self::product(held(x)?, linear)?);
         }
         Ok(())
     }
 
     fn linear_add(&self, x: &Buffer, linear: &Linear<Self>, residual: &mut Buffer) -> Result<()> {
-        *residual = Some((held(residual)? + self.product(held(x)?, linear)?)?);
+        *residual = Some((held(residual)? + Self::product(held(x)?, linear)?)?);
         Ok(())
     }
 
@@ -189,13 +191,13 @@ impl Backend for Stock {
         out: &mut Buffer,
     ) -> Result<()> {
         let x = held(x)?;
-        let gate = self.product(x, gate)?;
+        let gate = Self::product(x, gate)?;
         let gate = match act {
             Activation::Silu => gate.silu()?,
             Activation::GeluTanh => gate.gelu()?,
             Activation::Gelu => gate.gelu_erf()?,
         };
-        *out = Some((gate * self.product(x, up)?)?);
+        *out = Some((gate * Self::product(x, up)?)?);
         Ok(())
     }
 
@@ -250,7 +252,7 @@ impl Backend for Stock {
 
     fn logits(&self, x: &Buffer, lm_head: &Tensor, out: &mut Vec<f32>) -> Result<()> {
         out.clear();
-        self.logit_tiles(held(x)?, lm_head, |_, logits| {
+        Self::logit_tiles(held(x)?, lm_head, |_, logits| {
             out.extend(logits.flatten_all()?.to_vec1::<f32>()?);
             Ok(())
         })
@@ -259,7 +261,7 @@ impl Backend for Stock {
     fn score(&self, x: &Buffer, lm_head: &Tensor, wanted: &[Wanted], out: &mut Vec<Scored>) -> Result<()> {
         out.clear();
         let mut rest = wanted;
-        self.logit_tiles(held(x)?, lm_head, |first, logits| {
+        Self::logit_tiles(held(x)?, lm_head, |first, logits| {
             let (count, vocab_size) = logits.dims2()?;
             let here = rest.partition_point(|w| w.row < first + count);
             let (mine, others) = rest.split_at(here);
@@ -285,7 +287,7 @@ impl Backend for Stock {
 
     fn argmax(&self, x: &Buffer, lm_head: &Tensor, out: &mut Vec<u32>) -> Result<()> {
         out.clear();
-        self.logit_tiles(held(x)?, lm_head, |_, logits| {
+        Self::logit_tiles(held(x)?, lm_head, |_, logits| {
             out.extend(logits.argmax(1)?.to_vec1::<u32>()?);
             Ok(())
         })

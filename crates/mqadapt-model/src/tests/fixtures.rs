@@ -32,7 +32,7 @@ pub(super) fn noise(seed: u64, len: usize) -> Vec<f32> {
 }
 
 pub(super) fn ids(seed: u64, len: usize) -> Vec<u32> {
-    noise(seed, len).iter().map(|x| ((x + 1.0) * 48.0) as u32).collect()
+    noise(seed, len).iter().map(|x| (x + 1.0).to_bits() % 97).collect()
 }
 
 /// `config.json` of a tiny model, `head_dim` unequal `hidden_size / num_attention_heads`; `over` replaces fields.
@@ -57,7 +57,7 @@ impl Tiny {
             let (scale, shift) = match (tensor.shape.len(), config.family.forward.norm_weight_plus_one) {
                 (2, _) => (0.25, 0.0),
                 (_, true) => (0.3, 0.0),
-                _ if tensor.name.ends_with(".bias") => (0.3, 0.0),
+                _ if tensor.name.contains("_proj.") => (0.3, 0.0),
                 _ => (0.3, 1.0),
             };
             let values = noise(nth as u64 + 1, len).into_iter().map(|x| x * scale + shift).collect();
@@ -85,9 +85,9 @@ impl Tiny {
             DType::BF16 => Dtype::BF16,
             DType::F16 => Dtype::F16,
         };
-        let views = bytes.iter().map(|(name, shape, bytes)| {
-            (name.as_str(), TensorView::new(stored, shape.clone(), bytes).unwrap())
-        });
+        let views = bytes
+            .iter()
+            .map(|(name, shape, bytes)| (name.as_str(), TensorView::new(stored, shape.clone(), bytes).unwrap()));
         safetensors::serialize_to_file(views, None, &folder.path().join("model.safetensors")).unwrap();
         Self { checkpoint: Checkpoint::open(folder.path()).unwrap(), folder }
     }
@@ -112,7 +112,8 @@ impl Tiny {
 
 /// Every family and the shapes that its models come in.
 pub(super) fn shapes() -> Vec<Value> {
-    let mixed = json!({ "per_layer_config": { "00": { "num_key_value_heads": 1 }, "2": { "num_key_value_heads": 2 } } });
+    let mixed =
+        json!({ "per_layer_config": { "00": { "num_key_value_heads": 1 }, "2": { "num_key_value_heads": 2 } } });
     let mut shapes = vec![
         config("llama", &json!({})),
         config("llama", &json!({ "num_key_value_heads": 2, "tie_word_embeddings": true })),
@@ -122,8 +123,11 @@ pub(super) fn shapes() -> Vec<Value> {
         config("gemma", &json!({ "num_key_value_heads": 1 })),
         config("gemma", &mixed),
         config("mistral", &json!({ "num_key_value_heads": 2, "sliding_window": 7 })),
-        config("qwen2", &json!({ "num_key_value_heads": 3, "use_sliding_window": true, "sliding_window": 9,
-                                 "max_window_layers": 1 })),
+        config(
+            "qwen2",
+            &json!({ "num_key_value_heads": 3, "use_sliding_window": true, "sliding_window": 9,
+                                 "max_window_layers": 1 }),
+        ),
         config("qwen3", &json!({ "num_key_value_heads": 2, "tie_word_embeddings": true })),
         config("qwen3", &mixed),
     ];

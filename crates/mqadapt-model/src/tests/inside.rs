@@ -33,7 +33,8 @@ fn hidden_states_stop_and_go_on() {
 
 #[test]
 fn layers_are_traced() {
-    for (json, device) in shapes().into_iter().flat_map(|json| [(json.clone(), Device::Cpu), (json, Device::CpuStock)]) {
+    for (json, device) in shapes().into_iter().flat_map(|json| [(json.clone(), Device::Cpu), (json, Device::CpuStock)])
+    {
         let tiny = Tiny::random(&json, DType::F32);
         let model = tiny.on(device);
         let sequences = sequences();

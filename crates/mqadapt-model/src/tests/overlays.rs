@@ -50,8 +50,13 @@ fn an_overlay_equals_the_converted_checkpoint() {
             let plan = Plan::parse("gqa2:0; mqa:2", tiny.checkpoint.config()).unwrap();
             for name in ["mean", "first", "random"] {
                 let merge = MergeOptions { seed: 7, initializer_range: 0.3 };
-                let options =
-                    LoadOptions { plan: Some(plan.clone()), method: name.to_owned(), merge, dtype, ..LoadOptions::default() };
+                let options = LoadOptions {
+                    plan: Some(plan.clone()),
+                    method: name.to_owned(),
+                    merge,
+                    dtype,
+                    ..LoadOptions::default()
+                };
                 let overlay = tiny.load(&options);
                 let converted = converted(&tiny, &plan, name, &merge, dtype.unwrap_or(stored));
                 let expected = logits(&converted.on(Device::Cpu));
