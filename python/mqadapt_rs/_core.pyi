@@ -1,12 +1,28 @@
 """Types of the extension module. The public names are those of `mqadapt_rs`."""
 
 import os
-from collections.abc import Sequence
-from typing import Final, TypeAlias, final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeAlias, TypedDict, final, overload, type_check_only
+
+import numpy as np
+from numpy.typing import NDArray
 
 _Path: TypeAlias = str | os.PathLike[str]
+_Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
+# called as progress(phase, done, total), about twenty times a second; an exception in it stops the work and is raised
+_Progress: TypeAlias = Callable[[str, int, int], object]
 
-__all__ = ["ModelConfig", "Plan", "__version__"]
+__all__ = [
+    "ConversionReport",
+    "HiddenStates",
+    "Model",
+    "ModelConfig",
+    "Plan",
+    "__version__",
+    "convert",
+    "gguf_files",
+    "inspect",
+]
 __version__: Final[str]
 
 @final
@@ -88,3 +104,254 @@ class Plan:
     def __eq__(self, other: object, /) -> bool: ...
     def __ne__(self, other: object, /) -> bool: ...
     def __hash__(self, /) -> int: ...
+
+@type_check_only
+class _Inspection(TypedDict):
+    model_type: str
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: list[int]
+    head_dim: int
+    parameters: int
+    kv_bytes_per_token: int
+    dtype: str
+    bytes: int
+
+def inspect(src: _Path) -> _Inspection:
+    """What a model is: its shape, its size, the K/V heads of its layers. Reads no weights.
+
+    `kv_bytes_per_token` is for a cache of the weights' dtype, `bytes` the size of the stored weights.
+
+    Raises:
+        MqadaptError: a malformed or incomplete checkpoint.
+        OSError: it cannot be read.
+    """
+
+def gguf_files(path: _Path) -> list[tuple[str, bytes]]:
+    """Names and contents of what goes along with a GGUF file's weights, made from its metadata: the tokenizer, mostly.
+
+    Raises:
+        MqadaptError: a malformed file.
+        OSError: it cannot be read.
+    """
+
+def convert(
+    src: _Path,
+    dst: _Path,
+    plan: Plan | _Path | Sequence[int] | None = "keep",
+    method: str = "mean",
+    *,
+    seed: int = 0,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    max_shard_size: int | None = None,
+    max_memory: int = 67108864,
+    sync: bool = True,
+    progress: _Progress | None = None,
+) -> ConversionReport:
+    """Writes a checkpoint in which every layer has the K/V heads that the plan says.
+
+    The weights stream from `src` to `dst`, so that memory does not depend on the model. `dst` appears when it is complete.
+
+    Args:
+        src: a folder, a `.gguf` file or a hub id.
+        dst: the new folder.
+        plan: as `Plan.parse` takes it.
+        method: how heads are merged: `mean`, `first`, `random`.
+        seed: of methods that draw random numbers.
+        dtype: of the written weights; by default as stored (of a GGUF file: bfloat16).
+        overwrite: replace a checkpoint that `dst` holds, once the new one is complete.
+        resume: continue a conversion that was killed, and leave one that fails for the next attempt.
+        max_shard_size: cut the output into files of at most this many bytes of tensors; by default as the source.
+        max_memory: bytes of buffers.
+        sync: wait until the disk has everything.
+        progress: told the bytes written.
+
+    Raises:
+        ArgumentError: an illegal plan, an unknown method or dtype, a `dst` that is or holds `src`.
+        MqadaptError: a malformed or incomplete checkpoint, or one that changes meanwhile.
+        OSError: reading or writing failed, `dst` exists, the disk is too small.
+    """
+
+@final
+class ConversionReport:
+    """What a conversion did."""
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The content of the `mqadapt.json` that was written."""
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def bytes_written(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def peak_rss_bytes(self) -> int | None:
+        """Most memory that this process ever held, where the system tells."""
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest and the figures of this run in one dictionary."""
+
+@final
+class HiddenStates:
+    """Residual streams of some sequences at the entrance of a layer."""
+
+    @property
+    def layer_idx(self) -> int:
+        """Layers that have been run: 0 is the embeddings, `num_hidden_layers` all of them."""
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+
+@final
+class Model:
+    """A decoder-only language model, ready to run. Calls from several threads wait for each other.
+
+    Every method that takes token ids raises `ArgumentError` for ids outside the vocabulary.
+    """
+
+    @classmethod
+    def load(
+        cls,
+        src: _Path,
+        plan: Plan | _Path | Sequence[int] | None = "keep",
+        method: str = "mean",
+        seed: int = 0,
+        dtype: str | None = None,
+        *,
+        device: str = "cpu",
+        kv_dtype: str | None = None,
+        precision: str = "fast",
+        max_tokens_in_flight: int = 1024,
+        progress: _Progress | None = None,
+    ) -> Model:
+        """Loads a model. A plan is applied in memory, with the logits of the converted checkpoint bit for bit.
+
+        Args:
+            src: a folder, a `.gguf` file or a hub id.
+            plan: as `Plan.parse` takes it.
+            method: how heads are merged.
+            seed: of methods that draw random numbers.
+            dtype: of the weights; by default as stored.
+            device: `cpu`, `cpu-stock` (candle's own operations) or `cuda:N`.
+            kv_dtype: of the K/V cache; by default that of the weights.
+            precision: `fast` rounds activations to bfloat16 where weights are bfloat16, `exact` keeps them float32.
+            max_tokens_in_flight: most tokens computed in one pass; bounds the memory of scoring and generation.
+            progress: told the bytes read.
+
+        Raises:
+            ArgumentError: an illegal plan, an unknown method, dtype or device.
+            MqadaptError: a malformed or incomplete checkpoint.
+            OSError: it cannot be read.
+        """
+    def with_plan(self, plan: Plan | _Path | Sequence[int], method: str = "mean", seed: int = 0) -> Model:
+        """The same model under another plan for its checkpoint. Layers that neither changes are shared."""
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration, its K/V heads those of the plan."""
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def dtype(self) -> str:
+        """Of the weights."""
+    @property
+    def fingerprint(self) -> str:
+        """Names what this model computes: checkpoint, plan, method, dtypes, device; 16 hexadecimal digits."""
+    @property
+    def stop_tokens(self) -> list[int]:
+        """The tokens that end a text, by `generation_config.json` or `config.json`."""
+    def kv_bytes(self) -> int:
+        """Bytes of K/V cache that are allocated now."""
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token takes in the K/V cache."""
+    def logits(self, ids: _Ids, *, progress: _Progress | None = None) -> NDArray[np.float32]:
+        """Logits of every position, `[seq_len, vocab_size]`."""
+    def logits_in_steps(
+        self, ids: _Ids, steps: Sequence[int], *, progress: _Progress | None = None
+    ) -> NDArray[np.float32]:
+        """As `logits`, fed through the K/V cache in pieces of these lengths, and the rest in one."""
+    def hidden_states(self, ids: _Ids, *, progress: _Progress | None = None) -> list[NDArray[np.float32]]:
+        """What transformers calls `output_hidden_states`, each `[seq_len, hidden_size]`.
+
+        The embeddings, the output of every layer but the last, and the final norm's output.
+        """
+    def loglikelihood(
+        self, requests: Sequence[tuple[_Ids, _Ids]], *, progress: _Progress | None = None
+    ) -> list[tuple[float, bool]]:
+        """For each (context, continuation): its log-likelihood in nats, and whether greedy decoding gives it.
+
+        What requests have in common is computed once.
+        """
+    def perplexity(
+        self, ids: _Ids, context: int, windows: int | None = None, *, progress: _Progress | None = None
+    ) -> float:
+        """Perplexity over non-overlapping windows of `context` tokens, the first `windows` of them or all.
+
+        The mean is over all tokens of a window but its first; a rest shorter than a window is left out.
+        """
+    @overload
+    def generate(
+        self,
+        ids: _Ids,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop_tokens: _Ids | None = None,
+        on_token: Callable[[int, int], object] | None = None,
+        progress: _Progress | None = None,
+    ) -> list[int]: ...
+    @overload
+    def generate(
+        self,
+        ids: Sequence[_Ids],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop_tokens: _Ids | None = None,
+        on_token: Callable[[int, int], object] | None = None,
+        progress: _Progress | None = None,
+    ) -> list[list[int]]:
+        """The new tokens after one prompt, or after each of several.
+
+        Args:
+            ids: a prompt, or a list of prompts.
+            max_new_tokens: most new tokens of each.
+            temperature: 0 takes the most likely token always.
+            top_k: sample among this many most likely tokens.
+            top_p: sample among the most likely tokens that together have this probability.
+            seed: of sampling; a sequence's draws depend on it and on the sequence's index alone.
+            stop_tokens: end a sequence and are not part of it; by default the model's own.
+            on_token: called as `on_token(index, token)` for every new token; a false answer ends the sequence.
+            progress: told the sequences finished.
+        """
+    def hidden_before(
+        self, layer_idx: int, sequences: Sequence[_Ids], *, progress: _Progress | None = None
+    ) -> HiddenStates:
+        """The residual streams entering layer `layer_idx` (`num_hidden_layers`: behind the last)."""
+    def forward_from(self, hidden: HiddenStates, layer_idx: int, *, progress: _Progress | None = None) -> HiddenStates:
+        """Goes on from residual streams up to the entrance of layer `layer_idx`."""
+    def nll(
+        self, hidden: HiddenStates, sequences: Sequence[_Ids], *, progress: _Progress | None = None
+    ) -> NDArray[np.float64]:
+        """Negative log-likelihood in nats of every token but the first of each sequence.
+
+        `hidden` are the residual streams behind the last layer.
+        """
+    def kl_divergence(
+        self, reference: HiddenStates, hidden: HiddenStates, *, progress: _Progress | None = None
+    ) -> NDArray[np.float64]:
+        """For every token, the divergence of the next-token distribution from that of another model, in nats.
+
+        `sum_i p_i (ln p_i - ln q_i)` with `p` of `reference` and `q` of `hidden`, residual streams behind the last layer.
+        """

@@ -6,11 +6,14 @@ always do. What looks like a path never leads to a request.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
 import sys
+import tempfile
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -91,12 +94,27 @@ def fetch_config(src: Source) -> Path:
 
 
 def fetch_tokenizer(src: Source) -> Path:
-    """As `fetch`, for those who only need the tokenizer.
+    """A folder with the tokenizer of a model, and what belongs to it.
+
+    That of a GGUF file is made from its metadata, in a temporary folder that lasts as long as this process.
 
     Raises:
+        MqadaptError: a malformed GGUF file.
         OSError: as `fetch`.
     """
-    return _fetch_some(src, _TOKENIZER)
+    path = _fetch_some(src, _TOKENIZER)
+    return _folder_of_gguf(path.resolve()) if path.is_file() else path
+
+
+@cache
+def _folder_of_gguf(path: Path) -> Path:
+    from mqadapt_rs._core import gguf_files
+
+    folder = tempfile.TemporaryDirectory(prefix="mqadapt-")
+    atexit.register(folder.cleanup)
+    for name, content in gguf_files(path):
+        (Path(folder.name) / name).write_bytes(content)
+    return Path(folder.name)
 
 
 def weight_files(folder: Path) -> list[str]:

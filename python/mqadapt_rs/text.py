@@ -75,6 +75,11 @@ def load_tokenizer(src: Source) -> Tokenizer:
     return tokenizer
 
 
+def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, with the special tokens that the tokenizer adds by default."""
+    return list(tokenizer.encode(text).ids)
+
+
 def first_windows(ids: list[int], context: int, windows: int | None) -> list[int]:
     """The ids of the first `windows` whole windows of `context` tokens; all whole windows where it is `None`.
 

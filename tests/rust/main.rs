@@ -1,5 +1,4 @@
 //! The integration tests of the workspace: one binary, a module for each subject.
 
 mod convert;
-mod lent;
 mod synthetic;

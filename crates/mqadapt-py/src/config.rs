@@ -1,12 +1,10 @@
 //! `ModelConfig`.
 
-use std::path::Path;
-
 use mqadapt_core::{DType, Plan, cost};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
-use crate::errors::{OrRaise, io};
+use crate::errors::OrRaise;
 use crate::source::local_path;
 
 /// What a model is: the validated content of its `config.json`.
@@ -19,7 +17,7 @@ impl ModelConfig {
     /// The configuration of a model.
     #[classmethod]
     fn load(_cls: &Bound<'_, PyType>, src: &Bound<'_, PyAny>) -> PyResult<Self> {
-        read(&local_path(src, true)?).map(Self)
+        mqadapt_checkpoint::read_config(&local_path(src, true)?).map(Self).or_raise()
     }
 
     /// Reads the text of a `config.json`.
@@ -100,11 +98,4 @@ impl ModelConfig {
             self.0.hidden_size,
         )
     }
-}
-
-/// The configuration of a local source.
-fn read(path: &Path) -> PyResult<mqadapt_core::ModelConfig> {
-    let file = path.join("config.json");
-    let text = std::fs::read_to_string(&file).map_err(|e| io(format!("{}: {e}", file.display()), &e))?;
-    mqadapt_core::ModelConfig::from_json(&text).or_raise()
 }

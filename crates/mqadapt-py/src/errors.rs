@@ -3,7 +3,7 @@
 //! I/O errors stay `OSError` (the subclass follows from the error number), bad arguments are `ArgumentError` (a
 //! `ValueError`), an interrupt is `KeyboardInterrupt`, everything else is `MqadaptError`.
 
-use pyo3::exceptions::{PyKeyboardInterrupt, PyOSError};
+use pyo3::exceptions::{PyFileExistsError, PyKeyboardInterrupt, PyOSError};
 use pyo3::prelude::*;
 
 mod python {
@@ -45,16 +45,65 @@ pub(crate) fn io(message: String, error: &std::io::Error) -> PyErr {
     }
 }
 
-impl IntoPyErr for mqadapt_core::Error {
-    fn into_py_err(self) -> PyErr {
-        use mqadapt_core::Error;
-        match self {
-            Error::PlanSyntax { .. }
+/// Whether the user's plan is what is wrong, not a file of the model.
+fn is_about_plan(error: &mqadapt_core::Error) -> bool {
+    use mqadapt_core::Error;
+    matches!(
+        error,
+        Error::PlanSyntax { .. }
             | Error::PlanLength { .. }
             | Error::PlanLayer { .. }
             | Error::PlanHeads { .. }
-            | Error::Syntax { what: "plan", .. } => argument(self.to_string()),
-            _ => failure(self.to_string()),
+            | Error::Syntax { what: "plan", .. }
+    )
+}
+
+impl IntoPyErr for mqadapt_core::Error {
+    fn into_py_err(self) -> PyErr {
+        if is_about_plan(&self) { argument(self.to_string()) } else { failure(self.to_string()) }
+    }
+}
+
+impl IntoPyErr for mqadapt_checkpoint::Error {
+    fn into_py_err(self) -> PyErr {
+        use mqadapt_checkpoint::Error;
+        let message = self.to_string();
+        match self {
+            Error::Io { source, .. } => io(message, &source),
+            Error::Config { source, .. } | Error::Plan(source) if is_about_plan(&source) => argument(message),
+            _ => failure(message),
+        }
+    }
+}
+
+impl IntoPyErr for mqadapt_convert::Error {
+    fn into_py_err(self) -> PyErr {
+        use mqadapt_convert::Error;
+        let message = self.to_string();
+        match self {
+            Error::Checkpoint(error) => error.into_py_err(),
+            Error::Io { source, .. } => io(message, &source),
+            Error::Exists { .. } => PyFileExistsError::new_err(message),
+            Error::NoSpace { .. } => io(message, &std::io::Error::from_raw_os_error(libc::ENOSPC)),
+            Error::InPlace { .. } | Error::NotReplaceable { .. } | Error::Method { .. } => argument(message),
+            Error::Interrupted(interrupted) => interrupted.into_py_err(),
+            _ => failure(message),
+        }
+    }
+}
+
+impl IntoPyErr for mqadapt_model::Error {
+    fn into_py_err(self) -> PyErr {
+        use mqadapt_model::Error;
+        let message = self.to_string();
+        match self {
+            Error::Checkpoint(error) => error.into_py_err(),
+            Error::Config(error) => error.into_py_err(),
+            Error::Method { .. } | Error::Token { .. } | Error::Argument { .. } | Error::Device { .. } => {
+                argument(message)
+            }
+            Error::Interrupted(interrupted) => interrupted.into_py_err(),
+            _ => failure(message),
         }
     }
 }

@@ -1,12 +1,20 @@
 //! Python bindings: the private module `mqadapt_rs._core`.
 //!
 //! In: paths, plans, token ids. Out: reports, arrays, scores. Everything above a millisecond runs on a thread of its
-//! own without the GIL; every error of the crates below becomes one Python exception ([`errors`]).
+//! own without the GIL ([`work`]); every error of the crates below becomes one Python exception ([`errors`]).
 
+// PyO3 hands arguments over by value
+#![allow(clippy::needless_pass_by_value)]
+
+mod arguments;
 mod config;
+mod convert;
 mod errors;
+mod inspect;
+mod model;
 mod plan;
 mod source;
+mod work;
 
 use pyo3::prelude::*;
 
@@ -14,6 +22,12 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use crate::config::ModelConfig;
+    #[pymodule_export]
+    use crate::convert::{ConversionReport, convert};
+    #[pymodule_export]
+    use crate::inspect::{gguf_files, inspect};
+    #[pymodule_export]
+    use crate::model::{HiddenStates, Model};
     #[pymodule_export]
     use crate::plan::Plan;
 

@@ -1,13 +1,11 @@
 //! `Plan`.
 
-use std::path::Path;
-
 use mqadapt_core::cost;
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
 use crate::config::ModelConfig;
-use crate::errors::{OrRaise, argument, io};
+use crate::errors::{OrRaise, argument};
 
 /// How many K/V heads each layer of a model gets.
 #[pyclass(module = "mqadapt_rs", frozen, eq, hash, from_py_object)]
@@ -80,6 +78,14 @@ fn model_config(config: &Bound<'_, PyAny>) -> PyResult<ModelConfig> {
     config.py().get_type::<ModelConfig>().call_method1("load", (config,))?.extract().map_err(Into::into)
 }
 
+/// The plan given, or `keep`.
+pub(crate) fn read_or_keep(
+    plan: Option<&Bound<'_, PyAny>>,
+    config: &mqadapt_core::ModelConfig,
+) -> PyResult<mqadapt_core::Plan> {
+    plan.map_or_else(|| Ok(mqadapt_core::Plan::keep(config)), |plan| read(plan, config))
+}
+
 /// A plan from a `Plan`, its text, or the name of a plan file.
 pub(crate) fn read(plan: &Bound<'_, PyAny>, config: &mqadapt_core::ModelConfig) -> PyResult<mqadapt_core::Plan> {
     if let Ok(plan) = plan.extract::<Plan>() {
@@ -89,12 +95,5 @@ pub(crate) fn read(plan: &Bound<'_, PyAny>, config: &mqadapt_core::ModelConfig) 
         return mqadapt_core::Plan::from_heads(&heads, config).or_raise();
     }
     let text: String = plan.extract().or_else(|_| plan.str()?.extract())?; // a path has its text
-    let is_file = Path::new(&text)
-        .extension()
-        .is_some_and(|ext| ["json", "yaml", "yml"].iter().any(|known| ext.eq_ignore_ascii_case(known)));
-    if is_file {
-        let document = std::fs::read_to_string(&text).map_err(|e| io(format!("plan {text}: {e}"), &e))?;
-        return mqadapt_core::Plan::from_document(&document, config).or_raise();
-    }
-    mqadapt_core::Plan::parse(&text, config).or_raise()
+    mqadapt_checkpoint::read_plan(&text, config).or_raise()
 }

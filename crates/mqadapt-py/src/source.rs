@@ -9,3 +9,8 @@ pub(crate) fn local_path(source: &Bound<'_, PyAny>, config_only: bool) -> PyResu
     let function = if config_only { "fetch_config" } else { "fetch" };
     source.py().import("mqadapt_rs.hub")?.call_method1(function, (source,))?.extract()
 }
+
+/// What a source is called: as it was given.
+pub(crate) fn name(source: &Bound<'_, PyAny>) -> PyResult<String> {
+    source.str()?.extract()
+}

@@ -6,7 +6,13 @@ from typing import Annotated
 
 import typer
 
+from mqadapt_rs.cli.convert import convert
+from mqadapt_rs.cli.demo import demo
+from mqadapt_rs.cli.evaluate import evaluate, lm_eval
+from mqadapt_rs.cli.generate import generate
+from mqadapt_rs.cli.inspect import inspect
 from mqadapt_rs.cli.options import Debug
+from mqadapt_rs.cli.perplexity import perplexity
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,3 +38,16 @@ def mqadapt(
     debug: Debug = False,
 ) -> None:
     """Give every layer of a pretrained transformer its own number of K/V heads, and see what that costs."""
+
+
+app.command()(inspect)
+app.command()(convert)
+app.command("eval")(evaluate)
+app.command(
+    "lm-eval",
+    add_help_option=False,  # lm-eval has its own
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(lm_eval)
+app.command()(perplexity)
+app.command()(generate)
+app.command()(demo)

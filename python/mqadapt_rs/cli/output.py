@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress, TaskID
 
-ProgressCallback = "Callable[[str, int, int], None]"
-
 _PATIENCE = 1.0  # seconds before progress is shown
 
 

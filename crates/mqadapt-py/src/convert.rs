@@ -1,0 +1,115 @@
+//! `convert` and its report.
+
+use std::path::PathBuf;
+
+use mqadapt_checkpoint::Checkpoint;
+use mqadapt_convert::ConvertOptions;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::arguments::{dtype as parse_dtype, merge_options, method as parse_method};
+use crate::errors::{OrRaise, failure};
+use crate::source::{local_path, name};
+use crate::{plan, work};
+
+/// What a conversion did.
+#[pyclass(module = "mqadapt_rs", frozen)]
+pub(crate) struct ConversionReport(mqadapt_convert::ConversionReport);
+
+#[pymethods]
+impl ConversionReport {
+    /// The content of the `mqadapt.json` that was written.
+    #[getter]
+    fn manifest<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        to_dict(py, &self.0.manifest.to_json())
+    }
+
+    #[getter]
+    fn bytes_read(&self) -> u64 {
+        self.0.bytes_read
+    }
+
+    #[getter]
+    fn bytes_written(&self) -> u64 {
+        self.0.bytes_written
+    }
+
+    #[getter]
+    fn seconds(&self) -> f64 {
+        self.0.seconds
+    }
+
+    #[getter]
+    fn peak_rss_bytes(&self) -> Option<u64> {
+        self.0.peak_rss_bytes
+    }
+
+    /// The manifest and the figures of this run in one dictionary.
+    fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let out = self.manifest(py)?;
+        out.set_item("bytes_read", self.0.bytes_read)?;
+        out.set_item("bytes_written", self.0.bytes_written)?;
+        out.set_item("seconds", self.0.seconds)?;
+        out.set_item("peak_rss_bytes", self.0.peak_rss_bytes)?;
+        Ok(out)
+    }
+
+    fn __repr__(&self) -> String {
+        let manifest = &self.0.manifest;
+        format!(
+            "ConversionReport(num_key_value_heads={:?}, kv_bytes_per_token={} -> {}, bytes_written={}, seconds={:.3})",
+            manifest.num_key_value_heads_after,
+            manifest.kv_bytes_per_token_before,
+            manifest.kv_bytes_per_token_after,
+            self.0.bytes_written,
+            self.0.seconds,
+        )
+    }
+}
+
+fn to_dict<'py>(py: Python<'py>, json: &str) -> PyResult<Bound<'py, PyDict>> {
+    let value = py.import("json")?.call_method1("loads", (json,))?;
+    value.cast_into().map_err(|_| failure("the manifest is not an object"))
+}
+
+/// Writes a checkpoint in which every layer has the K/V heads that the plan says.
+#[pyfunction]
+#[pyo3(
+    signature = (src, dst, plan = None, method = "mean", *, seed = 0, dtype = None, overwrite = false, resume = false,
+        max_shard_size = None, max_memory = 64 << 20, sync = true, progress = None),
+    text_signature = "(src, dst, plan='keep', method='mean', *, seed=0, dtype=None, overwrite=False, resume=False, max_shard_size=None, max_memory=67108864, sync=True, progress=None)"
+)]
+#[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // the keywords of the Python function
+pub(crate) fn convert(
+    py: Python<'_>,
+    src: &Bound<'_, PyAny>,
+    dst: PathBuf,
+    plan: Option<&Bound<'_, PyAny>>,
+    method: &str,
+    seed: u64,
+    dtype: Option<&str>,
+    overwrite: bool,
+    resume: bool,
+    max_shard_size: Option<u64>,
+    max_memory: u64,
+    sync: bool,
+    progress: Option<&Bound<'_, PyAny>>,
+) -> PyResult<ConversionReport> {
+    let method = parse_method(method)?;
+    let dtype = parse_dtype(dtype)?;
+    let path = local_path(src, false)?;
+    let checkpoint = py.detach(|| Checkpoint::open(&path)).or_raise()?;
+    let plan = plan::read_or_keep(plan, checkpoint.config())?;
+    let options = ConvertOptions {
+        dtype,
+        overwrite,
+        resume,
+        max_shard_size,
+        max_memory,
+        sync,
+        source_name: Some(name(src)?),
+        ..ConvertOptions::new(method, merge_options(seed, checkpoint.config()))
+    };
+    work::run(py, progress, |progress| mqadapt_convert::convert(&checkpoint, &dst, &plan, &options, progress))
+        .map(ConversionReport)
+}

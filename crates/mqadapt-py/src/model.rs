@@ -1,0 +1,344 @@
+//! `Model`: the forward pass.
+
+use std::sync::Arc;
+
+use mqadapt_checkpoint::{Checkpoint, Content};
+use mqadapt_kernels::Precision;
+use mqadapt_model::{Device, GenerateOptions, LoadOptions};
+use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods};
+use pyo3::prelude::*;
+use pyo3::types::PyType;
+
+use crate::arguments::{dtype as parse_dtype, merge_options, method as parse_method, sequences, token_ids};
+use crate::config::ModelConfig;
+use crate::errors::{OrRaise, argument};
+use crate::plan::{self, Plan};
+use crate::source::local_path;
+use crate::work;
+
+/// A decoder-only language model, ready to run.
+#[pyclass(module = "mqadapt_rs", frozen)]
+pub(crate) struct Model {
+    inner: mqadapt_model::Model,
+    checkpoint: Arc<Checkpoint>,
+    dtype: mqadapt_core::DType,
+    stop_tokens: Vec<u32>,
+}
+
+/// Residual streams of some sequences at the entrance of a layer.
+#[pyclass(module = "mqadapt_rs", frozen)]
+pub(crate) struct HiddenStates(mqadapt_model::HiddenStates);
+
+#[pymethods]
+impl HiddenStates {
+    /// Layers that have been run.
+    #[getter]
+    fn layer_idx(&self) -> usize {
+        self.0.layer_idx
+    }
+
+    /// Tokens of each sequence.
+    #[getter]
+    fn lengths(&self) -> Vec<usize> {
+        self.0.lengths.clone()
+    }
+
+    /// Memory that it takes.
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.0.values.len() * size_of::<f32>()
+    }
+}
+
+#[pymethods]
+impl Model {
+    /// Loads a model; a plan is applied in memory.
+    #[classmethod]
+    #[pyo3(
+        signature = (src, plan = None, method = "mean", seed = 0, dtype = None, *, device = "cpu", kv_dtype = None,
+            precision = "fast", max_tokens_in_flight = 1024, progress = None),
+        text_signature = "($cls, src, plan='keep', method='mean', seed=0, dtype=None, *, device='cpu', kv_dtype=None, precision='fast', max_tokens_in_flight=1024, progress=None)"
+    )]
+    #[allow(clippy::too_many_arguments)] // the keywords of the Python function
+    fn load(
+        cls: &Bound<'_, PyType>,
+        src: &Bound<'_, PyAny>,
+        plan: Option<&Bound<'_, PyAny>>,
+        method: &str,
+        seed: u64,
+        dtype: Option<&str>,
+        device: &str,
+        kv_dtype: Option<&str>,
+        precision: &str,
+        max_tokens_in_flight: usize,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let py = cls.py();
+        let method = parse_method(method)?.name.to_owned();
+        let (dtype, kv_dtype) = (parse_dtype(dtype)?, parse_dtype(kv_dtype)?);
+        let precision = match precision {
+            "fast" => Precision::Fast,
+            "exact" => Precision::Exact,
+            _ => return Err(argument(format!("precision '{precision}' is not one of fast, exact"))),
+        };
+        let device = Device::parse(device).or_raise()?;
+        let path = local_path(src, false)?;
+        let checkpoint = py.detach(|| Checkpoint::open(&path)).or_raise()?;
+        let plan = plan::read_or_keep(plan, checkpoint.config())?;
+        let options = LoadOptions {
+            plan: (!plan.is_keep()).then_some(plan),
+            method,
+            merge: merge_options(seed, checkpoint.config()),
+            dtype,
+            kv_dtype,
+            device,
+            max_tokens_in_flight,
+            precision,
+        };
+        let inner = work::run(py, progress, |progress| mqadapt_model::Model::load(&checkpoint, &options, progress))?;
+        let stop_tokens = stop_tokens(&checkpoint)?;
+        let dtype = dtype.unwrap_or(checkpoint.dtype());
+        Ok(Self { inner, checkpoint: Arc::new(checkpoint), dtype, stop_tokens })
+    }
+
+    /// The same model under another plan for its checkpoint.
+    #[pyo3(signature = (plan, method = "mean", seed = 0))]
+    fn with_plan(&self, py: Python<'_>, plan: &Bound<'_, PyAny>, method: &str, seed: u64) -> PyResult<Self> {
+        let method = parse_method(method)?;
+        let config = self.checkpoint.config();
+        let plan = plan::read(plan, config)?;
+        let merge = merge_options(seed, config);
+        let inner = work::run(py, None, |_| self.inner.with_plan(&self.checkpoint, &plan, method.name, &merge))?;
+        let (checkpoint, stop_tokens) = (Arc::clone(&self.checkpoint), self.stop_tokens.clone());
+        Ok(Self { inner, checkpoint, dtype: self.dtype, stop_tokens })
+    }
+
+    #[getter]
+    fn config(&self) -> ModelConfig {
+        ModelConfig(self.inner.config().clone())
+    }
+
+    #[getter]
+    fn plan(&self) -> Plan {
+        Plan(self.inner.plan().clone())
+    }
+
+    #[getter]
+    fn dtype(&self) -> &'static str {
+        self.dtype.name()
+    }
+
+    #[getter]
+    fn fingerprint(&self) -> &str {
+        self.inner.fingerprint()
+    }
+
+    #[getter]
+    fn stop_tokens(&self) -> Vec<u32> {
+        self.stop_tokens.clone()
+    }
+
+    fn kv_bytes(&self) -> u64 {
+        self.inner.kv_bytes()
+    }
+
+    #[getter]
+    fn kv_bytes_per_token(&self) -> u64 {
+        self.inner.kv_bytes_per_token()
+    }
+
+    /// Logits of every position.
+    #[pyo3(signature = (ids, *, progress = None))]
+    fn logits<'py>(
+        &self,
+        py: Python<'py>,
+        ids: &Bound<'py, PyAny>,
+        progress: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let ids = token_ids(ids)?;
+        let logits = work::run(py, progress, |progress| self.inner.logits(&ids, progress))?;
+        logits.into_pyarray(py).reshape([ids.len(), self.inner.config().vocab_size])
+    }
+
+    /// Logits of every position, the sequence being fed in pieces of these lengths.
+    #[pyo3(signature = (ids, steps, *, progress = None))]
+    fn logits_in_steps<'py>(
+        &self,
+        py: Python<'py>,
+        ids: &Bound<'py, PyAny>,
+        steps: Vec<usize>,
+        progress: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let ids = token_ids(ids)?;
+        let logits = work::run(py, progress, |progress| self.inner.logits_in_steps(&ids, &steps, progress))?;
+        logits.into_pyarray(py).reshape([ids.len(), self.inner.config().vocab_size])
+    }
+
+    /// The embeddings, the output of every layer but the last, and the final norm's output.
+    #[pyo3(signature = (ids, *, progress = None))]
+    fn hidden_states<'py>(
+        &self,
+        py: Python<'py>,
+        ids: &Bound<'py, PyAny>,
+        progress: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Vec<Bound<'py, PyArray2<f32>>>> {
+        let ids = token_ids(ids)?;
+        let states = work::run(py, progress, |progress| self.inner.hidden_states(&ids, progress))?;
+        let shape = [ids.len(), self.inner.config().hidden_size];
+        states.into_iter().map(|state| state.into_pyarray(py).reshape(shape)).collect()
+    }
+
+    /// Log-likelihood of each continuation after its context.
+    #[pyo3(signature = (requests, *, progress = None))]
+    fn loglikelihood(
+        &self,
+        py: Python<'_>,
+        requests: Vec<(Bound<'_, PyAny>, Bound<'_, PyAny>)>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Vec<(f64, bool)>> {
+        let requests: PyResult<Vec<_>> = requests
+            .iter()
+            .map(|(context, continuation)| Ok((token_ids(context)?, token_ids(continuation)?)))
+            .collect();
+        let requests = requests?;
+        work::run(py, progress, |progress| self.inner.loglikelihood(&requests, progress))
+    }
+
+    /// Perplexity over non-overlapping windows.
+    #[pyo3(signature = (ids, context, windows = None, *, progress = None))]
+    fn perplexity(
+        &self,
+        py: Python<'_>,
+        ids: &Bound<'_, PyAny>,
+        context: usize,
+        windows: Option<usize>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<f64> {
+        let ids = token_ids(ids)?;
+        let out = work::run(py, progress, |progress| self.inner.perplexity(&ids, context, windows, progress))?;
+        Ok(out.perplexity)
+    }
+
+    /// New tokens after one prompt, or after each of several.
+    #[pyo3(signature = (ids, max_new_tokens = 256, temperature = 0.0, *, top_k = None, top_p = None, seed = 0,
+        stop_tokens = None, on_token = None, progress = None))]
+    #[allow(clippy::too_many_arguments)] // the keywords of the Python function
+    fn generate<'py>(
+        &self,
+        py: Python<'py>,
+        ids: &Bound<'py, PyAny>,
+        max_new_tokens: usize,
+        temperature: f64,
+        top_k: Option<usize>,
+        top_p: Option<f64>,
+        seed: u64,
+        stop_tokens: Option<&Bound<'py, PyAny>>,
+        on_token: Option<Py<PyAny>>,
+        progress: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let one = ids.len()? == 0 || ids.get_item(0)?.extract::<i64>().is_ok();
+        let prompts = if one { vec![token_ids(ids)?] } else { sequences(ids)? };
+        let stop_tokens = stop_tokens.map_or_else(|| Ok(self.stop_tokens.clone()), token_ids)?;
+        let options = GenerateOptions { max_new_tokens, temperature, top_k, top_p, seed, stop_tokens };
+        let mut raised = None;
+        let new = work::run(py, progress, |progress| {
+            let mut goes_on = |index: usize, token: u32| {
+                let Some(on_token) = on_token.as_ref().filter(|_| raised.is_none()) else { return raised.is_none() };
+                let answer = Python::attach(|py| on_token.call1(py, (index, token))?.is_truthy(py));
+                answer.unwrap_or_else(|error| {
+                    raised = Some(error);
+                    false
+                })
+            };
+            self.inner.generate(&prompts, &options, &mut goes_on, progress)
+        })?;
+        match (raised, one) {
+            (Some(error), _) => Err(error),
+            (None, true) => new.into_iter().next().unwrap_or_default().into_pyobject(py),
+            (None, false) => new.into_pyobject(py),
+        }
+    }
+
+    /// The residual streams entering a layer.
+    #[pyo3(signature = (layer_idx, sequences, *, progress = None))]
+    fn hidden_before(
+        &self,
+        py: Python<'_>,
+        layer_idx: usize,
+        sequences: &Bound<'_, PyAny>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<HiddenStates> {
+        let sequences = self::sequences(sequences)?;
+        work::run(py, progress, |progress| self.inner.hidden_before(layer_idx, &sequences, progress)).map(HiddenStates)
+    }
+
+    /// Goes on from residual streams up to the entrance of a layer.
+    #[pyo3(signature = (hidden, layer_idx, *, progress = None))]
+    fn forward_from(
+        &self,
+        py: Python<'_>,
+        hidden: &Bound<'_, HiddenStates>,
+        layer_idx: usize,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<HiddenStates> {
+        let hidden = &hidden.get().0;
+        work::run(py, progress, |progress| self.inner.forward_from(hidden, layer_idx, progress)).map(HiddenStates)
+    }
+
+    /// Negative log-likelihood of every token but the first of each sequence.
+    #[pyo3(signature = (hidden, sequences, *, progress = None))]
+    fn nll<'py>(
+        &self,
+        py: Python<'py>,
+        hidden: &Bound<'py, HiddenStates>,
+        sequences: &Bound<'py, PyAny>,
+        progress: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        let (hidden, sequences) = (&hidden.get().0, self::sequences(sequences)?);
+        let out = work::run(py, progress, |progress| self.inner.nll(hidden, &sequences, progress))?;
+        Ok(out.into_pyarray(py))
+    }
+
+    /// Divergence of the next-token distributions from those of another model.
+    #[pyo3(signature = (reference, hidden, *, progress = None))]
+    fn kl_divergence<'py>(
+        &self,
+        py: Python<'py>,
+        reference: &Bound<'py, HiddenStates>,
+        hidden: &Bound<'py, HiddenStates>,
+        progress: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        let (reference, hidden) = (&reference.get().0, &hidden.get().0);
+        let out = work::run(py, progress, |progress| self.inner.kl_divergence(reference, hidden, progress))?;
+        Ok(out.into_pyarray(py))
+    }
+
+    fn __repr__(&self) -> String {
+        let config = self.inner.config();
+        format!(
+            "Model(model_type='{}', num_key_value_heads={:?}, dtype='{}', fingerprint='{}')",
+            config.family.model_type,
+            config.num_key_value_heads,
+            self.dtype.name(),
+            self.inner.fingerprint(),
+        )
+    }
+}
+
+/// The tokens that end a text: `eos_token_id` of `generation_config.json`, else of `config.json`.
+fn stop_tokens(checkpoint: &Checkpoint) -> PyResult<Vec<u32>> {
+    let files = checkpoint.side_files().or_raise()?;
+    let generation = files.into_iter().find(|file| file.name == "generation_config.json");
+    let text = generation.and_then(|file| match file.content {
+        Content::File(path) => std::fs::read(path).ok(),
+        Content::Bytes(bytes) => Some(bytes),
+    });
+    // a file that cannot be parsed counts as none: it is not needed to run the model
+    let parsed = text.and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok()).unwrap_or_default();
+    let ids = |value: &serde_json::Value| -> Vec<u32> {
+        let one = |id: &serde_json::Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
+        value.as_array().map_or_else(|| one(value).into_iter().collect(), |list| list.iter().filter_map(one).collect())
+    };
+    let found = ids(&parsed["eos_token_id"]);
+    Ok(if found.is_empty() { ids(&checkpoint.config().json["eos_token_id"]) } else { found })
+}

@@ -1,0 +1,52 @@
+"""`mqadapt convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src
+
+
+def convert(
+    src: Src,
+    dst: Annotated[Path, typer.Argument(help="The new folder.", show_default=False)],
+    plan: PlanText = "keep",
+    method: Method = "mean",
+    seed: Seed = 0,
+    dtype: DType = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DST if it is a converted checkpoint.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint in which every layer has the K/V heads that the plan says."""
+    import mqadapt_rs
+    from mqadapt_rs.cli import output
+
+    with output.progress_bars("bytes") as progress:
+        report = mqadapt_rs.convert(
+            src, dst, plan, method, seed=seed, dtype=dtype, overwrite=overwrite, progress=progress
+        )
+    if json:
+        output.print_json(report.to_dict())
+        return
+    output.print_table(str(dst), _summary(report.to_dict()))
+
+
+def _summary(report: dict[str, Any]) -> dict[str, object]:
+    """What people want to know; the rest is in `mqadapt.json`."""
+    from mqadapt_rs.cli import output
+
+    errors = [error for error in report["relative_error"] if error]
+    before, after = report["kv_bytes_per_token_before"], report["kv_bytes_per_token_after"]
+    return {
+        "K/V heads (layers: heads)": output.in_runs(report["num_key_value_heads_after"]),
+        "K/V cache per token": f"{output.in_bytes(after)} (before: {output.in_bytes(before)}, {1 - after / before:.0%} saved)",
+        "parameters": f"{report['parameters_after']:,} (before: {report['parameters_before']:,})",
+        "merged layers": f"{len(errors)}, relative error {min(errors):.3f} to {max(errors):.3f}" if errors else "none",
+        "written": f"{output.in_bytes(report['bytes_written'])} in {report['seconds']:.1f} s, {report['dtype']}",
+    }

@@ -1,0 +1,49 @@
+"""`mqadapt demo`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mqadapt_rs.cli.options import Debug, Json
+
+
+def demo(
+    folder: Annotated[Path, typer.Option("--output-path", help="Where downloads and checkpoints go.")] = Path("demo"),
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fetch a small model, convert it twice, and see what is saved and what it costs. A few minutes."""
+    from mqadapt_rs import demo as steps
+    from mqadapt_rs.cli import output
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    with output.progress_bars("units") as progress:
+        outcomes = steps.run(folder, say=say, progress=progress)
+    if json:
+        output.print_json([dataclasses.asdict(outcome) for outcome in outcomes])
+        return
+    before = outcomes[0].kv_bytes_per_token
+    output.print_columns(
+        f"{steps.NAME}: perplexity of LAMBADA passages (8 x 512 tokens), HellaSwag (100 questions, acc_norm)",
+        ["plan", "K/V bytes per token", "saved", "perplexity", "HellaSwag"],
+        [
+            [
+                outcome.plan,
+                f"{outcome.kv_bytes_per_token:,}",
+                f"{1 - outcome.kv_bytes_per_token / before:.0%}",
+                f"{outcome.perplexity:.2f}",
+                f"{outcome.hellaswag:.2f} ± {outcome.hellaswag_stderr:.2f}",
+            ]
+            for outcome in outcomes
+        ],
+    )
+    for outcome in outcomes:
+        print(f"\n{outcome.plan}: {steps.PROMPT}{outcome.text}")
+    print(f"\nThe checkpoints are in {folder}; go on with: mqadapt eval {outcomes[1].folder} --tasks ...")

@@ -1,0 +1,82 @@
+"""`mqadapt eval` and `mqadapt lm-eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src
+
+# of what lm-eval returns; the rest repeats the tasks' own definitions
+_KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
+
+
+def evaluate(
+    src: Src,
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="Names of lm-eval tasks, joined by commas.", show_default=False)
+    ],
+    plan: PlanText = "keep",
+    method: Method = "mean",
+    seed: Seed = 0,
+    dtype: DType = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option("--include-path", exists=True, file_okay=False, help="A folder of own tasks.", show_default=False),
+    ] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            "--limit", min=0, help="Only the first N documents; below 1: that part of them.", show_default="all"
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt.", show_default="the task's")
+    ] = None,
+    output_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--output-path", help="Folder or .json file that lm-eval writes its results to.", show_default=False
+        ),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate with lm-eval's tasks, under a plan if one is given."""
+    from mqadapt_rs import harness
+    from mqadapt_rs.cli import output
+
+    results = harness.evaluate(
+        harness.MqadaptLM(src, plan=plan, method=method, seed=seed, dtype=dtype),
+        [name.strip() for name in tasks.split(",") if name.strip()],
+        include_path=include_path,
+        output_path=output_path,
+        limit=limit,
+        num_fewshot=num_fewshot,
+    )
+    if json:
+        output.print_json({key: results[key] for key in _KEPT if key in results})
+        return
+    output.print_columns(src, ["task", "metric", "value", "standard error"], _rows(results["results"]))
+
+
+def _rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A row for each metric of each task; lm-eval's keys are `metric,filter` and `metric_stderr,filter`."""
+    rows = []
+    for task, values in results.items():
+        for key, value in values.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, float):
+                continue
+            error = values.get(f"{metric}_stderr,{filtered}")
+            rows.append([task, metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else ""])
+    return rows
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval's own command line, which then knows the model `mqadapt`."""
+    from mqadapt_rs import harness
+
+    harness.main(context.args)

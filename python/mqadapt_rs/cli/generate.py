@@ -1,0 +1,44 @@
+"""`mqadapt generate`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src
+
+
+def generate(
+    src: Src,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: the likeliest token always.")] = 0.0,
+    seed: Seed = 0,
+    plan: PlanText = "keep",
+    method: Method = "mean",
+    dtype: DType = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a text."""
+    from mqadapt_rs import Model
+    from mqadapt_rs import text as texts
+    from mqadapt_rs.cli import output
+
+    tokenizer = texts.load_tokenizer(src)
+    ids = texts.token_ids(tokenizer, prompt)
+    with output.progress_bars("bytes") as progress:
+        model = Model.load(src, plan=plan, method=method, seed=seed, dtype=dtype, progress=progress)
+    start = time.perf_counter()
+    with output.progress_bars("tokens") as progress:
+        new = model.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=progress)
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    if json:
+        output.print_json(
+            {"prompt": prompt, "text": text, "tokens": len(new), "ids": new, "seconds": time.perf_counter() - start}
+        )
+    else:
+        sys.stdout.write(f"{prompt}{text}\n")

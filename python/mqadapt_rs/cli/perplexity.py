@@ -1,0 +1,66 @@
+"""`mqadapt perplexity`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src
+
+
+def perplexity(
+    src: Src,
+    text: Annotated[
+        Path,
+        typer.Option("--text", exists=True, dir_okay=False, help="Plain text, or .jsonl[.gz].", show_default=False),
+    ],
+    context: Annotated[int, typer.Option("--context", min=2, help="Tokens of a window.")] = 512,
+    windows: Annotated[
+        int | None, typer.Option("--windows", min=1, help="Only the first N windows.", show_default="all")
+    ] = None,
+    field: Annotated[str, typer.Option("--field", help="The field of a .jsonl file that holds the text.")] = "text",
+    plan: PlanText = "keep",
+    method: Method = "mean",
+    seed: Seed = 0,
+    dtype: DType = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity over non-overlapping windows of a text, under a plan if one is given.
+
+    The documents are concatenated, tokenised as the model's tokenizer does by default and cut into windows; the mean is over
+    all tokens of a window but its first.
+    """
+    from mqadapt_rs import Model
+    from mqadapt_rs import text as texts
+    from mqadapt_rs.cli import output
+
+    ids = texts.token_ids(texts.load_tokenizer(src), "".join(texts.read_documents(text, field)))
+    ids = texts.first_windows(ids, context, windows)
+    with output.progress_bars("bytes") as progress:
+        model = Model.load(src, plan=plan, method=method, seed=seed, dtype=dtype, progress=progress)
+    start = time.perf_counter()
+    with output.progress_bars("windows") as progress:
+        value = model.perplexity(ids, context=context, progress=progress)
+    count = len(ids) // context
+    result = {
+        "perplexity": value,
+        "tokens": count * (context - 1),
+        "windows": count,
+        "context": context,
+        "seconds": time.perf_counter() - start,
+    }
+    if json:
+        output.print_json(result)
+        return
+    output.print_table(
+        src,
+        {
+            "perplexity": f"{value:.4f}",
+            "predicted tokens": f"{result['tokens']:,} ({count} windows of {context})",
+            "seconds": f"{result['seconds']:.1f}",
+        },
+    )

