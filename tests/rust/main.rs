@@ -1,4 +1,5 @@
 //! The integration tests of the workspace: one binary, a module for each subject.
 
 mod convert;
+mod lent;
 mod synthetic;
