@@ -3,3 +3,4 @@
 mod convert;
 mod lent;
 mod synthetic;
+mod verify;
