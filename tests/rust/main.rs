@@ -1,6 +1,4 @@
 //! The integration tests of the workspace: one binary, a module for each subject.
 
 mod convert;
-mod lent;
 mod synthetic;
-mod verify;

@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::follower::{Follower, Following};
-use crate::journal::{Learnt, Mark, MergedTensor, Past};
+use crate::journal::{Mark, MergedTensor, Past};
 use crate::layers::{LayerMerge, LayerWeights, MergedLayer};
 use crate::layout::{How, Layout, OutputShard, OutputTensor};
 use crate::steps::{Step, Work, steps};
@@ -42,10 +42,8 @@ pub(crate) struct Engine<'a> {
     buffer: Vec<u8>,
     /// Per layer.
     errors: Vec<ErrorSum>,
-    /// Since the last mark.
-    learnt: Learnt,
-    /// The source shard that is being read.
-    reading: Option<usize>,
+    /// Of the tensors merged since the last mark.
+    merged: Vec<MergedTensor>,
 }
 
 /// What is known when all bytes are moved.
@@ -92,19 +90,22 @@ impl<'a> Engine<'a> {
             transfer: Transfer::new(buffer),
             buffer: vec![0; buffer],
             errors: vec![ErrorSum::default(); checkpoint.config().num_hidden_layers],
-            learnt: Learnt::default(),
-            reading: None,
+            merged: Vec::new(),
         }
     }
 
     /// Moves everything, or what `past` has left of it.
     pub fn run(mut self, layout: &Layout, past: &Past, mut follower: Follower) -> Result<Moved> {
         let mut earlier = Vec::new();
-        if let Err(error) = self.shards(layout, past, &mut follower, &mut earlier) {
-            if self.options.resume && !matches!(error, Error::Interrupted(_)) {
-                let _ = follower.finish(|| Ok(())); // so that what is complete counts as complete
+        for shard in &layout.shards {
+            match self.completed_before(shard, past) {
+                Some(record) => {
+                    self.remember(past.marks(&shard.name));
+                    self.advance(shard.bytes)?;
+                    earlier.push(record);
+                }
+                None => self.shard(shard, past.marks(&shard.name), &mut follower)?,
             }
-            return Err(error);
         }
         let (progress, done, total) = (self.progress, self.done, self.total);
         let mut shards = follower.finish(|| Ok(progress.advance(PHASE, done, total)?))?;
@@ -112,25 +113,6 @@ impl<'a> Engine<'a> {
         shards.sort_by_key(|record| layout.shards.iter().position(|shard| shard.name == record.name));
         let relative_error = self.errors.iter().map(ErrorSum::relative).collect();
         Ok(Moved { shards, relative_error, bytes_read: self.bytes_read })
-    }
-
-    fn shards(
-        &mut self,
-        layout: &Layout,
-        past: &Past,
-        follower: &mut Follower,
-        earlier: &mut Vec<ShardRecord>,
-    ) -> Result<()> {
-        for shard in &layout.shards {
-            if let Some(record) = self.completed_before(shard, past) {
-                self.remember(past.marks(&shard.name));
-                self.advance(shard.bytes)?;
-                earlier.push(record);
-            } else {
-                self.shard(shard, past.marks(&shard.name), follower)?;
-            }
-        }
-        Ok(())
     }
 
     /// Puts the layers of a method that needs them whole into their places, before the rest is streamed around them.
@@ -155,7 +137,6 @@ impl<'a> Engine<'a> {
                     self.put(shard, tensor, &merged.weights)?;
                 }
             }
-            self.checkpoint.shards().iter().for_each(mqadapt_checkpoint::Shard::release);
             out.relative_error.insert(layer_idx, merged.relative_error);
             out.notes.insert(layer_idx.to_string(), merged.notes);
         }
@@ -236,18 +217,14 @@ impl<'a> Engine<'a> {
             follower.written(step.end)?;
             if step.end - marked >= MARK_EVERY {
                 marked = step.end;
-                follower.mark(std::mem::take(&mut self.learnt))?;
+                follower.mark(std::mem::take(&mut self.merged))?;
             }
         }
-        if shard.ends_source {
-            self.done_reading()?;
-        }
-        follower.complete(std::mem::take(&mut self.learnt))
+        follower.complete(std::mem::take(&mut self.merged))
     }
 
     fn step(&mut self, step: &Step, to: Destination<'_>) -> Result<()> {
         let bytes = step.end - step.start;
-        self.read_from(step)?;
         match step.work {
             Work::Copy { shard, offset } => {
                 let Some(from) = self.checkpoint.shards().get(shard) else { return Ok(()) };
@@ -274,30 +251,6 @@ impl<'a> Engine<'a> {
             Work::Merge { tensor, layer, dtype } => self.merge(tensor, layer, dtype, step.start, to),
             Work::Skip => self.advance(bytes),
         }
-    }
-
-    /// Gives the source shard back that the steps before were read from, if this one needs another.
-    fn read_from(&mut self, step: &Step) -> Result<()> {
-        let next = match step.work {
-            Work::Copy { shard, .. } => Some(shard),
-            Work::Read { tensor, .. } | Work::Merge { tensor, .. } => Some(self.source(tensor)?.shard),
-            Work::Skip => self.reading,
-        };
-        if next != self.reading {
-            self.done_reading()?;
-            self.reading = next;
-        }
-        Ok(())
-    }
-
-    /// Gives the source shard back that was read from, after sampling it for the fingerprint.
-    fn done_reading(&mut self) -> Result<()> {
-        let Some(number) = self.reading.take() else { return Ok(()) };
-        self.learnt.samples.push((number, self.checkpoint.sample_shard(number)?.to_owned()));
-        if let Some(shard) = self.checkpoint.shards().get(number) {
-            shard.release();
-        }
-        Ok(())
     }
 
     /// Merges the heads of one tensor, in pieces.
@@ -336,7 +289,7 @@ impl<'a> Engine<'a> {
         }
         let (error, energy) = error.parts();
         let (error_bits, energy_bits) = (error.to_bits(), energy.to_bits());
-        self.learnt.merged.push(MergedTensor { layer_idx: layer.layer_idx, error_bits, energy_bits });
+        self.merged.push(MergedTensor { layer_idx: layer.layer_idx, error_bits, energy_bits });
         Ok(())
     }
 
@@ -379,11 +332,8 @@ impl<'a> Engine<'a> {
         Ok(trusted)
     }
 
-    /// Takes what was learnt before from the journal.
+    /// Takes the errors of merged tensors from the journal.
     fn remember(&mut self, marks: &[Mark]) {
-        for (number, sample) in marks.iter().flat_map(|mark| &mark.samples) {
-            self.checkpoint.remember_sample(*number, sample);
-        }
         for merged in marks.iter().flat_map(|mark| &mark.merged) {
             if let Some(sum) = self.errors.get_mut(merged.layer_idx) {
                 let parts = (f64::from_bits(merged.error_bits), f64::from_bits(merged.energy_bits));

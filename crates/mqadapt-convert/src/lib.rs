@@ -46,7 +46,6 @@ mod options;
 mod output;
 mod steps;
 mod transfer;
-mod verify;
 
 pub use convert::{convert, convert_layers};
 pub use error::{Error, Result};
@@ -54,4 +53,3 @@ pub use layers::{LayerMerge, LayerWeights, MergedLayer};
 pub use manifest::{MANIFEST_FILE, Manifest, PlanRecord, ShardRecord, SourceRecord};
 pub use options::{ConversionReport, ConvertOptions};
 pub use output::PARTIAL_SUFFIX;
-pub use verify::{Verification, verify};

@@ -1,9 +1,44 @@
 //! The forward pass: load a checkpoint, score, generate, and look inside.
+//!
+//! In: a [`mqadapt_checkpoint::Checkpoint`], and a plan to apply while it is read. Out: a [`Model`], whose scores are
+//! those of the converted checkpoint, bit for bit. The decoder is written once, over the few operations of a backend;
+//! `docs/forward.md` says how.
+//!
+//! ```
+//! # let folder = tempfile::tempdir()?;
+//! # let config = r#"{"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "vocab_size": 11,
+//! #     "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": true}"#;
+//! # std::fs::write(folder.path().join("config.json"), config)?;
+//! # let parsed = mqadapt_core::ModelConfig::from_json(config)?;
+//! # let data: Vec<u8> = (0..88).flat_map(|i| ((i * 7 % 13) as f32 - 6.0).to_le_bytes()).collect();
+//! # let views: Vec<_> = parsed.tensors().into_iter().map(|t| {
+//! #     let bytes = t.shape.iter().product::<usize>() * 4;
+//! #     (t.name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, t.shape, &data[..bytes]).unwrap())
+//! # }).collect();
+//! # safetensors::serialize_to_file(views, None, &folder.path().join("model.safetensors"))?;
+//! # let folder = folder.path();
+//! use mqadapt_checkpoint::Checkpoint;
+//! use mqadapt_core::{NoProgress, Plan};
+//! use mqadapt_model::{GenerateOptions, LoadOptions, Model};
+//!
+//! let checkpoint = Checkpoint::open(folder)?;
+//! let plan = Plan::parse("mqa:last1", checkpoint.config())?;
+//! let options = LoadOptions { plan: Some(plan), ..LoadOptions::default() };
+//! let model = Model::load(&checkpoint, &options, &NoProgress)?;
+//! // two choices after one context, which is computed once
+//! let scores = model.loglikelihood(&[(vec![1, 2], vec![3, 4]), (vec![1, 2], vec![5])], &NoProgress)?;
+//! assert!(scores.iter().all(|(logprob, _is_greedy)| *logprob < 0.0));
+//! let options = GenerateOptions { max_new_tokens: 3, ..GenerateOptions::default() };
+//! let texts = model.generate(&[vec![1, 2], vec![7]], &options, &mut |_index, _token| true, &NoProgress)?;
+//! assert_eq!(texts[0].len(), 3);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod aligned;
 mod backend;
 mod batch;
 mod decoder;
+mod divergence;
 mod error;
 mod generate;
 mod load;
@@ -16,13 +51,15 @@ mod sample;
 mod score;
 mod session;
 mod slots;
+mod states;
 mod trace;
 
 pub use error::{Error, Result};
-pub use model::{HiddenStates, LayerTrace, Model};
+pub use model::Model;
 pub use mqadapt_kernels::Precision;
 pub use options::{Device, GenerateOptions, LoadOptions, Perplexity};
 pub use overlay::AttentionWeights;
+pub use states::{HiddenStates, LayerTrace};
 
 #[cfg(test)]
 mod tests;

@@ -1,10 +1,7 @@
 //! The model as its users see it: which backend runs it is decided here and nowhere else.
 
-use std::sync::LazyLock;
-
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_core::{DType, KvChoice, ModelConfig, NoProgress, Plan, Progress};
-use mqadapt_kernels::Cpu;
 use mqadapt_merge::MergeOptions;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -13,39 +10,8 @@ use crate::decoder::Decoder;
 use crate::load::{self, Overlay};
 use crate::overlay::{self, AttentionWeights};
 use crate::session::Runner;
+use crate::states::{HiddenStates, LayerTrace};
 use crate::{Device, Error, GenerateOptions, LoadOptions, Perplexity, Result};
-
-/// Residual stream of some sequences at the entrance of a layer (or behind the last one, before the final norm).
-#[derive(Debug, Clone, PartialEq)]
-pub struct HiddenStates {
-    /// Layers that have been run: 0 is the embeddings, `num_hidden_layers` all of them.
-    pub layer_idx: usize,
-    /// Tokens of each sequence.
-    pub lengths: Vec<usize>,
-    /// `[sum of lengths, hidden_size]`, one sequence after the other.
-    pub values: Vec<f32>,
-}
-
-/// What one layer saw of one sequence; row-major, one row a token.
-#[derive(Debug, Clone, Copy)]
-pub struct LayerTrace<'a> {
-    /// The layer.
-    pub layer_idx: usize,
-    /// Index of the sequence.
-    pub sequence: usize,
-    /// Residual stream entering the layer, `[tokens, hidden_size]`.
-    pub hidden: &'a [f32],
-    /// What the projections read: `input_layernorm` of it, `[tokens, hidden_size]`.
-    pub attention_input: &'a [f32],
-    /// Queries after bias and norm, before `RoPE`, `[tokens, num_attention_heads * head_dim]`.
-    pub q: &'a [f32],
-    /// Keys after bias and norm, before `RoPE`, `[tokens, num_key_value_heads * head_dim]`.
-    pub k: &'a [f32],
-    /// Values, `[tokens, num_key_value_heads * head_dim]`.
-    pub v: &'a [f32],
-    /// What `o_proj` reads, `[tokens, num_attention_heads * head_dim]`.
-    pub attention: &'a [f32],
-}
 
 /// A decoder-only language model, ready to run. Calls from several threads wait for each other.
 pub struct Model {
@@ -113,18 +79,9 @@ impl Model {
         let dtype = options.dtype.unwrap_or(checkpoint.dtype());
         let weights = Loading { checkpoint, config: &config, overlay: overlay.as_ref(), options, progress };
         let engine = match options.device {
-            Device::Cpu => {
-                let cpu = kernels()?;
-                Engine::Kernels(weights.runner(Kernels::new(cpu, options.precision), dtype)?)
-            }
-            Device::CpuStock => {
-                let device = candle_core::Device::Cpu;
-                Engine::Stock(weights.runner(Stock { device }, DType::F32)?)
-            }
-            Device::Cuda(index) => {
-                let device = cuda(index)?;
-                Engine::Stock(weights.runner(Stock { device }, dtype)?)
-            }
+            Device::Cpu => Engine::Kernels(weights.runner(Kernels::new(options.precision)?, dtype)?),
+            Device::CpuStock => Engine::Stock(weights.runner(Stock::cpu(), DType::F32)?),
+            Device::Cuda(index) => Engine::Stock(weights.runner(Stock::cuda(index)?, dtype)?),
         };
         let fingerprint = fingerprint(&checkpoint.fingerprint()?, &plan, options);
         Ok(Self { engine, plan, fingerprint, dtype, options: options.clone(), replaced: Vec::new() })
@@ -416,27 +373,4 @@ fn fingerprint(checkpoint: &str, plan: &Plan, options: &LoadOptions) -> String {
     let LoadOptions { method, merge, dtype, kv_dtype, device, precision, .. } = options;
     let merge = if plan.is_keep() { String::new() } else { format!("{method} {merge:?}") };
     name_of(&[checkpoint, &plan.to_string(), &merge, &format!("{dtype:?} {kv_dtype:?} {device:?} {precision:?}")])
-}
-
-/// The kernels, once the environment has been looked at.
-fn kernels() -> Result<&'static Cpu> {
-    static CHECKED: LazyLock<std::result::Result<(), String>> = LazyLock::new(|| Cpu::from_env().map(drop));
-    match &*CHECKED {
-        Ok(()) => Ok(Cpu::global()),
-        Err(detail) => Err(Error::Device { device: "cpu".to_owned(), detail: detail.clone() }),
-    }
-}
-
-#[cfg(feature = "cuda")]
-fn cuda(index: usize) -> Result<candle_core::Device> {
-    candle_core::Device::new_cuda(index).map_err(|source| {
-        let detail = format!("no usable GPU was found ({source}); use device 'cpu'");
-        Error::Device { device: format!("cuda:{index}"), detail }
-    })
-}
-
-#[cfg(not(feature = "cuda"))]
-fn cuda(index: usize) -> Result<candle_core::Device> {
-    let detail = "this build has no CUDA; install one built with the feature 'cuda', or use device 'cpu'".to_owned();
-    Err(Error::Device { device: format!("cuda:{index}"), detail })
 }

@@ -8,9 +8,10 @@ use mqadapt_kernels::{Cpu, Span};
 
 use crate::backend::{Backend, Wanted};
 use crate::decoder::{Moment, Workspace};
+use crate::divergence::divergence;
 use crate::error::{Error, Result};
-use crate::model::{HiddenStates, LayerTrace};
 use crate::session::{Progressing, Runner, Session};
+use crate::states::{HiddenStates, LayerTrace};
 
 /// Rows whose logits are held at a time.
 const LOGIT_ROWS: usize = 32;
@@ -344,28 +345,6 @@ fn passes(lengths: &[usize], most: usize) -> Vec<Vec<Piece>> {
     passes
 }
 
-/// `sum p (ln p - ln q)` of two rows of logits, in nats.
-fn divergence(p: &[f32], q: &[f32]) -> f64 {
-    let top = |logits: &[f32]| logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let (p_top, q_top) = (top(p), top(q));
-    let (mut p_sum, mut q_sum, mut difference) = (0.0f64, 0.0f64, 0.0f64);
-    // f32 within a short run, f64 across runs
-    for (p, q) in p.chunks(64).zip(q.chunks(64)) {
-        let (mut p_part, mut q_part, mut part) = (0.0f32, 0.0f32, 0.0f32);
-        for (p, q) in p.iter().zip(q) {
-            let (p, q) = (p - p_top, q - q_top);
-            let weight = p.exp();
-            p_part += weight;
-            q_part += q.exp();
-            part += weight * (p - q);
-        }
-        p_sum += f64::from(p_part);
-        q_sum += f64::from(q_part);
-        difference += f64::from(part);
-    }
-    difference / p_sum - p_sum.ln() + q_sum.ln()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -382,15 +361,5 @@ mod tests {
                 vec![piece(4, 0, 0..1), piece(5, 1, 0..1)],
             ]
         );
-    }
-
-    #[test]
-    fn divergence_of_known_distributions() {
-        let logits = |p: [f64; 3], shift: f64| p.map(|p| (p.ln() + shift) as f32);
-        let (p, q) = ([0.5f64, 0.3, 0.2], [0.25f64, 0.25, 0.5]);
-        let exact: f64 = p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum();
-        // logits are rounded to f32: 1e-6 of values around 10
-        assert!((divergence(&logits(p, 9.0), &logits(q, -3.0)) - exact).abs() < 2e-6);
-        assert_eq!(divergence(&logits(p, 1.0), &logits(p, 1.0)), 0.0);
     }
 }

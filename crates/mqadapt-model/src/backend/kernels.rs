@@ -1,6 +1,6 @@
 //! The forward pass on the processor, by the kernels of `mqadapt-kernels`, on buffers that are reused.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 use mqadapt_core::{Activation, DType};
 use mqadapt_kernels::{
@@ -11,7 +11,7 @@ use mqadapt_kernels::{
 use super::{Backend, Heads, HostMatrix, Linear, Scored, Wanted};
 use crate::aligned::Floats;
 use crate::batch::Batch;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::rope::RopeTable;
 
 /// The kernels, how precisely they multiply, and lists that are refilled on every call.
@@ -47,8 +47,13 @@ fn rows(x: &[f32], width: usize) -> usize {
 }
 
 impl Kernels {
-    pub(crate) fn new(cpu: &'static Cpu, precision: Precision) -> Self {
-        Self { cpu, precision, lists: Mutex::default() }
+    /// The kernels as the environment asks for them.
+    pub(crate) fn new(precision: Precision) -> Result<Self> {
+        static CHECKED: LazyLock<std::result::Result<(), String>> = LazyLock::new(|| Cpu::from_env().map(drop));
+        match &*CHECKED {
+            Ok(()) => Ok(Self { cpu: Cpu::global(), precision, lists: Mutex::default() }),
+            Err(detail) => Err(Error::Device { device: "cpu".to_owned(), detail: detail.clone() }),
+        }
     }
 
     fn score_rows(&self, x: &[f32], lm_head: &HostMatrix, lists: &mut Lists) {

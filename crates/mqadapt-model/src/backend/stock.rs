@@ -9,7 +9,7 @@ use mqadapt_kernels::{FloatsRef, Span};
 
 use super::{Backend, Heads, HostMatrix, Linear, Scored, Wanted};
 use crate::batch::{Batch, Segment};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::rope::RopeTable;
 
 /// Query rows of a piece whose scores are held at a time.
@@ -19,7 +19,7 @@ const LOGIT_ROWS: usize = 32;
 
 /// candle's operations on one device.
 pub(crate) struct Stock {
-    pub device: Device,
+    device: Device,
 }
 
 /// Keys and values of one layer, `[num_key_value_heads, slots, head_dim]`.
@@ -44,6 +44,25 @@ fn candle_dtype(dtype: DType) -> CandleDType {
 }
 
 impl Stock {
+    pub(crate) fn cpu() -> Self {
+        Self { device: Device::Cpu }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cuda(index: usize) -> Result<Self> {
+        let device = Device::new_cuda(index).map_err(|source| {
+            let detail = format!("no usable GPU was found ({source}); use device 'cpu'");
+            Error::Device { device: format!("cuda:{index}"), detail }
+        })?;
+        Ok(Self { device })
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    pub(crate) fn cuda(index: usize) -> Result<Self> {
+        let detail = "this build has no CUDA; install one with the feature 'cuda', or use device 'cpu'".to_owned();
+        Err(Error::Device { device: format!("cuda:{index}"), detail })
+    }
+
     fn product(x: &Tensor, linear: &Linear<Self>) -> Result<Tensor> {
         let y = Self::matmul(x, &linear.weight)?;
         Ok(match &linear.bias {
