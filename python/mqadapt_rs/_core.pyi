@@ -269,6 +269,14 @@ class Model:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token takes in the K/V cache."""
+    def bytes_per_step(self, depth: int) -> int:
+        """Bytes that one decode step reads with `depth` tokens cached: the weights, and the cache."""
+    def measure_decode(
+        self, depth: int, steps: int, sequences: int = 1, *, progress: _Progress | None = None
+    ) -> list[float]:
+        """Seconds of each of some decode steps with `depth` tokens cached, for one sequence or several side by side."""
+    def measure_prefill(self, tokens: int, passes: int, *, progress: _Progress | None = None) -> list[float]:
+        """Seconds of each of some passes over a prompt of this many tokens."""
     def logits(self, ids: _Ids, *, progress: _Progress | None = None) -> NDArray[np.float32]:
         """Logits of every position, `[seq_len, vocab_size]`."""
     def logits_in_steps(

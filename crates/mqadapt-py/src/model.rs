@@ -147,6 +147,36 @@ impl Model {
         self.inner.kv_bytes_per_token()
     }
 
+    /// Bytes that one decode step reads with `depth` tokens cached.
+    fn bytes_per_step(&self, depth: usize) -> u64 {
+        self.inner.bytes_per_step(depth)
+    }
+
+    /// Seconds of each of some decode steps with `depth` tokens cached.
+    #[pyo3(signature = (depth, steps, sequences = 1, *, progress = None))]
+    fn measure_decode(
+        &self,
+        py: Python<'_>,
+        depth: usize,
+        steps: usize,
+        sequences: usize,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Vec<f64>> {
+        work::run(py, progress, |progress| self.inner.measure_decode(depth, steps, sequences, progress))
+    }
+
+    /// Seconds of each of some passes over a prompt.
+    #[pyo3(signature = (tokens, passes, *, progress = None))]
+    fn measure_prefill(
+        &self,
+        py: Python<'_>,
+        tokens: usize,
+        passes: usize,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Vec<f64>> {
+        work::run(py, progress, |progress| self.inner.measure_prefill(tokens, passes, progress))
+    }
+
     /// Logits of every position.
     #[pyo3(signature = (ids, *, progress = None))]
     fn logits<'py>(
