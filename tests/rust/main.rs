@@ -1,4 +1,7 @@
 //! The integration tests of the workspace: one binary, a module for each subject.
 
 mod convert;
+mod fault;
+mod lent;
 mod synthetic;
+mod verify;

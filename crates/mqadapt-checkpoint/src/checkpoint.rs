@@ -1,23 +1,18 @@
 //! A checkpoint that has been opened and checked.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use mqadapt_core::{DType, ModelConfig};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::file::read_exact_at;
 use crate::gguf::{self, Gguf};
 use crate::numbers::convert;
-use crate::{Error, Result, SideFile, StoredType, TensorInfo, folder, side_files};
+use crate::{Error, Result, Shard, ShardHead, ShardSource, SideFile, StoredType, TensorInfo, folder, side_files};
 
 /// Bytes read at a time where values are converted while they are read.
 const PIECE: usize = 64 << 10;
-/// Bytes of each tensor, at its beginning and at its end, that go into the fingerprint.
-const SAMPLE: u64 = 512;
 
 /// A checkpoint: a folder in Hugging Face layout, or a GGUF file.
 #[derive(Debug)]
@@ -37,88 +32,6 @@ pub(crate) struct Contents {
     pub tensors: Vec<TensorInfo>,
 }
 
-/// A file that holds tensors.
-#[derive(Debug)]
-pub struct Shard {
-    name: String,
-    path: PathBuf,
-    len: u64,
-    file: Arc<File>,
-    modified: Option<SystemTime>,
-    metadata: Option<Vec<(String, String)>>,
-}
-
-impl Shard {
-    pub(crate) fn opened(
-        name: String,
-        path: PathBuf,
-        len: u64,
-        file: File,
-        metadata: Option<Vec<(String, String)>>,
-    ) -> Self {
-        let modified = file.metadata().and_then(|m| m.modified()).ok();
-        Self { name, path, len, file: Arc::new(file), modified, metadata }
-    }
-
-    /// Its file name.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Where it is.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Its length in bytes.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.len
-    }
-
-    /// When it was last changed, at the time it was opened.
-    #[must_use]
-    pub fn modified(&self) -> Option<SystemTime> {
-        self.modified
-    }
-
-    /// What is different about the file from when it was opened, in words; `None` if nothing is.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn change(&self) -> Result<Option<String>> {
-        let metadata = std::fs::metadata(&self.path).map_err(Error::io("check", &self.path))?;
-        if metadata.len() != self.len {
-            return Ok(Some(format!("it had {} bytes and has {} now", self.len, metadata.len())));
-        }
-        Ok((metadata.modified().ok() != self.modified).then(|| "it was written to".to_owned()))
-    }
-
-    /// `__metadata__` of its header, in the file's order.
-    #[must_use]
-    pub fn metadata(&self) -> Option<&[(String, String)]> {
-        self.metadata.as_deref()
-    }
-
-    /// The file, open for reading.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn file(&self) -> Result<Arc<File>> {
-        Ok(Arc::clone(&self.file))
-    }
-
-    /// Fills `out` with the file's bytes from `offset` on.
-    ///
-    /// # Errors
-    /// [`Error::Io`], [`Error::Shrunk`].
-    pub fn read_exact_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
-        read_exact_at(&*self.file()?, &self.path, offset, out)
-    }
-}
-
 impl Checkpoint {
     /// Opens and checks a checkpoint: configuration, headers and index, and that every tensor of the model is there with
     /// its shape and a float type. Reads no weights.
@@ -136,9 +49,23 @@ impl Checkpoint {
             let (contents, gguf) = gguf::open(path)?;
             (contents, Some(gguf))
         };
+        Ok(Self::new(path, contents, gguf))
+    }
+
+    /// Opens a checkpoint whose shards come one by one. `folder` has `config.json`, the index if there is one, and whatever
+    /// goes along; `heads` has every shard. Checks what [`Self::open`] checks. Reading a tensor asks `lender` for its shard,
+    /// which stays until [`Shard::release`].
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_lent(folder: &Path, heads: Vec<ShardHead>, lender: &Arc<dyn ShardSource>) -> Result<Self> {
+        Ok(Self::new(folder, folder::open_lent(folder, heads, lender)?, None))
+    }
+
+    fn new(path: &Path, contents: Contents, gguf: Option<Gguf>) -> Self {
         let by_name = contents.tensors.iter().enumerate().map(|(at, tensor)| (tensor.name.clone(), at)).collect();
         let dtype = prevailing_dtype(&contents.tensors);
-        Ok(Self { path: path.to_owned(), contents, by_name, dtype, gguf })
+        Self { path: path.to_owned(), contents, by_name, dtype, gguf }
     }
 
     /// Where it was opened.
@@ -245,27 +172,45 @@ impl Checkpoint {
     ///
     /// A hash (XXH3, 128 bits) of the configuration, of every tensor's name, shape, type and place, and of the first and
     /// last 512 bytes of every tensor. It costs milliseconds and does not see a change in the middle of a large tensor:
-    /// the manifest's checksums do.
+    /// the manifest's checksums do. Lent shards are asked for, unless [`Self::sample_shard`] has seen them.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Shrunk`].
     pub fn fingerprint(&self) -> Result<String> {
         let mut hash = Xxh3::new();
-        hash.update(self.config().json.to_string().as_bytes());
-        let mut sample = [0; 2 * SAMPLE as usize];
-        for tensor in self.tensors() {
-            let line =
-                format!("\n{} {:?} {} {}@{} ", tensor.name, tensor.shape, tensor.dtype, tensor.offset, tensor.shard);
-            hash.update(line.as_bytes());
-            let Some(shard) = self.contents.shards.get(tensor.shard) else { continue };
-            let (first, last) = sample.split_at_mut(tensor.bytes.min(SAMPLE) as usize);
-            shard.read_exact_at(tensor.offset, first)?;
-            let last = &mut last[..tensor.bytes.saturating_sub(SAMPLE).min(SAMPLE) as usize];
-            shard.read_exact_at(tensor.offset + tensor.bytes - last.len() as u64, last)?;
-            let read = first.len() + last.len();
-            hash.update(&sample[..read]);
+        hash.update(self.identity().as_bytes());
+        for number in 0..self.shards().len() {
+            hash.update(self.sample_shard(number)?.as_bytes());
         }
         Ok(format!("xxh3-128:{:032x}", hash.digest128()))
+    }
+
+    /// A hash of the configuration and of every tensor's name, shape, type and place; no weights are read.
+    #[must_use]
+    pub fn identity(&self) -> String {
+        let mut hash = Xxh3::new();
+        hash.update(self.config().json.to_string().as_bytes());
+        for tensor in self.tensors() {
+            let TensorInfo { name, shape, dtype, offset, shard, .. } = tensor;
+            hash.update(format!("\n{name} {shape:?} {dtype} {offset}@{shard}").as_bytes());
+        }
+        format!("{:032x}", hash.digest128())
+    }
+
+    /// A shard's part of the [`Self::fingerprint`]; remembered.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Shrunk`].
+    pub fn sample_shard(&self, number: usize) -> Result<&str> {
+        let Some(shard) = self.shards().get(number) else { return Ok("") };
+        shard.sample(self.tensors().iter().filter(|tensor| tensor.shard == number))
+    }
+
+    /// Tells what [`Self::sample_shard`] gave in an earlier process, so that a lent shard need not be asked for again.
+    pub fn remember_sample(&self, number: usize, sample: &str) {
+        if let Some(shard) = self.shards().get(number) {
+            shard.remember_sample(sample);
+        }
     }
 }
 

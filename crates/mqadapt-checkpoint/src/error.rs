@@ -113,6 +113,16 @@ pub enum Error {
         /// Where it ends.
         at: u64,
     },
+    /// A shard that was lent has not the length that was announced.
+    #[error("'{shard}' has {found} bytes, but {expected} were announced; it was cut off, or changed")]
+    Lent {
+        /// Its name.
+        shard: String,
+        /// The length announced.
+        expected: u64,
+        /// Its length.
+        found: u64,
+    },
     /// A piece was asked for that the tensor does not have.
     #[error("tensor '{name}' has {len} values; {count} from value {first} were asked for")]
     OutOfRange {

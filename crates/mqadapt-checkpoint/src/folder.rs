@@ -3,30 +3,60 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use mqadapt_core::ModelConfig;
 
-use crate::checkpoint::{Contents, Shard};
+use crate::checkpoint::Contents;
 use crate::error::HeaderProblem;
 use crate::file::{self, MAX_TEXT_BYTES, read_exact_at, read_small};
 use crate::header::{Header, header_bytes};
 use crate::index::{INDEX_FILE, Index, MAX_INDEX_BYTES, SINGLE_FILE};
-use crate::{Error, Result, StoredType, TensorInfo};
+use crate::{Error, Result, Shard, ShardHead, ShardSource, StoredType, TensorInfo};
 
 /// Opens a folder: configuration, index and headers, checked against each other.
 pub(crate) fn open(folder: &Path) -> Result<Contents> {
     let config = read_config(folder)?;
-    let index = read_index(folder)?;
+    let index = if folder.join(SINGLE_FILE).exists() { None } else { Some(read_index(folder)?) };
     let names = index.as_ref().map_or_else(|| vec![SINGLE_FILE], |(_, index)| index.shards());
-
-    let mut shards = Vec::with_capacity(names.len());
-    let mut tensors = Vec::new();
-    for (number, name) in names.iter().enumerate() {
+    let open = |name: &&str| {
         let path = folder.join(name);
         if !path.exists() {
             return Err(Error::MissingShard { folder: folder.to_owned(), shard: (*name).to_owned() });
         }
-        let (shard, header) = open_shard(name, path)?;
+        open_shard(name, path)
+    };
+    let opened = names.iter().map(open).collect::<Result<Vec<_>>>()?;
+    contents(folder, config, index.as_ref(), opened)
+}
+
+/// Opens a folder whose shards are not there yet.
+pub(crate) fn open_lent(folder: &Path, heads: Vec<ShardHead>, lender: &Arc<dyn ShardSource>) -> Result<Contents> {
+    let config = read_config(folder)?;
+    let single = heads.len() == 1 && heads.iter().all(|head| head.name == SINGLE_FILE);
+    let index = if single { None } else { Some(read_index(folder)?) };
+    let names = index.as_ref().map_or_else(|| vec![SINGLE_FILE], |(_, index)| index.shards());
+    let mut heads: HashMap<String, ShardHead> = heads.into_iter().map(|head| (head.name.clone(), head)).collect();
+    let take = |name: &&str| {
+        let missing = || Error::MissingShard { folder: folder.to_owned(), shard: (*name).to_owned() };
+        let head = heads.remove(*name).ok_or_else(missing)?;
+        let header = parse_head(&head).map_err(|problem| Error::Header { path: folder.join(name), problem })?;
+        Ok((Shard::lent(head, folder, header.metadata.clone(), Arc::clone(lender)), header))
+    };
+    let opened = names.iter().map(take).collect::<Result<Vec<_>>>()?;
+    contents(folder, config, index.as_ref(), opened)
+}
+
+/// Puts shards and headers together, and checks them against the index and the configuration.
+fn contents(
+    folder: &Path,
+    config: ModelConfig,
+    index: Option<&(PathBuf, Index)>,
+    opened: Vec<(Shard, Header)>,
+) -> Result<Contents> {
+    let mut shards = Vec::with_capacity(opened.len());
+    let mut tensors = Vec::new();
+    for (number, (shard, header)) in opened.into_iter().enumerate() {
         tensors.extend(header.entries.into_iter().map(|entry| TensorInfo {
             name: entry.name,
             shape: entry.shape,
@@ -38,7 +68,7 @@ pub(crate) fn open(folder: &Path) -> Result<Contents> {
         }));
         shards.push(shard);
     }
-    if let Some((path, index)) = &index {
+    if let Some((path, index)) = index {
         check_index(path, index, &shards, &tensors)?;
     }
     check_tensors(folder, &config, &shards, &tensors)?;
@@ -57,19 +87,25 @@ pub(crate) fn read_config(folder: &Path) -> Result<ModelConfig> {
     ModelConfig::from_json(&text).map_err(wrong)
 }
 
-/// The index, unless there is the one file that transformers, too, prefers to it.
-fn read_index(folder: &Path) -> Result<Option<(PathBuf, Index)>> {
+fn read_index(folder: &Path) -> Result<(PathBuf, Index)> {
     let path = folder.join(INDEX_FILE);
-    if folder.join(SINGLE_FILE).exists() {
-        return Ok(None);
-    }
     if !path.exists() {
         let detail = format!("neither {SINGLE_FILE} nor {INDEX_FILE} is in this folder");
         return Err(Error::NotACheckpoint { path: folder.to_owned(), detail });
     }
     let index = Index::parse(&read_small(&path, MAX_INDEX_BYTES)?)
         .map_err(|detail| Error::Index { path: path.clone(), detail })?;
-    Ok(Some((path, index)))
+    Ok((path, index))
+}
+
+/// The header of a shard of which only the first bytes are there.
+fn parse_head(head: &ShardHead) -> std::result::Result<Header, HeaderProblem> {
+    let short = || HeaderProblem::TooShort { len: head.head.len() as u64 };
+    let (prefix, rest) = head.head.split_first_chunk::<8>().ok_or_else(short)?;
+    let len = header_bytes(*prefix, head.bytes)?;
+    let found = rest.len() as u64;
+    let json = rest.get(..len).ok_or(HeaderProblem::Truncated { claimed: len as u64, found })?;
+    Header::parse(json, head.bytes)
 }
 
 /// Opens a shard and reads its header.

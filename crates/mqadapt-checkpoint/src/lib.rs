@@ -36,15 +36,17 @@ mod header;
 mod index;
 mod numbers;
 mod plan_file;
+mod shard;
 mod side_files;
 mod tensor;
 
-pub use checkpoint::{Checkpoint, Shard, read_config};
+pub use checkpoint::{Checkpoint, read_config};
 pub use error::{Error, HeaderProblem, Result};
 #[doc(hidden)]
 pub use gguf::check_gguf_bytes;
 pub use header::{Header, HeaderEntry, MAX_HEADER_BYTES};
-pub use numbers::convert;
+pub use numbers::{convert, round};
 pub use plan_file::read_plan;
+pub use shard::{Shard, ShardHead, ShardSource};
 pub use side_files::{Content, SideFile};
 pub use tensor::{StoredType, TensorInfo};

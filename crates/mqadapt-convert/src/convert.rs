@@ -1,7 +1,7 @@
 //! A conversion from beginning to end: check everything, plan all output, move the bytes, write what describes them.
 
 use std::path::Path;
-use std::time::{Instant, UNIX_EPOCH};
+use std::time::Instant;
 
 use mqadapt_checkpoint::{Checkpoint, Content, SideFile, StoredType};
 use mqadapt_core::{DType, ModelConfig, Plan, Progress, cost};
@@ -71,13 +71,9 @@ fn run(
     let planned = planned_config(checkpoint, plan, options);
     let whole_layers = layers.is_some();
     let layout = Layout::new(Request { checkpoint, planned: &planned, plan, options, whole_layers })?;
-    let source = SourceRecord {
-        name: options.source_name.clone().unwrap_or_else(|| checkpoint.path().display().to_string()),
-        fingerprint: checkpoint.fingerprint()?,
-    };
     let side_files = checkpoint.side_files()?;
     let (output, resumed) = Output::begin(checkpoint, dst, options)?;
-    let job = job(checkpoint, plan, options, &source);
+    let job = job(checkpoint, plan, options);
     let (journal, past) = Journal::open(output.work(), &job, resumed, options.sync)?;
     let side_bytes: u64 = side_files.iter().map(SideFile::bytes).sum();
     output.check_space((layout.bytes() + side_bytes + SLACK).saturating_sub(output.bytes_there()))?;
@@ -103,7 +99,7 @@ fn run(
     }
     let config = serde_json::to_string_pretty(&planned.json).unwrap_or_default() + "\n";
     bytes_written += output.write("config.json", config.as_bytes())?;
-    let manifest = manifest(checkpoint, plan, options, source, moved, notes);
+    let manifest = manifest(checkpoint, plan, options, moved, notes)?;
     bytes_written += output.write(MANIFEST_FILE, manifest.to_json().as_bytes())?;
     if let Some(index) = &layout.index {
         bytes_written += output.write(INDEX_FILE, index.as_bytes())?;
@@ -136,14 +132,12 @@ fn planned_config(checkpoint: &Checkpoint, plan: &Plan, options: &ConvertOptions
 }
 
 /// Everything that the written bytes depend on: a conversion is continued only by the same job.
-fn job(checkpoint: &Checkpoint, plan: &Plan, options: &ConvertOptions, source: &SourceRecord) -> Value {
-    let file = |shard: &mqadapt_checkpoint::Shard| {
-        let modified = shard.modified().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        json!([shard.name(), shard.bytes(), modified.map_or(0, |time| time.as_nanos() as u64)])
-    };
+fn job(checkpoint: &Checkpoint, plan: &Plan, options: &ConvertOptions) -> Value {
+    let file = |shard: &mqadapt_checkpoint::Shard| json!([shard.name(), shard.bytes(), shard.tag()]);
     json!({
         "mqadapt_version": env!("CARGO_PKG_VERSION"),
-        "source": source,
+        "source": source_name(checkpoint, options),
+        "source identity": checkpoint.identity(),
         "source files": checkpoint.shards().iter().map(file).collect::<Vec<_>>(),
         "plan": plan.num_key_value_heads(),
         "method": options.method.name,
@@ -151,6 +145,10 @@ fn job(checkpoint: &Checkpoint, plan: &Plan, options: &ConvertOptions, source: &
         "dtype": options.dtype.map(DType::name),
         "max_shard_size": options.max_shard_size,
     })
+}
+
+fn source_name(checkpoint: &Checkpoint, options: &ConvertOptions) -> String {
+    options.source_name.clone().unwrap_or_else(|| checkpoint.path().display().to_string())
 }
 
 fn merge_options(options: &ConvertOptions) -> Map<String, Value> {
@@ -162,10 +160,9 @@ fn manifest(
     checkpoint: &Checkpoint,
     plan: &Plan,
     options: &ConvertOptions,
-    source: SourceRecord,
     moved: Moved,
     notes: LayerNotes,
-) -> Manifest {
+) -> Result<Manifest> {
     let config = checkpoint.config();
     let keep = Plan::keep(config);
     let dtype = options.dtype.unwrap_or(checkpoint.dtype());
@@ -173,10 +170,10 @@ fn manifest(
     for (layer, error) in relative_error.iter_mut().enumerate() {
         *error = notes.relative_error.get(&layer).copied().unwrap_or(*error);
     }
-    Manifest {
+    Ok(Manifest {
         format_version: 1,
         mqadapt_version: env!("CARGO_PKG_VERSION").to_owned(),
-        source,
+        source: SourceRecord { name: source_name(checkpoint, options), fingerprint: checkpoint.fingerprint()? },
         plan: PlanRecord { num_key_value_heads: plan.num_key_value_heads() },
         method: options.method.name.to_owned(),
         options: merge_options(options),
@@ -190,7 +187,7 @@ fn manifest(
         parameters_before: cost::parameters(config, &keep),
         parameters_after: cost::parameters(config, plan),
         shards: moved.shards,
-    }
+    })
 }
 
 /// A source that was written to while it was read gave a mixture.

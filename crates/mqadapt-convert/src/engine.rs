@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use mqadapt_checkpoint::{Checkpoint, TensorInfo, convert};
+use mqadapt_checkpoint::{Checkpoint, TensorInfo, round};
 use mqadapt_core::family::LayerTensor;
 use mqadapt_core::{DType, Plan, Progress};
 use mqadapt_merge::{ErrorSum, KvMerge};
@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::follower::{Follower, Following};
-use crate::journal::{Mark, MergedTensor, Past};
+use crate::journal::{Learnt, Mark, MergedTensor, Past};
 use crate::layers::{LayerMerge, LayerWeights, MergedLayer};
 use crate::layout::{How, Layout, OutputShard, OutputTensor};
 use crate::steps::{Step, Work, steps};
@@ -42,8 +42,10 @@ pub(crate) struct Engine<'a> {
     buffer: Vec<u8>,
     /// Per layer.
     errors: Vec<ErrorSum>,
-    /// Of the tensors merged since the last mark.
-    merged: Vec<MergedTensor>,
+    /// Since the last mark.
+    learnt: Learnt,
+    /// The source shard that is being read.
+    reading: Option<usize>,
 }
 
 /// What is known when all bytes are moved.
@@ -90,22 +92,19 @@ impl<'a> Engine<'a> {
             transfer: Transfer::new(buffer),
             buffer: vec![0; buffer],
             errors: vec![ErrorSum::default(); checkpoint.config().num_hidden_layers],
-            merged: Vec::new(),
+            learnt: Learnt::default(),
+            reading: None,
         }
     }
 
     /// Moves everything, or what `past` has left of it.
     pub fn run(mut self, layout: &Layout, past: &Past, mut follower: Follower) -> Result<Moved> {
         let mut earlier = Vec::new();
-        for shard in &layout.shards {
-            match self.completed_before(shard, past) {
-                Some(record) => {
-                    self.remember(past.marks(&shard.name));
-                    self.advance(shard.bytes)?;
-                    earlier.push(record);
-                }
-                None => self.shard(shard, past.marks(&shard.name), &mut follower)?,
+        if let Err(error) = self.shards(layout, past, &mut follower, &mut earlier) {
+            if self.options.resume && !matches!(error, Error::Interrupted(_)) {
+                let _ = follower.finish(|| Ok(())); // so that what is complete counts as complete
             }
+            return Err(error);
         }
         let (progress, done, total) = (self.progress, self.done, self.total);
         let mut shards = follower.finish(|| Ok(progress.advance(PHASE, done, total)?))?;
@@ -113,6 +112,25 @@ impl<'a> Engine<'a> {
         shards.sort_by_key(|record| layout.shards.iter().position(|shard| shard.name == record.name));
         let relative_error = self.errors.iter().map(ErrorSum::relative).collect();
         Ok(Moved { shards, relative_error, bytes_read: self.bytes_read })
+    }
+
+    fn shards(
+        &mut self,
+        layout: &Layout,
+        past: &Past,
+        follower: &mut Follower,
+        earlier: &mut Vec<ShardRecord>,
+    ) -> Result<()> {
+        for shard in &layout.shards {
+            if let Some(record) = self.completed_before(shard, past) {
+                self.remember(past.marks(&shard.name));
+                self.advance(shard.bytes)?;
+                earlier.push(record);
+            } else {
+                self.shard(shard, past.marks(&shard.name), follower)?;
+            }
+        }
+        Ok(())
     }
 
     /// Puts the layers of a method that needs them whole into their places, before the rest is streamed around them.
@@ -131,12 +149,13 @@ impl<'a> Engine<'a> {
                 continue;
             }
             self.progress.advance(PHASE, self.done, self.total)?;
-            let merged = self.merged_layer(layer_idx, &places, method)?;
+            let mut merged = self.merged_layer(layer_idx, &places, method)?;
             for (shard, tensor) in places {
                 if !complete.contains(shard.name.as_str()) {
-                    self.put(shard, tensor, &merged.weights)?;
+                    self.put(shard, tensor, &mut merged.weights)?;
                 }
             }
+            self.checkpoint.shards().iter().for_each(mqadapt_checkpoint::Shard::release);
             out.relative_error.insert(layer_idx, merged.relative_error);
             out.notes.insert(layer_idx.to_string(), merged.notes);
         }
@@ -176,17 +195,15 @@ impl<'a> Engine<'a> {
     }
 
     /// Writes one merged tensor of a layer into the unfinished file of its shard.
-    fn put(&mut self, shard: &OutputShard, tensor: &OutputTensor, weights: &LayerWeights) -> Result<()> {
+    fn put(&mut self, shard: &OutputShard, tensor: &OutputTensor, weights: &mut LayerWeights) -> Result<()> {
         let name = &self.source(tensor.source)?.name;
-        let (Some(values), Some(dtype)) = (weights.get(name), tensor.dtype.float()) else { return Ok(()) };
+        let (Some(values), Some(dtype)) = (weights.get_mut(name), tensor.dtype.float()) else { return Ok(()) };
         let path = partial(&self.work.join(&shard.name));
         let file = open_output(&path)?;
-        let bytes = f32_bytes(values);
-        let per_piece = self.buffer.len() / 4;
         let mut at = tensor.offset;
-        for piece in bytes.chunks(per_piece * 4) {
-            let Some(out) = self.buffer.get_mut(..piece.len() / 4 * dtype.bytes()) else { break };
-            refuse_overflow(name, convert(DType::F32, piece, dtype, out))?;
+        for piece in values.chunks_mut(self.buffer.len() / 4) {
+            let Some(out) = self.buffer.get_mut(..piece.len() * dtype.bytes()) else { break };
+            refuse_overflow(name, dtype, round(piece, dtype, out))?;
             write_all_at(&file, &path, at, out)?;
             at += out.len() as u64;
         }
@@ -217,14 +234,18 @@ impl<'a> Engine<'a> {
             follower.written(step.end)?;
             if step.end - marked >= MARK_EVERY {
                 marked = step.end;
-                follower.mark(std::mem::take(&mut self.merged))?;
+                follower.mark(std::mem::take(&mut self.learnt))?;
             }
         }
-        follower.complete(std::mem::take(&mut self.merged))
+        if shard.ends_source {
+            self.done_reading()?;
+        }
+        follower.complete(std::mem::take(&mut self.learnt))
     }
 
     fn step(&mut self, step: &Step, to: Destination<'_>) -> Result<()> {
         let bytes = step.end - step.start;
+        self.read_from(step)?;
         match step.work {
             Work::Copy { shard, offset } => {
                 let Some(from) = self.checkpoint.shards().get(shard) else { return Ok(()) };
@@ -240,7 +261,7 @@ impl<'a> Engine<'a> {
                 while at < step.end {
                     let most = usize::try_from(step.end - at).unwrap_or(usize::MAX).min(self.buffer.len());
                     let Some(out) = self.buffer.get_mut(..most) else { break };
-                    refuse_overflow(&source.name, self.checkpoint.read_as(source, dtype, first_value, out)?)?;
+                    refuse_overflow(&source.name, dtype, self.checkpoint.read_as(source, dtype, first_value, out)?)?;
                     write_all_at(to.file, to.path, at, out)?;
                     first_value += most / dtype.bytes();
                     at += most as u64;
@@ -251,6 +272,30 @@ impl<'a> Engine<'a> {
             Work::Merge { tensor, layer, dtype } => self.merge(tensor, layer, dtype, step.start, to),
             Work::Skip => self.advance(bytes),
         }
+    }
+
+    /// Gives the source shard back that the steps before were read from, if this one needs another.
+    fn read_from(&mut self, step: &Step) -> Result<()> {
+        let next = match step.work {
+            Work::Copy { shard, .. } => Some(shard),
+            Work::Read { tensor, .. } | Work::Merge { tensor, .. } => Some(self.source(tensor)?.shard),
+            Work::Skip => self.reading,
+        };
+        if next != self.reading {
+            self.done_reading()?;
+            self.reading = next;
+        }
+        Ok(())
+    }
+
+    /// Gives the source shard back that was read from, after sampling it for the fingerprint.
+    fn done_reading(&mut self) -> Result<()> {
+        let Some(number) = self.reading.take() else { return Ok(()) };
+        self.learnt.samples.push((number, self.checkpoint.sample_shard(number)?.to_owned()));
+        if let Some(shard) = self.checkpoint.shards().get(number) {
+            shard.release();
+        }
+        Ok(())
     }
 
     /// Merges the heads of one tensor, in pieces.
@@ -275,7 +320,7 @@ impl<'a> Engine<'a> {
             let mut at = start + (first * dtype.bytes()) as u64;
             for piece in merged.chunks_mut(buffer.len() / 4) {
                 let Some(out) = buffer.get_mut(..piece.len() * dtype.bytes()) else { break };
-                refuse_overflow(&source.name, round(piece, dtype, out))?;
+                refuse_overflow(&source.name, dtype, round(piece, dtype, out))?;
                 write_all_at(to.file, to.path, at, out)?;
                 at += out.len() as u64;
                 *done += out.len() as u64;
@@ -289,7 +334,7 @@ impl<'a> Engine<'a> {
         }
         let (error, energy) = error.parts();
         let (error_bits, energy_bits) = (error.to_bits(), energy.to_bits());
-        self.merged.push(MergedTensor { layer_idx: layer.layer_idx, error_bits, energy_bits });
+        self.learnt.merged.push(MergedTensor { layer_idx: layer.layer_idx, error_bits, energy_bits });
         Ok(())
     }
 
@@ -332,8 +377,11 @@ impl<'a> Engine<'a> {
         Ok(trusted)
     }
 
-    /// Takes the errors of merged tensors from the journal.
+    /// Takes what was learnt before from the journal.
     fn remember(&mut self, marks: &[Mark]) {
+        for (number, sample) in marks.iter().flat_map(|mark| &mark.samples) {
+            self.checkpoint.remember_sample(*number, sample);
+        }
         for merged in marks.iter().flat_map(|mark| &mark.merged) {
             if let Some(sum) = self.errors.get_mut(merged.layer_idx) {
                 let parts = (f64::from_bits(merged.error_bits), f64::from_bits(merged.energy_bits));
@@ -374,22 +422,6 @@ fn open_output(path: &Path) -> Result<File> {
     options.read(true).write(true).create(true).truncate(false).open(path).map_err(Error::io("create", path))
 }
 
-fn f32_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
-}
-
-/// Rounds values to what is stored, in place, and puts the stored bytes into `out`.
-fn round(values: &mut [f32], dtype: DType, out: &mut [u8]) -> u64 {
-    let bytes = f32_bytes(values);
-    let overflowed = convert(DType::F32, &bytes, dtype, out);
-    let mut back = bytes;
-    convert(dtype, out, DType::F32, &mut back);
-    for (value, bytes) in values.iter_mut().zip(back.as_chunks::<4>().0) {
-        *value = f32::from_le_bytes(*bytes);
-    }
-    overflowed
-}
-
-fn refuse_overflow(name: &str, count: u64) -> Result<()> {
-    if count == 0 { Ok(()) } else { Err(Error::Overflow { name: name.to_owned(), count }) }
+fn refuse_overflow(name: &str, dtype: DType, count: u64) -> Result<()> {
+    if count == 0 { Ok(()) } else { Err(Error::Overflow { name: name.to_owned(), dtype: dtype.name(), count }) }
 }

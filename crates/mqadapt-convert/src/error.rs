@@ -80,10 +80,14 @@ pub enum Error {
         detail: String,
     },
     /// Finite values became infinite in the dtype asked for.
-    #[error("tensor '{name}': {count} values are too large for float16 (which ends at 65504); use bfloat16 or float32")]
+    #[error(
+        "tensor '{name}': {count} finite values are too large for {dtype}; ask for another --dtype (float16 ends at 65504)"
+    )]
     Overflow {
         /// The first tensor where it happened.
         name: String,
+        /// The dtype asked for.
+        dtype: &'static str,
         /// How many of its values.
         count: u64,
     },

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::journal::{Journal, Mark, MergedTensor};
+use crate::journal::{Journal, Learnt, Mark};
 use crate::{Error, Result, ShardRecord, cache};
 
 /// Bytes hashed at a time: they stay in the second-level cache between the copy out of the kernel and the hash.
@@ -40,9 +40,9 @@ enum Message {
     /// The first so many bytes of the file are written.
     Written(u64),
     /// A place to continue from.
-    Mark(Vec<MergedTensor>),
+    Mark(Learnt),
     /// The file is complete.
-    Complete(Vec<MergedTensor>),
+    Complete(Learnt),
 }
 
 /// The thread, as the writer sees it.
@@ -69,12 +69,12 @@ impl Follower {
         self.send(Message::Written(bytes))
     }
 
-    pub fn mark(&mut self, merged: Vec<MergedTensor>) -> Result<()> {
-        self.send(Message::Mark(merged))
+    pub fn mark(&mut self, learnt: Learnt) -> Result<()> {
+        self.send(Message::Mark(learnt))
     }
 
-    pub fn complete(&mut self, merged: Vec<MergedTensor>) -> Result<()> {
-        self.send(Message::Complete(merged))
+    pub fn complete(&mut self, learnt: Learnt) -> Result<()> {
+        self.send(Message::Complete(learnt))
     }
 
     /// Waits until everything is done, asking `interrupted` ten times a second whether to go on.
@@ -136,15 +136,15 @@ impl Worker {
                     current = Some(following);
                 }
                 (Message::Written(bytes), Some(following)) => following.follow(bytes, &mut piece, &self.stop)?,
-                (Message::Mark(merged), Some(following)) => {
+                (Message::Mark(learnt), Some(following)) => {
                     if self.sync {
                         cache::write_back(&following.file, flushed, following.hashed);
                         flushed = following.hashed;
                     }
-                    self.journal.mark(&following.mark(merged, false))?;
+                    self.journal.mark(&following.mark(learnt, false))?;
                 }
-                (Message::Complete(merged), Some(following)) => {
-                    self.complete(following, merged)?;
+                (Message::Complete(learnt), Some(following)) => {
+                    self.complete(following, learnt)?;
                     current = None;
                 }
                 (_, None) => {}
@@ -153,7 +153,7 @@ impl Worker {
         Ok(self.completed)
     }
 
-    fn complete(&mut self, following: &Following, merged: Vec<MergedTensor>) -> Result<()> {
+    fn complete(&mut self, following: &Following, learnt: Learnt) -> Result<()> {
         if self.sync {
             following.file.sync_all().map_err(Error::io("write", &following.partial))?;
             cache::forget(&following.file, 0, following.hashed);
@@ -162,7 +162,7 @@ impl Worker {
             return Ok(());
         }
         fs::rename(&following.partial, &following.path).map_err(Error::io("rename", &following.partial))?;
-        let mark = following.mark(merged, true);
+        let mark = following.mark(learnt, true);
         self.journal.mark(&mark)?;
         self.completed.push(ShardRecord { name: mark.shard, bytes: mark.bytes, xxh3_128: mark.xxh3_128 });
         Ok(())
@@ -187,7 +187,14 @@ impl Following {
         format!("{:032x}", self.hash.digest128())
     }
 
-    fn mark(&self, merged: Vec<MergedTensor>, complete: bool) -> Mark {
-        Mark { shard: self.name.clone(), bytes: self.hashed, xxh3_128: self.digest(), complete, merged }
+    fn mark(&self, learnt: Learnt, complete: bool) -> Mark {
+        Mark {
+            shard: self.name.clone(),
+            bytes: self.hashed,
+            xxh3_128: self.digest(),
+            complete,
+            samples: learnt.samples,
+            merged: learnt.merged,
+        }
     }
 }

@@ -26,7 +26,17 @@ pub(crate) struct Mark {
     pub xxh3_128: String,
     /// It is complete, and has its final name.
     pub complete: bool,
+    /// The fingerprint's samples of source shards that were completed, after the mark before: number and hash.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub samples: Vec<(usize, String)>,
     /// The merged tensors that end in these bytes, after the mark before.
+    pub merged: Vec<MergedTensor>,
+}
+
+/// What was learnt between two marks.
+#[derive(Debug, Default)]
+pub(crate) struct Learnt {
+    pub samples: Vec<(usize, String)>,
     pub merged: Vec<MergedTensor>,
 }
 

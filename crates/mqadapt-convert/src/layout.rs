@@ -42,6 +42,8 @@ pub(crate) struct OutputShard {
     /// Length of the file.
     pub bytes: u64,
     pub tensors: Vec<OutputTensor>,
+    /// The next file is made from another source shard.
+    pub ends_source: bool,
 }
 
 /// A tensor of the output.
@@ -86,11 +88,16 @@ impl Layout {
             (_, Some(_)) => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
             (_, None) => checkpoint.shards().get(number).map_or_else(String::new, |shard| shard.name().to_owned()),
         };
-        let shards: Vec<_> = groups
+        let mut shards: Vec<_> = groups
             .into_iter()
             .enumerate()
             .map(|(number, tensors)| OutputShard::new(name(number), tensors, checkpoint))
             .collect();
+        let source = |tensor: Option<&OutputTensor>| Some(checkpoint.tensors().get(tensor?.source)?.shard);
+        for number in 1..shards.len() {
+            let next = source(shards[number].tensors.first());
+            shards[number - 1].ends_source = source(shards[number - 1].tensors.last()) != next;
+        }
         let index = (count > 1).then(|| index_text(&shards, checkpoint));
         Ok(Self { shards, index })
     }
@@ -131,7 +138,7 @@ impl OutputShard {
         for tensor in &mut tensors {
             tensor.offset += header.len() as u64;
         }
-        Self { name, bytes: header.len() as u64 + end, header, tensors }
+        Self { name, bytes: header.len() as u64 + end, header, tensors, ends_source: true }
     }
 }
 

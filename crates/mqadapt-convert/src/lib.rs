@@ -46,6 +46,7 @@ mod options;
 mod output;
 mod steps;
 mod transfer;
+mod verify;
 
 pub use convert::{convert, convert_layers};
 pub use error::{Error, Result};
@@ -53,3 +54,4 @@ pub use layers::{LayerMerge, LayerWeights, MergedLayer};
 pub use manifest::{MANIFEST_FILE, Manifest, PlanRecord, ShardRecord, SourceRecord};
 pub use options::{ConversionReport, ConvertOptions};
 pub use output::PARTIAL_SUFFIX;
+pub use verify::{Verification, verify};
