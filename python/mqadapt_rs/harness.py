@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 # lm-eval fills its table of models when this is imported, unless something is in the table already: so before ours
@@ -22,11 +21,11 @@ from tqdm import tqdm
 
 from mqadapt_rs import Model, __version__, hub
 from mqadapt_rs.errors import ArgumentError, MqadaptError
-from mqadapt_rs.hf_tokenizer import encode, load_tokenizer, stop_tokens
+from mqadapt_rs.evaluation import evaluate, main
+from mqadapt_rs.hf_tokenizer import encode, load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Sequence
 
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import CacheHook
@@ -36,9 +35,11 @@ if TYPE_CHECKING:
     Pair = tuple[list[int], list[int]]
     Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
-# Requests of one call into Rust: many, since what they have in common is computed once a call; not all, since progress is
-# shown and `--use_cache` filled in between.
-_CHUNK = 1024
+__all__ = ["MqadaptLM", "evaluate", "main"]
+
+# Requests of one call into Rust: many, since what they have in common is computed once a call; not all, since `--use_cache`
+# is filled in between.
+_CHUNK = 8192
 _MAX_GEN_TOKS = 256  # lm-eval's default
 
 
@@ -107,7 +108,6 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         if enable_thinking is not None:
             self.chat_template_args["enable_thinking"] = enable_thinking
         self._encoded: dict[str, list[int]] = {}
-        self._stop_tokens = stop_tokens(pretrained)
 
     # what lm-eval asks about the model
 
@@ -249,12 +249,12 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         with _progress("loglikelihood", len(pairs), disable_tqdm) as progress:
             for start in range(0, len(order), _CHUNK):
                 chosen = order[start : start + _CHUNK]
-                for i, answer in zip(chosen, self.model.loglikelihood([pairs[i] for i in chosen]), strict=True):
+                found = self.model.loglikelihood([pairs[i] for i in chosen], progress=_follow(progress))
+                for i, answer in zip(chosen, found, strict=True):
                     answers[i] = answer
                     text = requests[i][0]
                     if text is not None:
                         self.cache_hook.add_partial("loglikelihood", text, answer)
-                progress.update(len(chosen))
         return [answers[i] for i in range(len(pairs))]
 
     def _fit(self, context: list[int], continuation: list[int]) -> Pair:
@@ -321,82 +321,35 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
 
         def goes_on(index: int, token: int) -> bool:
             new[index].append(token)
-            if token in self._stop_tokens:
-                return False
             tail = self.tokenizer.decode(new[index][-reach:])
             return not any(stop in tail for stop in until)
 
-        self.model.generate(prompts, max_new_tokens=max_gen_toks, temperature=temperature, on_token=goes_on, **sampling)
-        progress.update(len(prompts))
+        self.model.generate(
+            prompts,
+            max_new_tokens=max_gen_toks,
+            temperature=temperature,
+            stop_tokens=[*self.model.stop_tokens, self.eot_token_id],
+            on_token=goes_on,
+            progress=_follow(progress),
+            **sampling,
+        )
         texts = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new)
         return [postprocess_generated_text(text, stop=until, think_end_token=self.think_end_token) for text in texts]
-
-
-def evaluate(
-    lm: MqadaptLM,
-    tasks: Sequence[str],
-    *,
-    include_path: str | Path | None = None,
-    output_path: str | Path | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Runs tasks as `lm-eval run` does.
-
-    Args:
-        lm: the model.
-        tasks: names of tasks, or of groups of tasks.
-        include_path: a folder with more tasks.
-        output_path: where lm-eval shall write its results file (a folder, or a `.json` file).
-        options: what `lm_eval.simple_evaluate` takes: `limit`, `num_fewshot`, `use_cache`, `apply_chat_template`, ...
-
-    Returns:
-        lm-eval's results: `results` holds the metrics of each task.
-
-    Raises:
-        ArgumentError: a task that does not exist.
-    """
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.loggers import EvaluationTracker
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown or not tasks:
-        raise ArgumentError(
-            f"no such task: {', '.join(unknown) or '(none given)'}; `mqadapt lm-eval ls tasks` lists lm-eval's own, "
-            "--include-path names a folder with more"
-        )
-    tracker = None if output_path is None else EvaluationTracker(output_path=str(output_path))
-    options.setdefault("torch_random_seed", None)  # nothing of ours draws from PyTorch, and seeding it would import it
-    options.setdefault("log_samples", False)
-    results = simple_evaluate(
-        model=lm,
-        model_args={"pretrained": lm.pretrained},
-        tasks=manager.match_tasks(list(tasks)),
-        task_manager=manager,
-        evaluation_tracker=tracker,
-        **options,
-    )
-    if tracker is not None:
-        tracker.save_results_aggregated(results=results, samples=results.get("samples"))
-    return dict(results)
-
-
-def main(argv: Sequence[str]) -> None:
-    """lm-eval's own command line, with `--model mqadapt`."""
-    from lm_eval.__main__ import cli_evaluate
-
-    before = sys.argv
-    sys.argv = ["mqadapt lm-eval", *argv]
-    try:
-        cli_evaluate()
-    finally:
-        sys.argv = before
 
 
 def _progress(what: str, total: int, disable: bool) -> tqdm[Any]:
     # None: shown on a terminal only
     return tqdm(total=total, desc=f"Running {what} requests", disable=True if disable else None)
+
+
+def _follow(bar: tqdm[Any]) -> Callable[[str, int, int], None]:
+    """Moves the bar on from where it is by what a call into Rust has done."""
+    start = bar.n
+
+    def advance(_phase: str, done: int, _total: int) -> None:
+        bar.update(start + done - bar.n)
+
+    return advance
 
 
 def _unknown_arguments(unknown: Iterable[str]) -> str:

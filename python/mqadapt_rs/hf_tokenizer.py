@@ -58,12 +58,6 @@ def encode(tokenizer: Any, strings: Sequence[str], add_special_tokens: Sequence[
     return out
 
 
-def stop_tokens(src: Source) -> set[int]:
-    """The tokens that end a text by the model's `generation_config.json`, which transformers' `generate` heeds too."""
-    tokens = _read(hub.fetch_tokenizer(src) / "generation_config.json").get("eos_token_id")
-    return {int(token) for token in (tokens if isinstance(tokens, list) else [tokens]) if token is not None}
-
-
 def _read(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}

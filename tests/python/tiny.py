@@ -7,6 +7,7 @@ compute what a converted checkpoint should compute. Nothing here uses mqadapt-rs
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 FAMILIES = ("llama", "gemma", "mistral", "qwen2", "qwen3")
 CLASSES = {"llama": "Llama", "gemma": "Gemma", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# tests run side by side, and PyTorch's threads wait for each other by spinning
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 160,
@@ -123,9 +127,10 @@ def save_tokenizer(folder: Path, text: str, vocab_size: int = 320, starts_with_b
 
 
 def merge_heads(weight: torch.Tensor, heads: int, method: str) -> torch.Tensor:
-    """Contiguous groups of the K/V heads in `weight` (`[G, head_dim, ...]`) merged to `heads`: `[heads, head_dim, ...]`, f32."""
-    groups = weight.float().reshape(heads, weight.shape[0] // heads, *weight.shape[1:])
-    return {"mean": lambda: groups.mean(1), "first": lambda: groups[:, 0]}[method]()
+    """Contiguous groups of the K/V heads in `weight` (`[G, head_dim, ...]`) merged to `heads`: `[heads, head_dim, ...]`, f32.
+    Sums are in f64, so that the mean is the exact one, rounded."""
+    groups = weight.double().reshape(heads, weight.shape[0] // heads, *weight.shape[1:])
+    return {"mean": lambda: groups.mean(1), "first": lambda: groups[:, 0]}[method]().float()
 
 
 def convert(source: PreTrainedModel, plan: list[int], method: str) -> PreTrainedModel:
