@@ -4,16 +4,22 @@
 //! the cache. A row's softmax runs online over its tiles, and its chunks merge in order. Work is split at rows,
 //! K/V heads and chunks, so its order of additions is the same in a prefill, a decode step and a packed batch.
 
-use crate::{Cpu, FloatsMut, FloatsRef, Precision, pool::Parts, scratch};
+use crate::{Cpu, FloatsMut, FloatsRef, Isa, Precision, pool::Parts, scratch, simd::Element};
 use std::ops::Range;
 
 mod chunk;
+mod exact;
+mod item;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
+mod partial;
 mod store;
 
 #[cfg(test)]
 mod tests;
 
-use chunk::{Floats, Item, Partial, Views};
+use item::{Item, Views};
+use partial::Partial;
 
 /// K or V of one layer: `head_dim` contiguous values for each K/V head and position.
 ///
@@ -81,7 +87,8 @@ pub struct AttentionParams {
     pub softcap: Option<f32>,
     /// Positions that a row attends, its own included; `None` for all.
     pub sliding_window: Option<usize>,
-    /// [`Precision::Fast`] rounds q and the probabilities to `bf16` where the cache is `bf16`.
+    /// [`Precision::Fast`] rounds q and the weights of V to `bf16` where the cache is `bf16` and the processor
+    /// multiplies pairs of them ([`Isa::Avx512Bf16`]).
     pub precision: Precision,
 }
 
@@ -109,27 +116,31 @@ impl Cpu {
         out: &mut [f32],
     ) {
         check(params, q, k, v, segments, out);
+        let group = params.num_attention_heads / params.num_key_value_heads;
+        macro_rules! attend {
+            ($k:expr, $v:expr, $chunk:expr) => {
+                self.attend(Views { params, group, q, k, v, k_data: $k, v_data: $v }, segments, $chunk, out)
+            };
+        }
         match (k.data, v.data) {
-            (FloatsRef::F32(a), FloatsRef::F32(b)) => self.attend(params, q, (a, k), (b, v), segments, out),
-            (FloatsRef::F16(a), FloatsRef::F16(b)) => self.attend(params, q, (a, k), (b, v), segments, out),
-            (FloatsRef::Bf16(a), FloatsRef::Bf16(b)) => self.attend(params, q, (a, k), (b, v), segments, out),
+            (FloatsRef::F32(a), FloatsRef::F32(b)) => attend!(a, b, chunk::attend),
+            (FloatsRef::F16(a), FloatsRef::F16(b)) => attend!(a, b, chunk::attend),
+            #[cfg(target_arch = "x86_64")]
+            (FloatsRef::Bf16(a), FloatsRef::Bf16(b)) if self.takes_pairs(params, k) => attend!(a, b, pairs::attend),
+            (FloatsRef::Bf16(a), FloatsRef::Bf16(b)) => attend!(a, b, chunk::attend),
             _ => panic!("K and V share a dtype"),
         }
     }
 
-    fn attend<E: Floats>(
-        &self,
-        params: &AttentionParams,
-        q: &[f32],
-        (k_data, k): (&[E], KvRef<'_>),
-        (v_data, v): (&[E], KvRef<'_>),
-        segments: &[Segment<'_>],
-        out: &mut [f32],
-    ) {
-        let kv_heads = params.num_key_value_heads;
-        let group = params.num_attention_heads / kv_heads;
-        let rows_per_item = (ITEM_ROWS / group).max(1);
-        let views = Views { params, group, q, k, v, k_data, v_data };
+    /// Whether scores and sums are computed from pairs of `bf16`.
+    #[cfg(target_arch = "x86_64")]
+    fn takes_pairs(&self, params: &AttentionParams, k: KvRef<'_>) -> bool {
+        self.isa == Isa::Avx512Bf16 && params.precision == Precision::Fast && k.head_dim.is_multiple_of(2)
+    }
+
+    fn attend<E: Element>(&self, views: Views<'_, E>, segments: &[Segment<'_>], attend: Attend<E>, out: &mut [f32]) {
+        let kv_heads = views.params.num_key_value_heads;
+        let rows_per_item = views.rows_per_item();
         let out = Parts::new(out);
         // Items before each segment: one per block of its rows; then each is taken once per K/V head.
         scratch::with(segments.len() + 1, |starts: &mut [u32]| {
@@ -147,19 +158,20 @@ impl Cpu {
                 Item::new(views, &segments[at], first_row, rows_per_item, kv_head)
             };
             if items >= 4 * self.threads() || self.threads() == 1 {
-                self.attend_whole(views, items, item, out);
+                self.attend_whole(views, items, item, attend, out);
             } else {
-                self.attend_split(views, items, item, out);
+                self.attend_split(views, items, item, attend, out);
             }
         });
     }
 
     /// One task per item, all its chunks in order.
-    fn attend_whole<'a, E: Floats>(
+    fn attend_whole<'a, E: Element>(
         &self,
         views: Views<'a, E>,
         items: usize,
         item: impl Fn(usize) -> Item<'a, E> + Sync,
+        attend: Attend<E>,
         out: Parts<'_, f32>,
     ) {
         let (partial_len, work_len) = (views.partial_len(), views.work_len());
@@ -178,7 +190,7 @@ impl Cpu {
                 total.clear();
                 for chunk in item.chunks() {
                     // SAFETY: shapes were checked by `check`.
-                    unsafe { chunk::attend(self.isa, &item, chunk, &mut part, work) };
+                    unsafe { attend(self.isa, &item, chunk, &mut part, work) };
                     total.merge(self.isa, &part);
                 }
                 item.finish(self.isa, &mut total, out);
@@ -187,11 +199,12 @@ impl Cpu {
     }
 
     /// One task per item and chunk, for a few long items as in a decode step; then the chunks merge in order.
-    fn attend_split<'a, E: Floats>(
+    fn attend_split<'a, E: Element>(
         &self,
         views: Views<'a, E>,
         items: usize,
         item: impl Fn(usize) -> Item<'a, E> + Sync,
+        attend: Attend<E>,
         out: Parts<'_, f32>,
     ) {
         let (partial_len, work_len) = (views.partial_len(), views.work_len());
@@ -212,7 +225,7 @@ impl Cpu {
                         let work = unsafe { work.part(worker * work_len, work_len) };
                         let mut part = Partial::new(part(index, nth), &item);
                         // SAFETY: shapes were checked by `check`.
-                        unsafe { chunk::attend(self.isa, &item, start + nth, &mut part, work) };
+                        unsafe { attend(self.isa, &item, start + nth, &mut part, work) };
                     }
                 });
                 for index in 0..items {
@@ -228,6 +241,9 @@ impl Cpu {
         });
     }
 }
+
+/// Attends one chunk of an item's positions.
+type Attend<E> = unsafe fn(Isa, &Item<'_, E>, usize, &mut Partial<'_>, &mut [f32]);
 
 /// Query rows times heads of a group in one task, about: a multiple of every `Simd::TILE_ROWS`.
 const ITEM_ROWS: usize = 60;

@@ -119,6 +119,13 @@ impl Cpu {
     }
 }
 
+/// Rounds every value to `bf16`.
+pub(crate) fn round_to_bf16(from: &[f32], to: &mut [f32]) {
+    for (from, to) in from.iter().zip(to) {
+        *to = f32::from_bits(u32::from(round_bf16(from.to_bits())) << 16);
+    }
+}
+
 /// Two half-width dtypes by way of `f32`, which holds both exactly.
 fn via_f32<T, U>(
     from: &[T],

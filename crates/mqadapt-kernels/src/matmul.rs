@@ -8,6 +8,7 @@ use half::bf16;
 
 mod float;
 mod int8;
+mod tile;
 #[cfg(target_arch = "x86_64")]
 mod vdpbf16;
 
@@ -172,12 +173,13 @@ impl Grid {
     fn new(m: usize, n: usize, weight: &WeightsRef<'_>) -> Self {
         /// Rows of a task: a multiple of every `Simd::TILE_ROWS`.
         const ROWS: usize = 96;
-        /// Bytes of weights in a task: for a few rows enough to pay for the claim, for many what stays in L2.
-        const BYTES_FEW: usize = 64 << 10;
-        const BYTES_MANY: usize = 256 << 10;
-        let bytes = if m < 16 { BYTES_FEW } else { BYTES_MANY };
+        /// Columns of a task with many rows: with those rows, their blocks of `k` stay in the second cache.
+        const COLUMNS: usize = 128;
+        /// Bytes of weights in a task with few rows: enough to pay for the claim.
+        const BYTES: usize = 64 << 10;
         let row_bytes = weight.bytes().div_ceil(n.max(1)).max(1);
-        let column_step = (bytes / row_bytes).next_multiple_of(4).clamp(4, 512).min(n.max(1));
+        let column_step = if m < 16 { (BYTES / row_bytes).next_multiple_of(4) } else { COLUMNS };
+        let column_step = column_step.clamp(4, 512).min(n.max(1));
         Self { m, n, row_step: ROWS.min(m), column_step }
     }
 
@@ -196,14 +198,15 @@ impl Grid {
 /// The activations in every form that the weights of a call need.
 pub(crate) struct Operand<'a> {
     k: usize,
-    /// As given.
+    /// As given, or a copy: rows are `exact_stride` apart.
     exact: &'a [f32],
+    exact_stride: usize,
     /// Rounded to `bf16`, in `f32`; empty where no weight needs it.
     rounded: &'a [f32],
-    /// Rounded to `bf16`, rows padded with zeros to `stride`; empty where no weight needs it.
+    /// Rounded to `bf16`, rows padded with zeros; empty where no weight needs it.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     half: &'a [bf16],
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    /// Values between rows of `rounded` and of `half`.
     stride: usize,
 }
 
@@ -225,6 +228,12 @@ impl Form {
     }
 }
 
+/// Values between rows of a copy of activations: whole vectors, and never so that rows share the sets of a cache.
+fn copy_stride(k: usize) -> usize {
+    let stride = k.next_multiple_of(32);
+    if stride.is_multiple_of(256) { stride + 32 } else { stride }
+}
+
 impl Operand<'_> {
     pub(crate) fn prepare<'w>(
         cpu: &Cpu,
@@ -236,27 +245,29 @@ impl Operand<'_> {
         body: impl FnOnce(&Operand<'_>),
     ) {
         let needs = |form| weights.clone().any(|weight| Form::new(cpu.isa, precision, &weight) == form);
-        let stride = k.next_multiple_of(32);
-        let rounded_len = if needs(Form::Rounded) { m * k } else { 0 };
-        let half_len = if needs(Form::Half) { m * stride } else { 0 };
-        scratch::with(rounded_len, |rounded: &mut [f32]| {
-            scratch::with(half_len, |half: &mut [bf16]| {
-                if rounded_len > 0 {
-                    rounded.copy_from_slice(x);
-                    cpu.round_to_bf16(rounded);
-                }
-                if half_len > 0 {
-                    let parts = Parts::new(&mut *half);
-                    cpu.by_rows(m, k, |first, rows| {
-                        for row in first..first + rows {
-                            // SAFETY: rows are disjoint.
-                            let (values, padding) = unsafe { parts.part(row * stride, stride) }.split_at_mut(k);
-                            crate::convert::bf16_from_f32(cpu.isa, &x[row * k..][..k], values);
+        let stride = copy_stride(k);
+        let room = |needed: bool| if needed { m * stride } else { 0 };
+        // Rows of activations a multiple of 1 KB apart fall into few sets of the first cache; a copy is soon paid back.
+        let copies = needs(Form::Exact) && m >= 16 && k.is_multiple_of(256);
+        scratch::with(room(copies), |copy: &mut [f32]| {
+            scratch::with(room(needs(Form::Rounded)), |rounded: &mut [f32]| {
+                scratch::with(room(needs(Form::Half)), |half: &mut [bf16]| {
+                    if copies {
+                        cpu.each_row(x, k, copy, stride, |from, to| to[..k].copy_from_slice(from));
+                    }
+                    if !rounded.is_empty() {
+                        cpu.each_row(x, k, rounded, stride, crate::convert::round_to_bf16);
+                    }
+                    if !half.is_empty() {
+                        cpu.each_row(x, k, half, stride, |from, to| {
+                            let (values, padding) = to.split_at_mut(from.len());
+                            crate::convert::bf16_from_f32(cpu.isa, from, values);
                             padding.fill(bf16::ZERO);
-                        }
-                    });
-                }
-                body(&Operand { k, exact: x, rounded, half, stride });
+                        });
+                    }
+                    let (exact, exact_stride) = if copies { (&*copy, stride) } else { (x, k) };
+                    body(&Operand { k, exact, exact_stride, rounded, half, stride });
+                });
             });
         });
     }
@@ -268,11 +279,11 @@ impl Operand<'_> {
     pub(crate) unsafe fn multiply(&self, isa: Isa, linear: &Linear<'_>, tile: Tile, to: Target) {
         let k = self.k;
         let as_given = matches!(linear.weight, WeightsRef::F32(_) | WeightsRef::F16(_)) || self.rounded.is_empty();
-        let x = if as_given { self.exact } else { self.rounded };
+        let (x, stride) = if as_given { (self.exact, self.exact_stride) } else { (self.rounded, self.stride) };
         let bias = linear.bias.map(|bias| &bias[tile.column..][..tile.columns]);
-        let x = x[tile.row * k..][..tile.rows * k].as_ptr();
+        let x = x[tile.row * stride..][..(tile.rows - 1) * stride + k].as_ptr();
         let (first, len) = (tile.column * k, tile.columns * k);
-        // SAFETY: `x` has `rows * k` elements, the weights from `first` on `columns * k`, by the slicing here and above.
+        // SAFETY: `x` has the tile's rows, the weights from `first` on its columns, by the slicing here and above.
         unsafe {
             match linear.weight {
                 #[cfg(target_arch = "x86_64")]
@@ -280,33 +291,77 @@ impl Operand<'_> {
                     let x = self.half[tile.row * self.stride..][..tile.rows * self.stride].as_ptr();
                     vdpbf16::block(x, self.stride, weight[first..][..len].as_ptr(), k, tile, bias, to);
                 }
-                WeightsRef::F32(weight) => float::block(isa, x, weight[first..][..len].as_ptr(), k, tile, bias, to),
-                WeightsRef::F16(weight) => float::block(isa, x, weight[first..][..len].as_ptr(), k, tile, bias, to),
-                WeightsRef::Bf16(weight) => float::block(isa, x, weight[first..][..len].as_ptr(), k, tile, bias, to),
-                WeightsRef::Int8(weight) => int8::block(isa, x, weight.skip_rows(tile.column, k), k, tile, bias, to),
+                WeightsRef::F32(w) => float::block(isa, x, stride, w[first..][..len].as_ptr(), k, tile, bias, to),
+                WeightsRef::F16(w) => float::block(isa, x, stride, w[first..][..len].as_ptr(), k, tile, bias, to),
+                WeightsRef::Bf16(w) => float::block(isa, x, stride, w[first..][..len].as_ptr(), k, tile, bias, to),
+                WeightsRef::Int8(w) => int8::block(isa, x, stride, w.skip_rows(tile.column, k), k, tile, bias, to),
             }
         }
     }
 }
 
+impl Cpu {
+    /// Calls `task` with every row of `from`, `[rows, k]`, and its place in `to`, rows `stride` apart.
+    fn each_row<T: Send>(
+        &self,
+        from: &[f32],
+        k: usize,
+        to: &mut [T],
+        stride: usize,
+        task: impl Fn(&[f32], &mut [T]) + Sync,
+    ) {
+        let parts = Parts::new(to);
+        self.by_rows(from.len() / k, k, |first, rows| {
+            for row in first..first + rows {
+                // SAFETY: rows are disjoint.
+                task(&from[row * k..][..k], unsafe { parts.part(row * stride, stride) });
+            }
+        });
+    }
+}
+
 impl Target {
-    /// Writes four sums of `row` from `column` on, of which `columns` are wanted.
+    /// The same place, to be added to.
+    fn accumulating(self) -> Self {
+        Self { store: Store::Accumulate, ..self }
+    }
+
+    /// Writes one sum.
     ///
     /// # Safety
-    /// They lie within the target.
+    /// It lies within the target, and `bias` within the tile.
     #[inline(always)]
-    unsafe fn put(self, row: usize, column: usize, columns: usize, sums: [f32; 4], bias: Option<&[f32]>) {
-        for (offset, sum) in sums.into_iter().enumerate().take(columns) {
-            let column = column + offset;
-            let sum = bias.map_or(sum, |bias| sum + bias[column]);
-            // SAFETY: the caller's promise.
-            unsafe {
-                let to = self.start.add(row * self.stride + column);
-                *to = match self.store {
-                    Store::Overwrite => sum,
-                    Store::Accumulate => *to + sum,
-                };
+    unsafe fn put(self, row: usize, column: usize, sum: f32, bias: Option<&[f32]>) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let sum = bias.map_or(sum, |bias| sum + bias.get_unchecked(column));
+            let to = self.start.add(row * self.stride + column);
+            *to = if self.store == Store::Accumulate { *to + sum } else { sum };
+        }
+    }
+
+    /// Writes four sums, in one vector.
+    ///
+    /// # Safety
+    /// They lie within the target, and `bias` within the tile.
+    #[inline(always)]
+    unsafe fn put4(self, row: usize, column: usize, mut sums: [f32; 4], bias: Option<&[f32]>) {
+        // SAFETY: the caller's promise; an array of floats is aligned as they are.
+        unsafe {
+            if let Some(bias) = bias {
+                let bias = *bias.as_ptr().add(column).cast::<[f32; 4]>();
+                for c in 0..4 {
+                    sums[c] += bias[c];
+                }
             }
+            let to = self.start.add(row * self.stride + column).cast::<[f32; 4]>();
+            if self.store == Store::Accumulate {
+                let old = *to;
+                for c in 0..4 {
+                    sums[c] += old[c];
+                }
+            }
+            *to = sums;
         }
     }
 }

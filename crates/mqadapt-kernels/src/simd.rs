@@ -91,6 +91,10 @@ pub(crate) unsafe trait Simd: Copy + 'static {
         }
     }
 
+    /// Asks for the cache line at `at`, which may be any address.
+    #[inline(always)]
+    unsafe fn prefetch<T>(_at: *const T) {}
+
     #[inline(always)]
     unsafe fn zero() -> Self::V {
         // SAFETY: the caller's promise.
@@ -118,14 +122,14 @@ pub(crate) unsafe trait Simd: Copy + 'static {
         unsafe { Self::sum4([a, Self::zero(), Self::zero(), Self::zero()])[0] }
     }
 
-    /// `e^a` within 2 units in the last place; zero below -87.3, that of 88.7 above it, NaN for NaN.
+    /// `e^a` within 2 units in the last place; zero below -87.3, that of 88 above it, NaN for NaN.
     #[inline(always)]
     unsafe fn exp(a: Self::V) -> Self::V {
         // e^a = 2^n e^r, |r| <= ln(2) / 2; the polynomial is Cephes' expf.
         // SAFETY: the caller's promise.
         unsafe {
             let least = Self::splat(-87.336_54);
-            let x = Self::min(Self::splat(88.722_83), Self::max(least, a));
+            let x = Self::min(Self::splat(88.0), Self::max(least, a));
             let n = Self::round(Self::mul(x, Self::splat(std::f32::consts::LOG2_E)));
             let r = Self::fma(n, Self::splat(-0.693_359_4), x);
             let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
@@ -134,10 +138,7 @@ pub(crate) unsafe trait Simd: Copy + 'static {
                 p = Self::fma(p, r, Self::splat(c));
             }
             let p = Self::add(Self::fma(p, Self::mul(r, r), r), Self::splat(1.0));
-            // Twice half of n: 2^128 has no float, yet e^88.7 has.
-            let half = Self::round(Self::mul(n, Self::splat(0.5)));
-            let p = Self::mul(Self::mul(p, Self::pow2(half)), Self::pow2(Self::sub(n, half)));
-            Self::zero_below(a, least, p)
+            Self::zero_below(a, least, Self::mul(p, Self::pow2(n)))
         }
     }
 }

@@ -8,9 +8,9 @@ pub enum Precision {
     /// Activations stay `f32`; weights and cached K/V are widened exactly; products and sums are `f32`.
     #[default]
     Exact,
-    /// Activations are rounded to `bf16` where the weight or cache is `bf16` or `int8` (attention
-    /// also rounds its probabilities then); products are exact and sums `f32`. `f32` and `f16` operands
-    /// are treated as in [`Precision::Exact`].
+    /// Activations are rounded to `bf16` where the weight is `bf16` or `int8`; products are exact and sums
+    /// `f32`. `f32` and `f16` weights are treated as in [`Precision::Exact`]. Of attention,
+    /// [`AttentionParams::precision`](crate::AttentionParams::precision) tells.
     Fast,
 }
 

@@ -1,6 +1,6 @@
 //! AVX2 with FMA and F16C: eight lanes.
 
-use super::Simd;
+use super::{Element, Simd};
 use half::{bf16, f16};
 #[allow(clippy::wildcard_imports, reason = "intrinsics")]
 use std::arch::x86_64::*;
@@ -135,11 +135,66 @@ unsafe impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn prefetch<T>(at: *const T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn transpose<E: Element>(
+        from: *const E,
+        stride: usize,
+        rows: usize,
+        columns: usize,
+        to: *mut f32,
+        to_stride: usize,
+    ) {
+        for row in (0..rows).step_by(8) {
+            for column in (0..columns).step_by(8) {
+                let (n, left) = ((rows - row).min(8), (columns - column).min(8));
+                unsafe {
+                    let from = from.add(row * stride + column);
+                    let to = to.add(column * to_stride + row);
+                    let mut v = [_mm256_setzero_ps(); 8];
+                    for (r, v) in v.iter_mut().enumerate().take(n) {
+                        *v = E::load_some::<Self>(from.add(r * stride), left);
+                    }
+                    for (c, v) in transposed(v).into_iter().enumerate().take(left) {
+                        Self::store_some(to.add(c * to_stride), n, v);
+                    }
+                }
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn max_lane(a: __m256) -> f32 {
         unsafe {
             let a = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
             let a = _mm_max_ps(a, _mm_movehl_ps(a, a));
             _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)))
         }
+    }
+}
+
+/// Eight rows of eight to eight columns.
+#[inline(always)]
+unsafe fn transposed(rows: [__m256; 8]) -> [__m256; 8] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // Half `l` of `quads[4 i + j]`: column `4 l + j` of rows `4 i .. 4 i + 4`.
+        let mut quads = rows;
+        for i in [0, 4] {
+            let [a, b, c, d] = [rows[i], rows[i + 1], rows[i + 2], rows[i + 3]];
+            let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
+            quads[i] = _mm256_shuffle_ps::<0x44>(ab, cd);
+            quads[i + 1] = _mm256_shuffle_ps::<0xee>(ab, cd);
+            let (ab, cd) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
+            quads[i + 2] = _mm256_shuffle_ps::<0x44>(ab, cd);
+            quads[i + 3] = _mm256_shuffle_ps::<0xee>(ab, cd);
+        }
+        let mut columns = quads;
+        for j in 0..4 {
+            columns[j] = _mm256_permute2f128_ps::<0x20>(quads[j], quads[4 + j]);
+            columns[4 + j] = _mm256_permute2f128_ps::<0x31>(quads[j], quads[4 + j]);
+        }
+        columns
     }
 }

@@ -1,6 +1,6 @@
 //! AVX-512 (F, BW, DQ, VL): sixteen lanes.
 
-use super::Simd;
+use super::{Element, Simd};
 use half::{bf16, f16};
 #[allow(clippy::wildcard_imports, reason = "intrinsics")]
 use std::arch::x86_64::*;
@@ -123,8 +123,81 @@ unsafe impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn prefetch<T>(at: *const T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn transpose<E: Element>(
+        from: *const E,
+        stride: usize,
+        rows: usize,
+        columns: usize,
+        to: *mut f32,
+        to_stride: usize,
+    ) {
+        for row in (0..rows).step_by(16) {
+            for column in (0..columns).step_by(16) {
+                let (n, left) = ((rows - row).min(16), (columns - column).min(16));
+                unsafe {
+                    let from = from.add(row * stride + column);
+                    let to = to.add(column * to_stride + row);
+                    let mut v = [_mm512_setzero_ps(); 16];
+                    if n == 16 && left == 16 {
+                        for r in 0..16 {
+                            v[r] = E::load::<Self>(from.add(r * stride));
+                        }
+                        let v = transposed(v);
+                        for c in 0..16 {
+                            _mm512_storeu_ps(to.add(c * to_stride), v[c]);
+                        }
+                    } else {
+                        for (r, v) in v.iter_mut().enumerate().take(n) {
+                            *v = E::load_some::<Self>(from.add(r * stride), left);
+                        }
+                        for (c, v) in transposed(v).into_iter().enumerate().take(left) {
+                            Self::store_some(to.add(c * to_stride), n, v);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn max_lane(a: __m512) -> f32 {
         unsafe { _mm512_reduce_max_ps(a) }
+    }
+}
+
+/// Sixteen rows of sixteen to sixteen columns.
+#[inline(always)]
+unsafe fn transposed(rows: [__m512; 16]) -> [__m512; 16] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // Quarter `l` of `quads[4 i + j]`: column `4 l + j` of rows `4 i .. 4 i + 4`.
+        let mut quads = rows;
+        for i in (0..16).step_by(4) {
+            let [a, b, c, d] = [rows[i], rows[i + 1], rows[i + 2], rows[i + 3]];
+            let (ab, cd) = (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d));
+            let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+            quads[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+            quads[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+            let (ab, cd) = (_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d));
+            let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+            quads[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+            quads[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+        }
+        let mut columns = quads;
+        for j in 0..4 {
+            let [a, b, c, d] = [quads[j], quads[4 + j], quads[8 + j], quads[12 + j]];
+            // Quarters 0 and 2, then 1 and 3, of all four.
+            let (ab, cd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
+            columns[j] = _mm512_shuffle_f32x4::<0x88>(ab, cd);
+            columns[8 + j] = _mm512_shuffle_f32x4::<0xdd>(ab, cd);
+            let (ab, cd) = (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d));
+            columns[4 + j] = _mm512_shuffle_f32x4::<0x88>(ab, cd);
+            columns[12 + j] = _mm512_shuffle_f32x4::<0xdd>(ab, cd);
+        }
+        columns
     }
 }
 

@@ -138,6 +138,10 @@ unsafe impl Simd for Neon {
         out
     }
     #[inline(always)]
+    unsafe fn prefetch<T>(at: *const T) {
+        unsafe { std::arch::asm!("prfm pldl1keep, [{0}]", in(reg) at, options(nostack, preserves_flags, readonly)) }
+    }
+    #[inline(always)]
     unsafe fn max_lane(a: float32x4_t) -> f32 {
         unsafe { vmaxvq_f32(a) }
     }
