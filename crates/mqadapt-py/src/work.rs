@@ -23,8 +23,8 @@ struct State {
     total: u64,
     /// Not yet passed on to the callback.
     fresh: bool,
-    /// The phase before this one, where its end was not passed on yet.
-    ended: Option<(String, u64)>,
+    /// The end of a phase, for which the work waits until it was passed on.
+    urgent: bool,
     finished: bool,
 }
 
@@ -39,6 +39,12 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// What was reported has been passed on.
+    fn let_go(&self) {
+        self.lock().urgent = false;
+        self.changed.notify_all();
+    }
 }
 
 impl Progress for Shared {
@@ -47,14 +53,17 @@ impl Progress for Shared {
             return Err(Interrupted);
         }
         let mut state = self.lock();
-        if state.phase != phase {
-            if state.fresh {
-                state.ended = Some((std::mem::take(&mut state.phase), state.total));
-            }
-            phase.clone_into(&mut state.phase);
-        }
+        phase.clone_into(&mut state.phase);
         (state.done, state.total, state.fresh) = (done, total, true);
-        Ok(())
+        if done < total {
+            return Ok(());
+        }
+        // what stops the work stops it before it goes on to its next step, such as putting its result in place
+        state.urgent = true;
+        self.changed.notify_all();
+        let waits = |state: &mut State| state.urgent && !self.stop.load(Ordering::Relaxed);
+        drop(self.changed.wait_while(state, waits).unwrap_or_else(PoisonError::into_inner));
+        if self.stop.load(Ordering::Relaxed) { Err(Interrupted) } else { Ok(()) }
     }
 }
 
@@ -89,6 +98,7 @@ where
         if raised.is_some() {
             shared.stop.store(true, Ordering::Relaxed);
         }
+        shared.let_go();
         // the work has ended, or ends as soon as it next reports progress
         let outcome = py.detach(|| worker.join());
         (outcome, raised)
@@ -107,23 +117,19 @@ fn wait(py: Python<'_>, shared: &Shared, callback: Option<&Bound<'_, PyAny>>) ->
         let finished = py.detach(|| {
             let state = shared.lock();
             let left = tick.saturating_duration_since(Instant::now());
-            let waited = shared.changed.wait_timeout_while(state, left, |state| !state.finished);
+            let waited = shared.changed.wait_timeout_while(state, left, |state| !state.finished && !state.urgent);
             waited.unwrap_or_else(PoisonError::into_inner).0.finished
         });
         py.check_signals()?;
-        if let Some(callback) = callback {
-            let (ended, news) = {
-                let mut state = shared.lock();
-                let fresh = std::mem::replace(&mut state.fresh, false);
-                (state.ended.take(), fresh.then(|| (state.phase.clone(), state.done, state.total)))
-            };
-            if let Some((phase, total)) = ended {
-                callback.call1((phase, total, total))?;
-            }
-            if let Some(news) = news {
-                callback.call1(news)?;
-            }
+        let news = {
+            let mut state = shared.lock();
+            let fresh = std::mem::replace(&mut state.fresh, false);
+            fresh.then(|| (state.phase.clone(), state.done, state.total))
+        };
+        if let (Some(callback), Some(news)) = (callback, news) {
+            callback.call1(news)?;
         }
+        shared.let_go();
         if finished {
             return Ok(());
         }
