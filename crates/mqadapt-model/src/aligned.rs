@@ -10,10 +10,14 @@ use mqadapt_kernels::{FloatsMut, FloatsRef, WeightsRef};
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
+/// Whole cache lines.
+#[derive(Clone)]
+pub(crate) struct Lines(Vec<Line>);
+
 /// Floats of one dtype.
 #[derive(Clone)]
 pub(crate) struct Floats {
-    lines: Vec<Line>,
+    lines: Lines,
     len: usize,
     dtype: DType,
 }
@@ -22,9 +26,11 @@ pub(crate) struct Floats {
 ///
 /// # Safety
 /// Implementors accept every bit pattern and need no more than 64-byte alignment.
-unsafe trait Plain: Copy {}
+pub(crate) unsafe trait Plain: Copy {}
 // SAFETY: a plain number.
 unsafe impl Plain for u8 {}
+// SAFETY: a plain number.
+unsafe impl Plain for i8 {}
 // SAFETY: a plain number.
 unsafe impl Plain for f32 {}
 // SAFETY: a transparent wrapper of a plain number.
@@ -32,10 +38,30 @@ unsafe impl Plain for f16 {}
 // SAFETY: a transparent wrapper of a plain number.
 unsafe impl Plain for bf16 {}
 
+impl Lines {
+    /// Zeros; untouched memory until they are written.
+    pub(crate) fn zeros(bytes: usize) -> Self {
+        Self(vec![Line([0; 64]); bytes.div_ceil(size_of::<Line>())])
+    }
+
+    /// The first `len` values.
+    pub(crate) fn slice<T: Plain>(&self, len: usize) -> &[T] {
+        assert!(len * size_of::<T>() <= size_of_val(&*self.0));
+        // SAFETY: the lines are initialised and hold `len` values, any bits are a `T`, and lines are aligned enough.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), len) }
+    }
+
+    /// The first `len` values.
+    pub(crate) fn slice_mut<T: Plain>(&mut self, len: usize) -> &mut [T] {
+        assert!(len * size_of::<T>() <= size_of_val(&*self.0));
+        // SAFETY: as above, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), len) }
+    }
+}
+
 impl Floats {
     pub(crate) fn zeros(len: usize, dtype: DType) -> Self {
-        let lines = (len * dtype.bytes()).div_ceil(size_of::<Line>());
-        Self { lines: vec![Line([0; 64]); lines], len, dtype }
+        Self { lines: Lines::zeros(len * dtype.bytes()), len, dtype }
     }
 
     /// Each value rounded once, ties to even.
@@ -50,66 +76,64 @@ impl Floats {
         out
     }
 
+    /// Number of values.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Some values from the first on.
+    pub(crate) fn read(&self, first: usize, out: &mut [f32]) {
+        match self.as_ref() {
+            FloatsRef::F32(values) => out.copy_from_slice(&values[first..first + out.len()]),
+            FloatsRef::F16(values) => out.iter_mut().zip(&values[first..]).for_each(|(o, v)| *o = v.to_f32()),
+            FloatsRef::Bf16(values) => out.iter_mut().zip(&values[first..]).for_each(|(o, v)| *o = v.to_f32()),
+            _ => {}
+        }
+    }
+
     pub(crate) fn dtype(&self) -> DType {
         self.dtype
     }
 
     /// Bytes allocated.
     pub(crate) fn bytes(&self) -> usize {
-        self.lines.capacity() * size_of::<Line>()
+        self.lines.0.capacity() * size_of::<Line>()
     }
 
     /// The values as bytes of this machine.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
-        let len = self.len * self.dtype.bytes();
-        self.slice_mut(len)
+        self.lines.slice_mut(self.len * self.dtype.bytes())
     }
 
     pub(crate) fn as_ref(&self) -> FloatsRef<'_> {
         match self.dtype {
-            DType::F32 => FloatsRef::F32(self.slice(self.len)),
-            DType::F16 => FloatsRef::F16(self.slice(self.len)),
-            DType::BF16 => FloatsRef::Bf16(self.slice(self.len)),
+            DType::F32 => FloatsRef::F32(self.lines.slice(self.len)),
+            DType::F16 => FloatsRef::F16(self.lines.slice(self.len)),
+            DType::BF16 => FloatsRef::Bf16(self.lines.slice(self.len)),
         }
     }
 
     pub(crate) fn as_mut(&mut self) -> FloatsMut<'_> {
-        let len = self.len;
         match self.dtype {
-            DType::F32 => FloatsMut::F32(self.slice_mut(len)),
-            DType::F16 => FloatsMut::F16(self.slice_mut(len)),
-            DType::BF16 => FloatsMut::Bf16(self.slice_mut(len)),
+            DType::F32 => FloatsMut::F32(self.lines.slice_mut(self.len)),
+            DType::F16 => FloatsMut::F16(self.lines.slice_mut(self.len)),
+            DType::BF16 => FloatsMut::Bf16(self.lines.slice_mut(self.len)),
         }
     }
 
     /// As a weight matrix.
     pub(crate) fn weights(&self) -> WeightsRef<'_> {
         match self.dtype {
-            DType::F32 => WeightsRef::F32(self.slice(self.len)),
-            DType::F16 => WeightsRef::F16(self.slice(self.len)),
-            DType::BF16 => WeightsRef::Bf16(self.slice(self.len)),
+            DType::F32 => WeightsRef::F32(self.lines.slice(self.len)),
+            DType::F16 => WeightsRef::F16(self.lines.slice(self.len)),
+            DType::BF16 => WeightsRef::Bf16(self.lines.slice(self.len)),
         }
     }
 
     pub(crate) fn to_f32(&self) -> Vec<f32> {
-        match self.as_ref() {
-            FloatsRef::F32(values) => values.to_vec(),
-            FloatsRef::F16(values) => values.iter().map(|v| v.to_f32()).collect(),
-            FloatsRef::Bf16(values) => values.iter().map(|v| v.to_f32()).collect(),
-            _ => Vec::new(),
-        }
-    }
-
-    fn slice<T: Plain>(&self, len: usize) -> &[T] {
-        assert!(len * size_of::<T>() <= self.lines.len() * size_of::<Line>());
-        // SAFETY: the lines are initialised and hold `len` values, any bits are a `T`, and lines are aligned enough.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), len) }
-    }
-
-    fn slice_mut<T: Plain>(&mut self, len: usize) -> &mut [T] {
-        assert!(len * size_of::<T>() <= self.lines.len() * size_of::<Line>());
-        // SAFETY: as above, and borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), len) }
+        let mut out = vec![0.0; self.len];
+        self.read(0, &mut out);
+        out
     }
 }
 
@@ -122,7 +146,7 @@ mod tests {
         for (dtype, third) in [(DType::F32, 1.0f32 / 3.0), (DType::F16, 0.333_251_95), (DType::BF16, 0.333_984_38)] {
             let floats = Floats::from_f32(&[1.0, 1.0 / 3.0, -2.0], dtype);
             assert_eq!(floats.to_f32(), [1.0, third, -2.0]);
-            assert_eq!(floats.lines.as_ptr() as usize % 64, 0);
+            assert_eq!(floats.lines.0.as_ptr() as usize % 64, 0);
             assert_eq!((floats.bytes(), floats.clone().bytes_mut().len()), (64, 3 * dtype.bytes()));
         }
     }

@@ -41,6 +41,7 @@ mod decoder;
 mod divergence;
 mod error;
 mod generate;
+mod int8;
 mod load;
 mod measure;
 mod model;
@@ -57,7 +58,7 @@ mod trace;
 pub use error::{Error, Result};
 pub use model::Model;
 pub use mqadapt_kernels::Precision;
-pub use options::{Device, GenerateOptions, LoadOptions, Perplexity};
+pub use options::{Device, GenerateOptions, LoadOptions, Perplexity, WeightFormat};
 pub use overlay::AttentionWeights;
 pub use states::{HiddenStates, LayerTrace};
 

@@ -11,7 +11,7 @@ use crate::load::{self, Overlay};
 use crate::overlay::{self, AttentionWeights};
 use crate::session::Runner;
 use crate::states::{HiddenStates, LayerTrace};
-use crate::{Device, Error, GenerateOptions, LoadOptions, Perplexity, Result};
+use crate::{Device, Error, GenerateOptions, LoadOptions, Perplexity, Result, WeightFormat};
 
 /// A decoder-only language model, ready to run. Calls from several threads wait for each other.
 pub struct Model {
@@ -70,6 +70,9 @@ impl Model {
         if options.max_tokens_in_flight == 0 {
             return Err(Error::Argument { name: "max_tokens_in_flight", detail: "must be 1 or more".to_owned() });
         }
+        if options.weights == WeightFormat::Int8 && options.device != Device::Cpu {
+            return Err(Error::Argument { name: "weights", detail: "'int8' needs device 'cpu'".to_owned() });
+        }
         if plan.source_num_key_value_heads() != source.num_key_value_heads {
             let detail = "was made for a model with other K/V heads".to_owned();
             return Err(Error::Argument { name: "plan", detail });
@@ -79,7 +82,7 @@ impl Model {
         let dtype = options.dtype.unwrap_or(checkpoint.dtype());
         let weights = Loading { checkpoint, config: &config, overlay: overlay.as_ref(), options, progress };
         let engine = match options.device {
-            Device::Cpu => Engine::Kernels(weights.runner(Kernels::new(options.precision)?, dtype)?),
+            Device::Cpu => Engine::Kernels(weights.runner(Kernels::new(options.precision, options.weights)?, dtype)?),
             Device::CpuStock => Engine::Stock(weights.runner(Stock::cpu(), DType::F32)?),
             Device::Cuda(index) => Engine::Stock(weights.runner(Stock::cuda(index)?, dtype)?),
         };
@@ -370,7 +373,12 @@ fn planned(source: &ModelConfig, plan: &Plan) -> ModelConfig {
 }
 
 fn fingerprint(checkpoint: &str, plan: &Plan, options: &LoadOptions) -> String {
-    let LoadOptions { method, merge, dtype, kv_dtype, device, precision, .. } = options;
+    let LoadOptions { method, merge, dtype, weights, kv_dtype, device, precision, .. } = options;
     let merge = if plan.is_keep() { String::new() } else { format!("{method} {merge:?}") };
-    name_of(&[checkpoint, &plan.to_string(), &merge, &format!("{dtype:?} {kv_dtype:?} {device:?} {precision:?}")])
+    name_of(&[
+        checkpoint,
+        &plan.to_string(),
+        &merge,
+        &format!("{dtype:?} {weights:?} {kv_dtype:?} {device:?} {precision:?}"),
+    ])
 }

@@ -5,20 +5,44 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 use mqadapt_core::{Activation, DType};
 use mqadapt_kernels::{
     AttentionParams, Cpu, KvMut, KvRef, Linear as LinearRef, MatmulOut, Precision, RopeTables, RowScore, ScoreHead,
-    Segment, Store,
+    Segment, Store, WeightsRef,
 };
 
 use super::{Backend, Heads, HostMatrix, Linear, Scored, Wanted};
 use crate::aligned::Floats;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
+use crate::int8::Int8;
+use crate::options::WeightFormat;
 use crate::rope::RopeTable;
 
 /// The kernels, how precisely they multiply, and lists that are refilled on every call.
 pub(crate) struct Kernels {
     cpu: &'static Cpu,
     precision: Precision,
+    format: WeightFormat,
     lists: Mutex<Lists>,
+}
+
+/// A weight matrix, `[out_features, in_features]`.
+pub(crate) struct KernelMatrix {
+    values: Values,
+    out_features: usize,
+    in_features: usize,
+}
+
+enum Values {
+    Floats(Floats),
+    Int8(Int8),
+}
+
+impl KernelMatrix {
+    fn weights(&self) -> WeightsRef<'_> {
+        match &self.values {
+            Values::Floats(floats) => floats.weights(),
+            Values::Int8(int8) => int8.weights(self.in_features),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -38,7 +62,7 @@ pub(crate) struct KernelCache {
 }
 
 fn matrix(linear: &Linear<Kernels>) -> LinearRef<'_> {
-    LinearRef { weight: linear.weight.values.weights(), bias: linear.bias.as_deref().map(Vec::as_slice) }
+    LinearRef { weight: linear.weight.weights(), bias: linear.bias.as_deref().map(Vec::as_slice) }
 }
 
 /// Rows of `x`, `width` values each.
@@ -48,17 +72,17 @@ fn rows(x: &[f32], width: usize) -> usize {
 
 impl Kernels {
     /// The kernels as the environment asks for them.
-    pub(crate) fn new(precision: Precision) -> Result<Self> {
+    pub(crate) fn new(precision: Precision, format: WeightFormat) -> Result<Self> {
         static CHECKED: LazyLock<std::result::Result<(), String>> = LazyLock::new(|| Cpu::from_env().map(drop));
         match &*CHECKED {
-            Ok(()) => Ok(Self { cpu: Cpu::global(), precision, lists: Mutex::default() }),
+            Ok(()) => Ok(Self { cpu: Cpu::global(), precision, format, lists: Mutex::default() }),
             Err(detail) => Err(Error::Device { device: "cpu".to_owned(), detail: detail.clone() }),
         }
     }
 
-    fn score_rows(&self, x: &[f32], lm_head: &HostMatrix, lists: &mut Lists) {
+    fn score_rows(&self, x: &[f32], lm_head: &KernelMatrix, lists: &mut Lists) {
         let head = ScoreHead {
-            lm_head: lm_head.values.weights(),
+            lm_head: lm_head.weights(),
             hidden_size: lm_head.in_features,
             softcap: None,
             precision: self.precision,
@@ -77,17 +101,22 @@ impl Kernels {
 }
 
 impl Backend for Kernels {
-    type Matrix = HostMatrix;
+    type Matrix = KernelMatrix;
     type Vector = Vec<f32>;
     type Buffer = Vec<f32>;
     type Cache = KernelCache;
 
-    fn matrix(&self, matrix: HostMatrix) -> Result<HostMatrix> {
-        Ok(matrix)
+    fn matrix(&self, matrix: HostMatrix) -> Result<KernelMatrix> {
+        let HostMatrix { values, out_features, in_features } = matrix;
+        let values = match self.format {
+            WeightFormat::Stored => Values::Floats(values),
+            WeightFormat::Int8 => Values::Int8(Int8::new(&values, in_features, self.cpu.threads())),
+        };
+        Ok(KernelMatrix { values, out_features, in_features })
     }
 
-    fn matrix_bytes(&self, matrix: &HostMatrix) -> u64 {
-        matrix.values.weights().bytes() as u64
+    fn matrix_bytes(&self, matrix: &KernelMatrix) -> u64 {
+        matrix.weights().bytes() as u64
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {
@@ -113,9 +142,9 @@ impl Backend for Kernels {
         Ok(buffer.clone())
     }
 
-    fn embed(&self, table: &HostMatrix, ids: &[u32], scale: f32, out: &mut Vec<f32>) -> Result<()> {
+    fn embed(&self, table: &KernelMatrix, ids: &[u32], scale: f32, out: &mut Vec<f32>) -> Result<()> {
         out.resize(ids.len() * table.in_features, 0.0);
-        self.cpu.gather_rows(table.values.weights(), table.in_features, ids, scale, out);
+        self.cpu.gather_rows(table.weights(), table.in_features, ids, scale, out);
         Ok(())
     }
 
@@ -245,15 +274,15 @@ impl Backend for Kernels {
         Ok(())
     }
 
-    fn logits(&self, x: &Vec<f32>, lm_head: &HostMatrix, out: &mut Vec<f32>) -> Result<()> {
+    fn logits(&self, x: &Vec<f32>, lm_head: &KernelMatrix, out: &mut Vec<f32>) -> Result<()> {
         let k = lm_head.in_features;
         out.resize(rows(x, k) * lm_head.out_features, 0.0);
-        let product = MatmulOut::new(lm_head.values.weights(), out);
+        let product = MatmulOut::new(lm_head.weights(), out);
         self.cpu.matmul_nt(x, rows(x, k), k, &mut [product], self.precision, Store::Overwrite);
         Ok(())
     }
 
-    fn score(&self, x: &Vec<f32>, lm_head: &HostMatrix, wanted: &[Wanted], out: &mut Vec<Scored>) -> Result<()> {
+    fn score(&self, x: &Vec<f32>, lm_head: &KernelMatrix, wanted: &[Wanted], out: &mut Vec<Scored>) -> Result<()> {
         let lists = &mut *self.lists();
         lists.targets.clear();
         lists.targets.extend(wanted.iter().map(|w| w.token));
@@ -271,7 +300,7 @@ impl Backend for Kernels {
         Ok(())
     }
 
-    fn argmax(&self, x: &Vec<f32>, lm_head: &HostMatrix, out: &mut Vec<u32>) -> Result<()> {
+    fn argmax(&self, x: &Vec<f32>, lm_head: &KernelMatrix, out: &mut Vec<u32>) -> Result<()> {
         let lists = &mut *self.lists();
         lists.targets.clear();
         lists.target_starts.clear();

@@ -4,7 +4,7 @@ use mqadapt_core::{DType, NoProgress};
 use serde_json::json;
 
 use super::fixtures::{Tiny, config, difference, ids, shapes};
-use crate::{Device, LoadOptions, Precision};
+use crate::{Device, LoadOptions, Precision, WeightFormat};
 
 /// f32: both sum the same products in another order; 2e-5 is some fifty roundings of the largest value after three layers.
 #[test]
@@ -82,4 +82,40 @@ fn cache_dtypes() {
             assert!(found > 0.0 && found < tolerance, "{dtype:?} {device:?} {found}");
         }
     }
+}
+
+/// The model of the rounded weights, which are computed here as floats: the same products in another order, 2e-5 as above.
+/// And what holds for floats holds here: the cache and packing change nothing.
+#[test]
+fn int8_weights() {
+    for json in shapes() {
+        let tiny = Tiny::random(&json, DType::F32);
+        let rounded = tiny.checkpoint.tensors().iter().map(|info| {
+            let mut values = vec![0.0; info.len()];
+            tiny.checkpoint.read_f32(info, 0, &mut values).unwrap();
+            if let &[_, columns] = info.shape.as_slice() {
+                for block in values.chunks_mut(columns).flat_map(|row| row.chunks_mut(64)) {
+                    let largest = block.iter().fold(0f32, |most, x| most.max(x.abs()));
+                    block.iter_mut().for_each(|x| *x = (*x * (127.0 / largest)).round() * (largest / 127.0));
+                }
+            }
+            (info.name.clone(), info.shape.clone(), values)
+        });
+        let rounded = Tiny::of(&json, DType::F32, rounded.collect());
+        let logits = |tiny: &Tiny, weights| {
+            let model = tiny.load(&LoadOptions { weights, precision: Precision::Exact, ..LoadOptions::default() });
+            let logits = model.logits(&ids(3, 40), &NoProgress).unwrap();
+            assert_eq!(model.logits_in_steps(&ids(3, 40), &[7, 1, 1, 20], &NoProgress).unwrap(), logits);
+            (logits, model.bytes_per_step(0), model.fingerprint().to_owned())
+        };
+        let int8 = logits(&tiny, WeightFormat::Int8);
+        let (stored, expected) = (logits(&tiny, WeightFormat::Stored), logits(&rounded, WeightFormat::Stored));
+        assert!(difference(&int8.0, &expected.0) < 2e-5, "{json}");
+        assert!(difference(&int8.0, &stored.0) > 1e-3, "{json}");
+        assert!(int8.1 * 3 < stored.1 && int8.2 != stored.2);
+    }
+    let tiny = Tiny::random(&config("llama", &json!({})), DType::F32);
+    let options = LoadOptions { weights: WeightFormat::Int8, device: Device::CpuStock, ..LoadOptions::default() };
+    let error = crate::Model::load(&tiny.checkpoint, &options, &NoProgress).err().unwrap();
+    assert!(error.to_string().contains("int8"), "{error}");
 }
