@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mqadapt_checkpoint::{Checkpoint, Content};
 use mqadapt_kernels::Precision;
-use mqadapt_model::{Device, GenerateOptions, LoadOptions};
+use mqadapt_model::{Device, GenerateOptions, LoadOptions, WeightFormat};
 use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
@@ -55,9 +55,9 @@ impl Model {
     /// Loads a model; a plan is applied in memory.
     #[classmethod]
     #[pyo3(
-        signature = (src, plan = None, method = "mean", seed = 0, dtype = None, *, device = "cpu", kv_dtype = None,
-            precision = "fast", max_tokens_in_flight = 1024, progress = None),
-        text_signature = "($cls, src, plan='keep', method='mean', seed=0, dtype=None, *, device='cpu', kv_dtype=None, precision='fast', max_tokens_in_flight=1024, progress=None)"
+        signature = (src, plan = None, method = "mean", seed = 0, dtype = None, *, device = "cpu", weights = "stored",
+            kv_dtype = None, precision = "fast", max_tokens_in_flight = 1024, progress = None),
+        text_signature = "($cls, src, plan='keep', method='mean', seed=0, dtype=None, *, device='cpu', weights='stored', kv_dtype=None, precision='fast', max_tokens_in_flight=1024, progress=None)"
     )]
     #[allow(clippy::too_many_arguments)] // the keywords of the Python function
     fn load(
@@ -68,6 +68,7 @@ impl Model {
         seed: u64,
         dtype: Option<&str>,
         device: &str,
+        weights: &str,
         kv_dtype: Option<&str>,
         precision: &str,
         max_tokens_in_flight: usize,
@@ -90,6 +91,7 @@ impl Model {
             method,
             merge: merge_options(seed, checkpoint.config()),
             dtype,
+            weights: WeightFormat::parse(weights).or_raise()?,
             kv_dtype,
             device,
             max_tokens_in_flight,

@@ -96,7 +96,9 @@ fn int8_weights() {
             if let &[_, columns] = info.shape.as_slice() {
                 for block in values.chunks_mut(columns).flat_map(|row| row.chunks_mut(64)) {
                     let largest = block.iter().fold(0f32, |most, x| most.max(x.abs()));
-                    block.iter_mut().for_each(|x| *x = (*x * (127.0 / largest)).round() * (largest / 127.0));
+                    for x in block {
+                        *x = (*x * (127.0 / largest)).round() * (largest / 127.0);
+                    }
                 }
             }
             (info.name.clone(), info.shape.clone(), values)
