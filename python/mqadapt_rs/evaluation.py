@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextvars import ContextVar
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from mqadapt_rs.errors import ArgumentError
@@ -10,6 +12,8 @@ from mqadapt_rs.errors import ArgumentError
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from lm_eval.tasks import TaskManager
 
     from mqadapt_rs.harness import MqadaptLM
 
@@ -39,29 +43,74 @@ def evaluate(
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = _task_manager(tasks, None if include_path is None else str(include_path))
+    tracker = None if output_path is None else EvaluationTracker(output_path=str(output_path))
+    options.setdefault("torch_random_seed", None)  # nothing of ours draws from PyTorch, and seeding it would import it
+    options.setdefault("log_samples", False)
+    _describe_machine_only_when_asked()
+    asked = _describes_machine.set(tracker is not None)
+    try:
+        results = simple_evaluate(
+            model=lm,
+            model_args={"pretrained": lm.pretrained},
+            tasks=manager.match_tasks(list(tasks)),
+            task_manager=manager,
+            evaluation_tracker=tracker,
+            **options,
+        )
+    finally:
+        _describes_machine.reset(asked)
+    if tracker is not None:
+        tracker.save_results_aggregated(results=results, samples=results.get("samples"))
+    return dict(results)
+
+
+def _task_manager(tasks: Sequence[str], include_path: str | None) -> TaskManager:
+    """The tasks of `include_path` if they are all that is wanted, else lm-eval's own too: reading those takes seconds.
+
+    Raises:
+        ArgumentError: a task that does not exist.
+    """
+    if include_path is not None and tasks:
+        manager = _read_tasks(include_path, own_only=True)
+        if set(tasks) <= set(manager.all_tasks):
+            return manager
+    manager = _read_tasks(include_path, own_only=False)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown or not tasks:
         raise ArgumentError(
             f"no such task: {', '.join(unknown) or '(none given)'}; `mqadapt lm-eval ls tasks` lists lm-eval's own, "
             "--include-path names a folder with more"
         )
-    tracker = None if output_path is None else EvaluationTracker(output_path=str(output_path))
-    options.setdefault("torch_random_seed", None)  # nothing of ours draws from PyTorch, and seeding it would import it
-    options.setdefault("log_samples", False)
-    results = simple_evaluate(
-        model=lm,
-        model_args={"pretrained": lm.pretrained},
-        tasks=manager.match_tasks(list(tasks)),
-        task_manager=manager,
-        evaluation_tracker=tracker,
-        **options,
-    )
-    if tracker is not None:
-        tracker.save_results_aggregated(results=results, samples=results.get("samples"))
-    return dict(results)
+    return manager
+
+
+@lru_cache(maxsize=8)  # a search evaluates the same tasks again and again
+def _read_tasks(include_path: str | None, own_only: bool) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=not own_only)
+
+
+# lm-eval describes the machine in every result, for which it imports PyTorch and starts a dozen programs. That takes longer
+# than many an evaluation, and only a results file keeps it.
+_describes_machine: ContextVar[bool] = ContextVar("describes_machine", default=True)
+
+
+@lru_cache(maxsize=1)
+def _describe_machine_only_when_asked() -> None:
+    from lm_eval import evaluator
+
+    original = getattr(evaluator, "add_env_info", None)
+    if original is None:
+        return
+
+    def add_env_info(storage: dict[str, Any]) -> None:
+        if _describes_machine.get():
+            original(storage)
+
+    evaluator.add_env_info = add_env_info
 
 
 def main(argv: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from typing import TYPE_CHECKING, Any
 
 # lm-eval fills its table of models when this is imported, unless something is in the table already: so before ours
@@ -90,7 +91,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
             raise ArgumentError(_unknown_arguments(unknown))
         self.pretrained = pretrained
         self.method = method
-        self.model = Model.load(
+        self.model = _load(
             pretrained,
             # lm-eval turns the flag of a one-layer model into a number
             plan=str(plan) if isinstance(plan, int) else plan,
@@ -335,6 +336,18 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         )
         texts = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new)
         return [postprocess_generated_text(text, stop=until, think_end_token=self.think_end_token) for text in texts]
+
+
+def _load(src: str, device: str, **options: Any) -> Model:
+    """As `Model.load`; on the CPU where there is no GPU, as `hf` does: lm-eval's command line always asks for `cuda:0`."""
+    try:
+        return Model.load(src, device=device, **options)
+    except ArgumentError:
+        if not device.startswith("cuda"):
+            raise
+        model = Model.load(src, device="cpu", **options)
+        logging.getLogger(__name__).info("device %s is not available, using the CPU", device)
+        return model
 
 
 def _progress(what: str, total: int, disable: bool) -> tqdm[Any]:
