@@ -38,5 +38,5 @@ pub use layer::{LayerGeometry, LayerWeights};
 pub use method::{KvTensor, METHODS, MergeOptions, Method, RowMerge, RowsAt, merge_tensor, method};
 pub use piecewise::KvMerge;
 pub use prune::prune;
-pub use refit::{REFIT_LAMBDA, Refit};
+pub use refit::{REFIT_LAMBDA, Refit, Refitted};
 pub use statistics::{HeadMoments, LayerStatistics, Moment, NamedTensors, StatisticsShape};

@@ -1,12 +1,12 @@
 //! Ridge refit of `o_proj` on the converted stream. Data in: attention outputs
-//! before `o_proj` of the converted layer and the output the original gave.
-//! Data out: corrected `o_proj` rows.
+//! before `o_proj` of the converted and the original layer. Data out: a corrected
+//! `o_proj` and what it gains.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par, Side};
 
 use crate::Error;
-use crate::algebra::solve_factored;
+use crate::algebra::{dot, solve_factored};
 use crate::attention::{product, view};
 use crate::layer::check_len;
 
@@ -21,31 +21,50 @@ pub struct Refit {
     features: usize,
     hidden_size: usize,
     o_proj: Vec<f32>,
+    original_o_proj: Vec<f32>,
     gram: Mat<f64>,
     cross: Mat<f64>,
+    /// `|Y|^2` and `|Y - F OT|^2`.
+    energy: f64,
+    error: f64,
+}
+
+/// A refitted `o_proj`, and the relative error of the attention output on the
+/// sums' own text.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Refitted {
+    /// `[hidden_size, features]`
+    pub o_proj: Vec<f32>,
+    /// With the `o_proj` that the refit began with.
+    pub error_before: f64,
+    /// With the new one.
+    pub error_after: f64,
 }
 
 impl Refit {
-    /// For the merged layer's `o_proj`, `[hidden_size, features]`,
+    /// For the merged layer's `o_proj` and the original layer's, both `[hidden_size, features]`,
     /// `features = num_attention_heads * head_dim`.
     ///
     /// # Errors
-    /// [`Error::Shape`] where `o_proj` has another length.
-    pub fn new(o_proj: &[f32], features: usize, hidden_size: usize) -> Result<Self, Error> {
+    /// [`Error::Shape`] where one has another length.
+    pub fn new(o_proj: &[f32], original_o_proj: &[f32], features: usize, hidden_size: usize) -> Result<Self, Error> {
         check_len("o_proj", o_proj.len(), features * hidden_size)?;
+        check_len("original o_proj", original_o_proj.len(), features * hidden_size)?;
         Ok(Self {
             features,
             hidden_size,
             o_proj: o_proj.to_vec(),
+            original_o_proj: original_o_proj.to_vec(),
             gram: Mat::zeros(features, features),
             cross: Mat::zeros(features, hidden_size),
+            energy: 0.0,
+            error: 0.0,
         })
     }
 
-    /// Adds `FT F` and `FT (Y - F OT)` of one sequence: `converted` attention
-    /// outputs before `o_proj` on the converted stream, `[tokens, features]`;
-    /// `original` attention outputs after `o_proj` on the original stream,
-    /// `[tokens, hidden_size]`, the bias of `o_proj` left out of both.
+    /// Adds `FT F` and `FT (Y - F OT)` of one sequence: what `o_proj` reads in the
+    /// `converted` layer on the converted stream (`F`) and in the `original` one on
+    /// the original stream (`Y` is its product), `[tokens, features]` each.
     ///
     /// # Errors
     /// [`Error::Shape`] where the two have other lengths; [`Error::NotFinite`].
@@ -53,19 +72,24 @@ impl Refit {
         let (f, hidden) = (self.features, self.hidden_size);
         let tokens = converted.len() / f;
         check_len("converted", converted.len(), tokens * f)?;
-        check_len("original", original.len(), tokens * hidden)?;
+        check_len("original", original.len(), tokens * f)?;
         if [converted, original].iter().any(|x| x.iter().any(|v| !v.is_finite())) {
             return Err(Error::NotFinite);
         }
-        let o_proj = view(&self.o_proj, hidden, f, f);
-        let mut rest = Vec::new();
+        let (o_proj, original_o_proj) = (view(&self.o_proj, hidden, f, f), view(&self.original_o_proj, hidden, f, f));
+        let (mut y, mut rest) = (Vec::new(), Vec::new());
         for start in (0..tokens).step_by(SUM_ROWS) {
             let rows = SUM_ROWS.min(tokens - start);
             let x = view(&converted[start * f..], rows, f, f);
-            rest.clear();
+            y.resize(rows * hidden, 0.0);
             rest.resize(rows * hidden, 0.0);
+            product(&mut y, view(&original[start * f..], rows, f, f), original_o_proj.transpose());
             product(&mut rest, x, o_proj.transpose());
-            rest.iter_mut().zip(&original[start * hidden..]).for_each(|(r, y)| *r = y - *r);
+            for (r, y) in rest.iter_mut().zip(&y) {
+                *r = y - *r;
+                self.energy += f64::from(*y) * f64::from(*y);
+                self.error += f64::from(*r) * f64::from(*r);
+            }
             accumulate(&mut self.gram, x, x);
             accumulate(&mut self.cross, x, view(&rest, rows, hidden, hidden));
         }
@@ -77,11 +101,13 @@ impl Refit {
     /// # Errors
     /// [`Error::StatisticsMismatch`] where they are of another layer.
     pub fn add(&mut self, other: &Self) -> Result<(), Error> {
-        if self.o_proj != other.o_proj || self.features != other.features {
+        if self.o_proj != other.o_proj || self.original_o_proj != other.original_o_proj {
             return Err(Error::StatisticsMismatch("the refit sums are of another o_proj".into()));
         }
         self.gram += &other.gram;
         self.cross += &other.cross;
+        self.energy += other.energy;
+        self.error += other.error;
         Ok(())
     }
 
@@ -89,7 +115,7 @@ impl Refit {
     ///
     /// # Errors
     /// [`Error::Option`] for a `lambda` that is not positive.
-    pub fn solve(&self, lambda: f64) -> Result<Vec<f32>, Error> {
+    pub fn solve(&self, lambda: f64) -> Result<Refitted, Error> {
         if !(lambda.is_finite() && lambda > 0.0) {
             return Err(Error::Option(format!("the refit's lambda must be positive, found {lambda}")));
         }
@@ -99,14 +125,22 @@ impl Refit {
         });
         let factor = scaled.llt(Side::Lower).map_err(|_| Error::NotFinite)?;
         let right = Mat::from_fn(self.features, self.hidden_size, |i, j| self.cross[(i, j)] * scale[i]);
-        let step = solve_factored(factor.L(), right);
+        let mut step = solve_factored(factor.L(), right);
+        for j in 0..self.hidden_size {
+            for i in 0..self.features {
+                step[(i, j)] *= scale[i];
+            }
+        }
         let mut o_proj = self.o_proj.clone();
         for (row, values) in o_proj.chunks_exact_mut(self.features).enumerate() {
             for (i, value) in values.iter_mut().enumerate() {
-                *value = crate::layer::round(f64::from(*value) + step[(i, row)] * scale[i]);
+                *value = crate::layer::round(f64::from(*value) + step[(i, row)]);
             }
         }
-        Ok(o_proj)
+        // |Y - F (O + S)T|^2 = |R|^2 - 2 <S, FT R> + <S, FT F S>
+        let gain = 2.0 * dot(step.as_ref(), self.cross.as_ref()) - dot(step.as_ref(), (&self.gram * &step).as_ref());
+        let relative = |error: f64| if self.energy > 0.0 { (error.max(0.0) / self.energy).sqrt() } else { 0.0 };
+        Ok(Refitted { o_proj, error_before: relative(self.error), error_after: relative(self.error - gain) })
     }
 }
 
@@ -137,29 +171,42 @@ mod tests {
         let start: Vec<f32> = truth.iter().map(|v| v + noise.next()).collect();
         let x: Vec<Vec<f32>> = [700, 60].iter().map(|t| noise.vec(t * FEATURES, 3.0)).collect();
         let fit = |sequences: &[Vec<f32>]| {
-            let mut sums = Refit::new(&start, FEATURES, HIDDEN).unwrap();
+            let mut sums = Refit::new(&start, &truth, FEATURES, HIDDEN).unwrap();
             for x in sequences {
-                sums.add_sequence(x, &project(x, &truth, None, FEATURES)).unwrap();
+                sums.add_sequence(x, x).unwrap();
             }
             sums
         };
         let whole = fit(&x);
         let close = |a: &[f32], b: &[f32], tolerance: f32| a.iter().zip(b).all(|(a, b)| (a - b).abs() < tolerance);
-        assert!(close(&whole.solve(1e-9).unwrap(), &truth, 1e-5));
+        assert!(close(&whole.solve(1e-9).unwrap().o_proj, &truth, 1e-5));
         // nearly white features: lambda 1 goes half of the way
         let half: Vec<f32> = truth.iter().zip(&start).map(|(a, b)| f32::midpoint(*a, *b)).collect();
-        assert!(close(&whole.solve(1.0).unwrap(), &half, 0.15));
+        let refitted = whole.solve(1.0).unwrap();
+        assert!(close(&refitted.o_proj, &half, 0.15));
         let mut halves = fit(&x[..1]);
         halves.add(&fit(&x[1..])).unwrap();
-        assert!(close(&halves.solve(0.1).unwrap(), &whole.solve(0.1).unwrap(), 1e-6));
+        assert!(close(&halves.solve(0.1).unwrap().o_proj, &whole.solve(0.1).unwrap().o_proj, 1e-6));
+        // the errors against their definition
+        let relative = |o: &[f32]| {
+            let (mut error, mut energy) = (0.0, 0.0);
+            for x in &x {
+                let (y, found) = (project(x, &truth, None, FEATURES), project(x, o, None, FEATURES));
+                error += y.iter().zip(&found).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+                energy += y.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>();
+            }
+            (error / energy).sqrt()
+        };
+        assert!((refitted.error_before - relative(&start)).abs() < 1e-5);
+        assert!((refitted.error_after - relative(&refitted.o_proj)).abs() < 1e-5);
     }
 
     #[test]
     fn refuses_what_does_not_fit() {
-        let mut sums = Refit::new(&[0.0; 30], FEATURES, HIDDEN).unwrap();
-        assert!(sums.add_sequence(&[0.0; 12], &[0.0; 9]).is_err());
-        assert!(sums.add_sequence(&[f32::NAN; 6], &[0.0; 5]).is_err());
+        let mut sums = Refit::new(&[0.0; 30], &[0.0; 30], FEATURES, HIDDEN).unwrap();
+        assert!(sums.add_sequence(&[0.0; 12], &[0.0; 6]).is_err());
+        assert!(sums.add_sequence(&[f32::NAN; 6], &[0.0; 6]).is_err());
         assert!(sums.solve(0.0).is_err());
-        assert!(Refit::new(&[0.0; 29], FEATURES, HIDDEN).is_err());
+        assert!(Refit::new(&[0.0; 29], &[0.0; 30], FEATURES, HIDDEN).is_err());
     }
 }
