@@ -102,6 +102,18 @@ impl StatisticsShape {
         self.of(moment).iter().product()
     }
 
+    /// Names and shapes of the tensors of [`LayerStatistics::to_tensors`].
+    #[must_use]
+    pub fn tensors(&self) -> BTreeMap<&'static str, Vec<usize>> {
+        let mut tensors = BTreeMap::from([("contribution", vec![self.num_key_value_heads]), ("tokens", vec![1])]);
+        for moment in Moment::ALL {
+            let mut shape = vec![self.num_attention_heads];
+            shape.extend(self.of(moment));
+            tensors.insert(moment.name(), shape);
+        }
+        tensors
+    }
+
     /// Bytes of one layer's statistics.
     #[must_use]
     pub fn bytes(&self) -> usize {
@@ -181,16 +193,12 @@ impl LayerStatistics {
     /// Every sum as a named tensor, query heads stacked first; `tokens` is `[1]`.
     #[must_use]
     pub fn to_tensors(&self) -> NamedTensors {
-        let mut tensors = NamedTensors::new();
-        for moment in Moment::ALL {
-            let mut shape = vec![self.shape.num_attention_heads];
-            shape.extend(self.shape.of(moment));
-            let values = self.heads.iter().flat_map(|h| h.sums[moment as usize].iter().copied()).collect();
-            tensors.insert(moment.name().into(), (shape, values));
-        }
-        tensors.insert("contribution".into(), (vec![self.contribution.len()], self.contribution.clone()));
-        tensors.insert("tokens".into(), (vec![1], vec![self.tokens as f64]));
-        tensors
+        let values = |name: &str| match Moment::ALL.into_iter().find(|moment| moment.name() == name) {
+            Some(moment) => self.heads.iter().flat_map(|h| h.sums[moment as usize].iter().copied()).collect(),
+            None if name == "contribution" => self.contribution.clone(),
+            None => vec![self.tokens as f64],
+        };
+        self.shape.tensors().into_iter().map(|(name, shape)| (name.to_owned(), (shape, values(name)))).collect()
     }
 
     /// The inverse of [`Self::to_tensors`]; names it does not know are left alone.

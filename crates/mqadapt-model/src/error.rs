@@ -1,5 +1,7 @@
 //! What can go wrong while a model is loaded or run.
 
+use std::path::PathBuf;
+
 use mqadapt_core::Interrupted;
 
 /// The result of this crate's functions.
@@ -58,6 +60,30 @@ pub enum Error {
         device: String,
         /// Why not, and what to do.
         detail: String,
+    },
+    /// A layer cannot be merged.
+    #[error("layer {layer_idx}: {source}")]
+    Merge {
+        /// The layer.
+        layer_idx: usize,
+        /// Why not.
+        source: mqadapt_merge::Error,
+    },
+    /// A statistics file that is none, or of another model.
+    #[error("statistics in {path}: {detail}", path = path.display())]
+    Statistics {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what was found.
+        detail: String,
+    },
+    /// A file cannot be read or written.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
     },
     /// An operation of candle failed (out of memory on the device, most often).
     #[error("the device failed: {0}")]

@@ -37,6 +37,7 @@
 mod aligned;
 mod backend;
 mod batch;
+mod calibrate;
 mod decoder;
 mod divergence;
 mod error;
@@ -53,14 +54,20 @@ mod score;
 mod session;
 mod slots;
 mod states;
+mod statistics_file;
+mod stream;
 mod trace;
 
+pub use calibrate::{
+    CalibratedLayer, CalibratedMerge, CalibratedMethod, Calibration, LayerSample, attention_weights, layer_geometry,
+};
 pub use error::{Error, Result};
 pub use model::Model;
 pub use mqadapt_kernels::Precision;
 pub use options::{Device, GenerateOptions, LoadOptions, Perplexity, WeightFormat};
 pub use overlay::AttentionWeights;
 pub use states::{HiddenStates, LayerTrace};
+pub use statistics_file::{StatisticsFile, collect_statistics};
 
 #[cfg(test)]
 mod tests;

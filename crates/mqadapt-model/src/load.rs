@@ -218,7 +218,8 @@ impl<B: Backend> Weights<'_, B> {
         Ok(Linear { weight, bias })
     }
 
-    fn block(&mut self, layer_idx: usize) -> Result<Block<B>> {
+    /// A whole layer.
+    pub(crate) fn block(&mut self, layer_idx: usize) -> Result<Block<B>> {
         let norm = |weights: &mut Self, module| weights.norm(LayerTensor::weight(layer_idx, module).name());
         let qk_norm = self.config.family.forward.qk_norm;
         let head_norm = |weights: &mut Self, module| qk_norm.then(|| norm(weights, module)).transpose();
@@ -255,6 +256,15 @@ pub(crate) fn heads(config: &ModelConfig, layer_idx: usize) -> Heads {
     }
 }
 
+/// Factor on the embeddings, rounded to their dtype as transformers does.
+pub(crate) fn embedding_scale(config: &ModelConfig, dtype: DType) -> f32 {
+    if config.family.forward.scale_embeddings {
+        Floats::from_f32(&[(config.hidden_size as f64).sqrt() as f32], dtype).to_f32()[0]
+    } else {
+        1.0
+    }
+}
+
 /// Loads the whole model. `config`: with the K/V heads of the overlay's plan.
 pub(crate) fn decoder<B: Backend>(
     checkpoint: &Checkpoint,
@@ -277,12 +287,7 @@ pub(crate) fn decoder<B: Backend>(
     };
     let layers: Result<Vec<_>> = (0..config.num_hidden_layers).map(|idx| weights.block(idx).map(Arc::new)).collect();
     let (layers, norm) = (layers?, weights.norm(NORM.to_owned())?);
-    let embedding_scale = if config.family.forward.scale_embeddings {
-        // transformers rounds the factor to the dtype of the embeddings
-        Floats::from_f32(&[(hidden_size as f64).sqrt() as f32], embedding_dtype).to_f32()[0]
-    } else {
-        1.0
-    };
+    let embedding_scale = embedding_scale(config, embedding_dtype);
     let backend = Arc::new(backend);
     Ok(Decoder { backend, config: config.clone(), embedding_scale, embed_tokens, layers, norm, lm_head })
 }

@@ -171,48 +171,56 @@ impl<B: Backend> Runner<B> {
         visitor: &mut dyn FnMut(&LayerTrace<'_>) -> std::result::Result<(), E>,
         progress: &dyn Progress,
     ) -> std::result::Result<HiddenStates, E> {
-        let (layers, width) = (self.decoder.layers.len(), self.decoder.config.hidden_size);
+        let layers = self.decoder.layers.len();
         let mut hidden = self.hidden_before(0, sequences, progress)?;
-        let longest = hidden.lengths.iter().copied().max().unwrap_or(0);
         for layer_idx in 0..layers {
-            let mut rest = hidden.values.as_mut_slice();
-            for (sequence, &length) in hidden.lengths.iter().enumerate() {
-                let (stream, others) = std::mem::take(&mut rest).split_at_mut(length * width);
-                rest = others;
-                if length == 0 {
-                    continue;
-                }
-                let progressing =
-                    Progressing { progress, phase: "layers", done: layer_idx as u64, total: layers as u64 };
-                let mut session = self.session_with(longest)?;
-                let (session, backend) = (&mut *session, &self.decoder.backend);
-                session.batch.push_rows(length, [], 0);
-                backend.upload(stream, width, &mut session.ws.hidden)?;
-                let mut seen: [Vec<f32>; 5] = Default::default();
-                session.observed_pass(
-                    &self.decoder,
-                    layer_idx..layer_idx + 1,
-                    false,
-                    &mut |moment, _: usize, ws: &Workspace<B>| {
-                        match moment {
-                            Moment::Entering => {}
-                            Moment::Projected => {
-                                for (seen, buffer) in seen.iter_mut().zip([&ws.normed, &ws.q, &ws.k, &ws.v]) {
-                                    *seen = backend.download(buffer)?;
-                                }
-                            }
-                            Moment::Attended => seen[4] = backend.download(&ws.attention)?,
-                        }
-                        progressing.tell()
-                    },
-                )?;
-                let [attention_input, q, k, v, attention] = &seen;
-                visitor(&LayerTrace { layer_idx, sequence, hidden: stream, attention_input, q, k, v, attention })?;
-                stream.copy_from_slice(&backend.download(&session.ws.hidden)?);
-            }
+            let progressing = Progressing { progress, phase: "layers", done: layer_idx as u64, total: layers as u64 };
+            self.trace_layer(layer_idx, layer_idx, &mut hidden, visitor, &progressing)?;
         }
         hidden.layer_idx = layers;
         Ok(hidden)
+    }
+
+    /// Every sequence through layer `at` of this decoder, which the visitor knows as `layer_idx`.
+    pub(crate) fn trace_layer<E: From<Error>>(
+        &self,
+        at: usize,
+        layer_idx: usize,
+        hidden: &mut HiddenStates,
+        visitor: &mut dyn FnMut(&LayerTrace<'_>) -> std::result::Result<(), E>,
+        progressing: &Progressing<'_>,
+    ) -> std::result::Result<(), E> {
+        let width = self.decoder.config.hidden_size;
+        let longest = hidden.lengths.iter().copied().max().unwrap_or(0);
+        let mut rest = hidden.values.as_mut_slice();
+        for (sequence, &length) in hidden.lengths.iter().enumerate() {
+            let (stream, others) = std::mem::take(&mut rest).split_at_mut(length * width);
+            rest = others;
+            if length == 0 {
+                continue;
+            }
+            let mut session = self.session_with(longest)?;
+            let (session, backend) = (&mut *session, &self.decoder.backend);
+            session.batch.push_rows(length, [], 0);
+            backend.upload(stream, width, &mut session.ws.hidden)?;
+            let mut seen: [Vec<f32>; 5] = Default::default();
+            session.observed_pass(&self.decoder, at..at + 1, false, &mut |moment, _: usize, ws: &Workspace<B>| {
+                match moment {
+                    Moment::Entering => {}
+                    Moment::Projected => {
+                        for (seen, buffer) in seen.iter_mut().zip([&ws.normed, &ws.q, &ws.k, &ws.v]) {
+                            *seen = backend.download(buffer)?;
+                        }
+                    }
+                    Moment::Attended => seen[4] = backend.download(&ws.attention)?,
+                }
+                progressing.tell()
+            })?;
+            let [attention_input, q, k, v, attention] = &seen;
+            visitor(&LayerTrace { layer_idx, sequence, hidden: stream, attention_input, q, k, v, attention })?;
+            stream.copy_from_slice(&backend.download(&session.ws.hidden)?);
+        }
+        Ok(())
     }
 
     /// Rows behind the last layer, normed, a few at a time: `take(first row, session)`.

@@ -1,0 +1,241 @@
+//! Statistics of a whole model in one safetensors file: collected once, merged from hundreds of times.
+//!
+//! Tensors are `layers.{i}.{moment}` (f64) and `layers.{i}.inputs.{n}` (f32); the metadata says of which model and text
+//! they are. Written layer by layer to a temporary file that takes its name when it is complete; read one layer at a time.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use mqadapt_checkpoint::{Checkpoint, Header, HeaderEntry, MAX_HEADER_BYTES};
+use mqadapt_core::{NoProgress, Progress};
+use mqadapt_merge::{LayerGeometry, LayerStatistics, NamedTensors, StatisticsShape};
+use serde_json::{Map, Value, json};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::calibrate::{Calibration, Collector, LayerSample, layer_geometry};
+use crate::stream::{StreamedLayer, embed};
+use crate::{Error, Result};
+
+/// `format` of the metadata; the number changes when the meaning of a tensor does.
+const FORMAT: &str = "mqadapt-statistics-1";
+
+/// Saved statistics, opened and checked.
+#[derive(Debug)]
+pub struct StatisticsFile {
+    path: PathBuf,
+    file: File,
+    data_start: u64,
+    entries: BTreeMap<String, HeaderEntry>,
+    metadata: BTreeMap<String, String>,
+}
+
+impl Calibration {
+    /// Names the text: its token ids, windows and target contexts, as 16 hexadecimal digits.
+    #[must_use]
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Xxh3::new();
+        for sequence in &self.sequences {
+            hash.update(&(sequence.len() as u64).to_le_bytes());
+            sequence.iter().for_each(|id| hash.update(&id.to_le_bytes()));
+        }
+        for context in &self.target_contexts {
+            hash.update(&(*context as u64).to_le_bytes());
+        }
+        format!("{:016x}", hash.digest())
+    }
+}
+
+fn failed(path: &Path) -> impl Fn(std::io::Error) -> Error + '_ {
+    move |source| Error::Io { path: path.to_owned(), source }
+}
+
+/// One pass over the text: the statistics of every layer, written to `path`. Progress: layers, phase `calibrate`.
+///
+/// # Errors
+/// [`Error::Io`] where the file cannot be written; as running the model.
+pub fn collect_statistics(
+    checkpoint: &Checkpoint,
+    calibration: &Calibration,
+    path: &Path,
+    progress: &dyn Progress,
+) -> Result<StatisticsFile> {
+    let config = checkpoint.config();
+    let partial = partial_path(path);
+    let written = (|| {
+        let (header, _) = layout(checkpoint, calibration)?;
+        let mut out = BufWriter::with_capacity(1 << 20, File::create(&partial).map_err(failed(&partial))?);
+        out.write_all(&header).map_err(failed(&partial))?;
+        let mut hidden = embed(checkpoint, &calibration.sequences)?;
+        for layer_idx in 0..config.num_hidden_layers {
+            let layer = StreamedLayer::load(checkpoint, layer_idx, &NoProgress)?;
+            let geometry = layer_geometry(config, layer_idx);
+            let mut collector = Collector::new(&geometry, &layer.o_proj(checkpoint)?, calibration, layer_idx)?;
+            layer.run(&mut hidden, &mut |trace| collector.add(trace), progress)?;
+            let sample = collector.finish();
+            for (_, values) in sample.statistics.to_tensors().into_values() {
+                values.iter().try_for_each(|v| out.write_all(&v.to_le_bytes())).map_err(failed(&partial))?;
+            }
+            for input in &sample.inputs {
+                input.iter().try_for_each(|v| out.write_all(&v.to_le_bytes())).map_err(failed(&partial))?;
+            }
+        }
+        let file = out.into_inner().map_err(|error| Error::Io { path: partial.clone(), source: error.into_error() })?;
+        file.sync_all().map_err(failed(&partial))?;
+        fs::rename(&partial, path).map_err(failed(path))
+    })();
+    if let Err(error) = written {
+        // what is left of it is of no use; the first error is the one to report
+        let _ = fs::remove_file(&partial);
+        return Err(error);
+    }
+    StatisticsFile::open(path)
+}
+
+fn partial_path(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".mqadapt-partial");
+    PathBuf::from(name)
+}
+
+/// The header of the file for this pass, with its 8 bytes of length, and the bytes of data.
+fn layout(checkpoint: &Checkpoint, calibration: &Calibration) -> Result<(Vec<u8>, u64)> {
+    let config = checkpoint.config();
+    let measured = calibration.measured();
+    let tokens: usize = calibration.sequences.iter().map(Vec::len).sum();
+    let mut header = Map::new();
+    let metadata = json!({
+        "format": FORMAT,
+        "model": checkpoint.fingerprint()?,
+        "text": calibration.fingerprint(),
+        "tokens": tokens.to_string(),
+        "context": calibration.sequences.iter().map(Vec::len).max().unwrap_or(0).to_string(),
+    });
+    header.insert("__metadata__".to_owned(), metadata);
+    let mut at = 0u64;
+    let mut add = |name: String, dtype: &str, shape: &[usize], bytes: usize| {
+        let end = at + (shape.iter().product::<usize>() * bytes) as u64;
+        header.insert(name, json!({"dtype": dtype, "shape": shape, "data_offsets": [at, end]}));
+        at = end;
+    };
+    for layer_idx in 0..config.num_hidden_layers {
+        let geometry = layer_geometry(config, layer_idx);
+        let shape = StatisticsShape::new(&geometry, None).map_err(|source| Error::Merge { layer_idx, source })?;
+        for (name, shape) in shape.tensors() {
+            add(format!("layers.{layer_idx}.{name}"), "F64", &shape, 8);
+        }
+        if !geometry.qk_norm {
+            for (n, (_, tokens)) in measured.iter().enumerate() {
+                add(format!("layers.{layer_idx}.inputs.{n}"), "F32", &[*tokens, config.hidden_size], 4);
+            }
+        }
+    }
+    let mut json = serde_json::to_vec(&Value::Object(header)).unwrap_or_default();
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let mut out = (json.len() as u64).to_le_bytes().to_vec();
+    out.extend(json);
+    Ok((out, at))
+}
+
+impl StatisticsFile {
+    /// Opens and checks a file.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Statistics`] where it is not such a file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(failed(path))?;
+        let len = file.metadata().map_err(failed(path))?.len();
+        let wrong = |detail: String| Error::Statistics { path: path.to_owned(), detail };
+        let mut prefix = [0; 8];
+        file.read_exact_at(&mut prefix, 0).map_err(|_| wrong(format!("it has {len} bytes, less than a header")))?;
+        let claimed = u64::from_le_bytes(prefix);
+        if claimed > MAX_HEADER_BYTES || claimed > len - 8 {
+            return Err(wrong(format!(
+                "its header claims {claimed} bytes of {len}; it is truncated, or another kind of file"
+            )));
+        }
+        let mut json = vec![0; usize::try_from(claimed).unwrap_or(0)];
+        file.read_exact_at(&mut json, 8).map_err(failed(path))?;
+        let header = Header::parse(&json, len).map_err(|problem| wrong(problem.to_string()))?;
+        let metadata: BTreeMap<String, String> = header.metadata.unwrap_or_default().into_iter().collect();
+        let format = metadata.get("format").map_or("nothing", String::as_str);
+        if format != FORMAT {
+            return Err(wrong(format!("its metadata says format {format}, expected {FORMAT}")));
+        }
+        let entries = header.entries.into_iter().map(|entry| (entry.name.clone(), entry)).collect();
+        Ok(Self { path: path.to_owned(), file, data_start: header.data_start, entries, metadata })
+    }
+
+    /// Tokens of the text.
+    #[must_use]
+    pub fn tokens(&self) -> u64 {
+        self.metadata.get("tokens").and_then(|tokens| tokens.parse().ok()).unwrap_or(0)
+    }
+
+    /// [`Calibration::fingerprint`] of the text.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        self.metadata.get("text").map_or("", String::as_str)
+    }
+
+    /// Checks that the statistics are of a model.
+    ///
+    /// # Errors
+    /// [`Error::Statistics`] with both fingerprints.
+    pub fn check_model(&self, fingerprint: &str) -> Result<()> {
+        let model = self.metadata.get("model").map_or("nothing", String::as_str);
+        if model == fingerprint {
+            return Ok(());
+        }
+        let detail = format!("they are of the model {model}, this one is {fingerprint}; collect them again");
+        Err(self.wrong(detail))
+    }
+
+    fn wrong(&self, detail: String) -> Error {
+        Error::Statistics { path: self.path.clone(), detail }
+    }
+
+    /// What is known of one layer.
+    ///
+    /// # Errors
+    /// [`Error::Statistics`] where a tensor is missing or does not fit the layer; [`Error::Io`].
+    pub fn layer(&self, layer_idx: usize, geometry: &LayerGeometry) -> Result<LayerSample> {
+        let shape = StatisticsShape::new(geometry, None).map_err(|source| Error::Merge { layer_idx, source })?;
+        let mut tensors = NamedTensors::new();
+        for (name, expected) in shape.tensors() {
+            let entry = self.entry(&format!("layers.{layer_idx}.{name}"), safetensors::Dtype::F64, &expected)?;
+            let bytes = self.read(entry)?;
+            let values = bytes.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b)).collect();
+            tensors.insert(name.to_owned(), (entry.shape.clone(), values));
+        }
+        let statistics =
+            LayerStatistics::from_tensors(shape, &tensors).map_err(|source| Error::Merge { layer_idx, source })?;
+        let mut inputs = Vec::new();
+        while let Some(entry) = self.entries.get(&format!("layers.{layer_idx}.inputs.{}", inputs.len())) {
+            let expected = [entry.shape.first().copied().unwrap_or(0), geometry.hidden_size];
+            let entry = self.entry(&entry.name, safetensors::Dtype::F32, &expected)?;
+            let bytes = self.read(entry)?;
+            inputs.push(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect());
+        }
+        Ok(LayerSample { statistics, inputs })
+    }
+
+    fn entry(&self, name: &str, dtype: safetensors::Dtype, shape: &[usize]) -> Result<&HeaderEntry> {
+        let entry = self.entries.get(name).ok_or_else(|| self.wrong(format!("tensor '{name}' is missing")))?;
+        if entry.dtype == dtype && entry.shape == shape {
+            return Ok(entry);
+        }
+        let found = (&entry.dtype, &entry.shape);
+        Err(self.wrong(format!("tensor '{name}' is {found:?}, expected {:?}", (dtype, shape))))
+    }
+
+    fn read(&self, entry: &HeaderEntry) -> Result<Vec<u8>> {
+        let len =
+            usize::try_from(entry.bytes).map_err(|_| self.wrong(format!("tensor '{}' is too large", entry.name)))?;
+        let mut bytes = vec![0; len];
+        self.file.read_exact_at(&mut bytes, self.data_start + entry.start).map_err(failed(&self.path))?;
+        Ok(bytes)
+    }
+}

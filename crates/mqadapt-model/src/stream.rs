@@ -1,0 +1,153 @@
+//! A checkpoint's layers one after the other over a few sequences: the residual stream stays in memory, the weights of
+//! one layer at a time. In: a checkpoint of any size and token ids. Out: what every layer saw of them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use mqadapt_checkpoint::Checkpoint;
+use mqadapt_core::family::{EMBED_TOKENS, LayerTensor, Module};
+use mqadapt_core::{DType, ModelConfig, Progress};
+use mqadapt_kernels::Precision;
+
+use crate::aligned::Floats;
+use crate::backend::{Backend, HostMatrix, Kernels};
+use crate::decoder::Decoder;
+use crate::load::{self, Weights};
+use crate::model::{HiddenStates, LayerTrace, kernels};
+use crate::overlay::{self, AttentionWeights};
+use crate::session::{Progressing, Runner};
+use crate::{Error, Result};
+
+/// The residual stream entering the first layer. Reads only the rows of the embedding that the sequences need.
+///
+/// # Errors
+/// [`Error::Token`], [`Error::Missing`], [`Error::Checkpoint`].
+pub(crate) fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>]) -> Result<HiddenStates> {
+    let config = checkpoint.config();
+    let (width, vocab_size) = (config.hidden_size, config.vocab_size);
+    let table = checkpoint.tensor(EMBED_TOKENS).ok_or_else(|| Error::Missing { tensor: EMBED_TOKENS.to_owned() })?;
+    let scale = load::embedding_scale(config, table.dtype.float().unwrap_or(checkpoint.dtype()));
+    let mut rows: HashMap<u32, Vec<f32>> = HashMap::new();
+    let mut values = Vec::with_capacity(sequences.iter().map(Vec::len).sum::<usize>() * width);
+    for (sequence, ids) in sequences.iter().enumerate() {
+        for (position, &id) in ids.iter().enumerate() {
+            if id as usize >= vocab_size {
+                return Err(Error::Token { found: id, vocab_size, sequence, position });
+            }
+            if !rows.contains_key(&id) {
+                let mut row = vec![0.0; width];
+                checkpoint.read_f32(table, id as usize * width, &mut row)?;
+                row.iter_mut().for_each(|value| *value *= scale);
+                rows.insert(id, row);
+            }
+            values.extend_from_slice(&rows[&id]);
+        }
+    }
+    Ok(HiddenStates { layer_idx: 0, lengths: sequences.iter().map(Vec::len).collect(), values })
+}
+
+/// One layer of a checkpoint, ready to run.
+pub(crate) struct StreamedLayer {
+    layer_idx: usize,
+    /// Layers of the model.
+    of_layers: usize,
+    /// Of this layer alone.
+    runner: Runner<Kernels>,
+}
+
+impl StreamedLayer {
+    /// Reads a layer. Activations stay f32: statistics are of the model as it is written down.
+    pub(crate) fn load(checkpoint: &Checkpoint, layer_idx: usize, progress: &dyn Progress) -> Result<Self> {
+        let config = checkpoint.config();
+        let of_layer = |name: &String| LayerTensor::parse(name).is_some_and(|tensor| tensor.layer_idx == layer_idx);
+        let names: Vec<String> = config.tensors().into_iter().map(|tensor| tensor.name).filter(of_layer).collect();
+        let tensors = load::read(checkpoint, &names, None, None, progress)?;
+        let backend = Kernels::new(kernels()?, Precision::Exact);
+        let block = Weights { backend: &backend, config, tensors }.block(layer_idx)?;
+        // nothing is embedded and nothing scored here
+        let empty = HostMatrix {
+            values: Floats::zeros(config.hidden_size, DType::F32),
+            out_features: 1,
+            in_features: config.hidden_size,
+        };
+        let empty = Arc::new(backend.matrix(empty)?);
+        let decoder = Decoder {
+            config: alone(config, layer_idx),
+            embedding_scale: 1.0,
+            embed_tokens: Arc::clone(&empty),
+            layers: vec![Arc::new(block)],
+            norm: Arc::new(backend.vector(vec![1.0; config.hidden_size])?),
+            lm_head: empty,
+            backend: Arc::new(backend),
+        };
+        Ok(Self {
+            layer_idx,
+            of_layers: config.num_hidden_layers,
+            runner: Runner::new(decoder, DType::F32, usize::MAX),
+        })
+    }
+
+    /// Its index in the model.
+    pub(crate) fn layer_idx(&self) -> usize {
+        self.layer_idx
+    }
+
+    /// `o_proj.weight` as the checkpoint has it, `[hidden_size, num_attention_heads * head_dim]`.
+    pub(crate) fn o_proj(&self, checkpoint: &Checkpoint) -> Result<Vec<f32>> {
+        let name = LayerTensor::weight(self.layer_idx, Module::OProj).name();
+        let info = checkpoint.tensor(&name).ok_or(Error::Missing { tensor: name })?;
+        let mut values = vec![0.0; info.len()];
+        checkpoint.read_f32(info, 0, &mut values)?;
+        Ok(values)
+    }
+
+    /// The layer with other attention weights, rounded to `dtype` as they will be written.
+    pub(crate) fn with_attention(&self, weights: &AttentionWeights, dtype: DType) -> Result<Self> {
+        let mut config = self.runner.decoder.config.clone();
+        config.num_key_value_heads = vec![weights.num_key_value_heads];
+        let decoder = overlay::with_layer(&self.runner.decoder, &config, 0, weights, dtype)?;
+        Ok(Self { layer_idx: self.layer_idx, of_layers: self.of_layers, runner: self.runner.with(decoder) })
+    }
+
+    /// Takes all sequences through the layer, and shows what it saw of each.
+    pub(crate) fn run(
+        &self,
+        hidden: &mut HiddenStates,
+        visitor: &mut dyn FnMut(&LayerTrace<'_>) -> Result<()>,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let progressing =
+            Progressing { progress, phase: "calibrate", done: self.layer_idx as u64, total: self.of_layers as u64 };
+        self.runner.trace_layer(0, self.layer_idx, hidden, visitor, &progressing)?;
+        hidden.layer_idx = self.layer_idx + 1;
+        Ok(())
+    }
+
+    /// What `o_proj` reads, of every sequence; `hidden` stays where it is.
+    pub(crate) fn attention(
+        &self,
+        hidden: &HiddenStates,
+        visitor: &mut dyn FnMut(&[f32]) -> Result<()>,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let width = self.runner.decoder.config.hidden_size;
+        let mut first = 0;
+        for &length in &hidden.lengths {
+            let values = hidden.values[first..first + length * width].to_vec();
+            first += values.len();
+            let mut one = HiddenStates { layer_idx: hidden.layer_idx, lengths: vec![length], values };
+            self.run(&mut one, &mut |trace| visitor(trace.attention), progress)?;
+        }
+        Ok(())
+    }
+}
+
+/// A configuration of one layer, with the K/V heads and the window of layer `layer_idx`.
+fn alone(config: &ModelConfig, layer_idx: usize) -> ModelConfig {
+    ModelConfig {
+        num_hidden_layers: 1,
+        num_key_value_heads: config.num_key_value_heads.get(layer_idx).copied().into_iter().collect(),
+        sliding_window: config.sliding_window.get(layer_idx).copied().into_iter().collect(),
+        ..config.clone()
+    }
+}
