@@ -153,7 +153,8 @@ fn source_name(checkpoint: &Checkpoint, options: &ConvertOptions) -> String {
 
 fn merge_options(options: &ConvertOptions) -> Map<String, Value> {
     let pairs = [("seed", json!(options.merge.seed)), ("initializer_range", json!(options.merge.initializer_range))];
-    pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    let told = options.method_options.clone();
+    pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).chain(told).collect()
 }
 
 fn manifest(

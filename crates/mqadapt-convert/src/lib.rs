@@ -34,6 +34,7 @@
 //! ```
 
 mod cache;
+mod calibrated;
 mod convert;
 mod engine;
 mod error;
@@ -48,6 +49,7 @@ mod steps;
 mod transfer;
 mod verify;
 
+pub use calibrated::CalibratedLayers;
 pub use convert::{convert, convert_layers};
 pub use error::{Error, Result};
 pub use layers::{LayerMerge, LayerWeights, MergedLayer};

@@ -3,6 +3,7 @@
 use mqadapt_core::DType;
 use mqadapt_merge::{MergeOptions, Method};
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 use crate::Manifest;
 
@@ -26,6 +27,8 @@ pub struct ConvertOptions {
     pub max_memory: u64,
     /// Wait until the disk has everything; without, a power failure right after the conversion can lose it (a kill cannot).
     pub sync: bool,
+    /// What else the method was told, for the manifest; a conversion is continued only with the same.
+    pub method_options: Map<String, Value>,
     /// What the manifest calls the source (`org/name@revision`); `None`: its path.
     pub source_name: Option<String>,
 }
@@ -43,6 +46,7 @@ impl ConvertOptions {
             max_shard_size: None,
             max_memory: 64 << 20,
             sync: true,
+            method_options: Map::new(),
             source_name: None,
         }
     }

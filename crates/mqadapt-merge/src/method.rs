@@ -7,6 +7,16 @@ pub static METHODS: &[&Method] = &[
     &Method { name: "mean", summary: "mean of the group's heads (GQA paper, section 2.1)", rows: Some(&Mean) },
     &Method { name: "first", summary: "first head of the group (the GQA paper's ablation)", rows: Some(&First) },
     &Method { name: "random", summary: "freshly initialised, seeded (the GQA paper's ablation)", rows: Some(&Random) },
+    &Method {
+        name: "closed-form",
+        summary: "second-order solution from calibration text; q_proj and o_proj compensated",
+        rows: None,
+    },
+    &Method {
+        name: "prune",
+        summary: "strongest head of the group by calibration text, the others silenced (NVIDIA Puzzle's default)",
+        rows: None,
+    },
 ];
 
 /// A merge method and how it works.

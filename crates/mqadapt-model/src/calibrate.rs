@@ -4,6 +4,7 @@
 //! cost. Layers are taken in order; besides the residual streams only one layer is in memory.
 
 use mqadapt_checkpoint::Checkpoint;
+use mqadapt_core::family::{LayerTensor, Module};
 use mqadapt_core::{DType, ModelConfig, Progress};
 use mqadapt_merge::closed_form::{self, ClosedFormOptions, Cut, LayerReport, Measurement};
 use mqadapt_merge::{Accumulator, LayerGeometry, LayerStatistics, LayerWeights, REFIT_LAMBDA, Refit, prune};
@@ -12,7 +13,7 @@ use crate::model::HiddenStates;
 use crate::overlay::AttentionWeights;
 use crate::statistics_file::StatisticsFile;
 use crate::stream::{StreamedLayer, embed};
-use crate::{Error, Result};
+use crate::{Error, LoadOptions, Model, Result};
 
 /// Tokens of each target context on which cuts are measured.
 const MEASURED_TOKENS: usize = 1536;
@@ -277,6 +278,57 @@ impl<'a> CalibratedMerge<'a> {
         let converted = run.layer.with_attention(&attention_weights(&merged.weights, heads), self.dtype)?;
         converted.run(stream, &mut |_| Ok(()), progress)
     }
+}
+
+impl Model {
+    /// Loads a checkpoint and applies the plan in the options by a method that needs calibration text: the logits of the
+    /// checkpoint that the same merge converts. Progress: bytes, then layers.
+    ///
+    /// # Errors
+    /// As [`Model::load`] and [`CalibratedMerge::merge_layer`].
+    pub fn load_calibrated(
+        checkpoint: &Checkpoint,
+        options: &LoadOptions,
+        merge: &mut CalibratedMerge<'_>,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
+        let unchanged = LoadOptions { plan: None, ..options.clone() };
+        let mut model = Self::load(checkpoint, &unchanged, progress)?;
+        let Some(plan) = &options.plan else { return Ok(model) };
+        for layer_idx in plan.changed_layers() {
+            let weights = layer_weights(checkpoint, layer_idx)?;
+            let heads = plan.layers().get(layer_idx).map_or(0, |choice| choice.num_key_value_heads());
+            let merged = merge.merge_layer(layer_idx, heads, &weights, progress)?;
+            model = model.with_layer(layer_idx, &attention_weights(&merged.weights, heads))?;
+        }
+        Ok(model)
+    }
+}
+
+/// The attention weights of a layer as the checkpoint has them, widened to f32.
+///
+/// # Errors
+/// [`Error::Missing`], [`Error::Checkpoint`].
+pub fn layer_weights(checkpoint: &Checkpoint, layer_idx: usize) -> Result<LayerWeights> {
+    let config = checkpoint.config();
+    let read = |tensor: LayerTensor| -> Result<Vec<f32>> {
+        let name = tensor.name();
+        let info = checkpoint.tensor(&name).ok_or(Error::Missing { tensor: name })?;
+        let mut values = vec![0.0; info.len()];
+        checkpoint.read_f32(info, 0, &mut values)?;
+        Ok(values)
+    };
+    let weight = |module| read(LayerTensor::weight(layer_idx, module));
+    let bias = |module| config.has_bias(module).then(|| read(LayerTensor::bias(layer_idx, module))).transpose();
+    Ok(LayerWeights {
+        q_proj: weight(Module::QProj)?,
+        k_proj: weight(Module::KProj)?,
+        v_proj: weight(Module::VProj)?,
+        o_proj: weight(Module::OProj)?,
+        q_proj_bias: bias(Module::QProj)?,
+        k_proj_bias: bias(Module::KProj)?,
+        v_proj_bias: bias(Module::VProj)?,
+    })
 }
 
 /// What a pass of the original stream through a layer left.

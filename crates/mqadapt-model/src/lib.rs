@@ -60,6 +60,7 @@ mod trace;
 
 pub use calibrate::{
     CalibratedLayer, CalibratedMerge, CalibratedMethod, Calibration, LayerSample, attention_weights, layer_geometry,
+    layer_weights,
 };
 pub use error::{Error, Result};
 pub use model::Model;

@@ -1,5 +1,6 @@
 //! Tests of the whole model on tiny random checkpoints of every family. Parity with transformers is tested from Python.
 
+mod calibration;
 mod fixtures;
 mod generation;
 mod inside;

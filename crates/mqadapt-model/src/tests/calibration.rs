@@ -1,0 +1,157 @@
+//! Merging from calibration text, on tiny checkpoints.
+
+use mqadapt_core::{DType, NoProgress, Plan};
+use mqadapt_merge::Accumulator;
+use mqadapt_merge::closed_form::{ClosedFormOptions, Cut, Fallback};
+use serde_json::{Value, json};
+
+use super::fixtures::{Tiny, config, difference, ids};
+use crate::{
+    CalibratedMerge, CalibratedMethod, Calibration, Error, LoadOptions, Model, Precision, StatisticsFile,
+    collect_statistics, layer_geometry, layer_weights,
+};
+
+fn calibration() -> Calibration {
+    Calibration { sequences: vec![ids(1, 90), ids(2, 60), ids(3, 90)], target_contexts: vec![30, 80] }
+}
+
+fn closed_form(sequential: bool) -> CalibratedMethod {
+    let options = ClosedFormOptions { cut: Cut::Measured, ..ClosedFormOptions::default() };
+    CalibratedMethod::ClosedForm { options, sequential }
+}
+
+fn exact() -> LoadOptions {
+    LoadOptions { precision: Precision::Exact, ..LoadOptions::default() }
+}
+
+fn merged(tiny: &Tiny, plan: &str, method: CalibratedMethod, saved: Option<StatisticsFile>) -> Model {
+    let plan = Plan::parse(plan, tiny.checkpoint.config()).unwrap();
+    let options = LoadOptions { plan: Some(plan), ..exact() };
+    let mut merge = CalibratedMerge::new(&tiny.checkpoint, calibration(), method, saved, DType::F32).unwrap();
+    Model::load_calibrated(&tiny.checkpoint, &options, &mut merge, &NoProgress).unwrap()
+}
+
+/// The same model with every K/V head of every layer `times` over.
+fn expanded(tiny: &Tiny, times: usize) -> Tiny {
+    let config = tiny.checkpoint.config();
+    let heads = config.num_key_value_heads[0];
+    let tensors = config.tensors().into_iter().map(|tensor| {
+        let info = tiny.checkpoint.tensor(&tensor.name).unwrap();
+        let mut values = vec![0.0; info.len()];
+        tiny.checkpoint.read_f32(info, 0, &mut values).unwrap();
+        let mut shape = tensor.shape;
+        if tensor.name.contains("k_proj") || tensor.name.contains("v_proj") {
+            shape[0] *= times;
+            let one = values.len() / heads;
+            values = values.chunks_exact(one).flat_map(|head| head.repeat(times)).collect();
+        }
+        (tensor.name, shape, values)
+    });
+    let mut json = tiny.json();
+    json["num_key_value_heads"] = json!(heads * times);
+    Tiny::of(&json, DType::F32, tensors.collect())
+}
+
+fn families() -> Vec<Value> {
+    vec![
+        config("llama", &json!({ "num_key_value_heads": 2 })),
+        config("llama", &json!({ "num_key_value_heads": 3, "attention_bias": true })),
+        config("gemma", &json!({ "num_key_value_heads": 1 })),
+        config("mistral", &json!({ "num_key_value_heads": 2, "sliding_window": 7 })),
+        config("qwen2", &json!({ "num_key_value_heads": 3 })),
+        config("qwen3", &json!({ "num_key_value_heads": 2 })),
+    ]
+}
+
+#[test]
+fn repeated_heads_merge_back_in_every_family() {
+    let text = ids(9, 70);
+    for json in families() {
+        let tiny = Tiny::random(&json, DType::F32);
+        let heads = tiny.checkpoint.config().num_key_value_heads[0];
+        let expected = tiny.load(&exact()).logits(&text, &NoProgress).unwrap();
+        let large = expanded(&tiny, 6 / heads);
+        let plan = format!("gqa{heads}:all");
+        for sequential in [false, true] {
+            let back = merged(&large, &plan, closed_form(sequential), None);
+            let error = difference(&back.logits(&text, &NoProgress).unwrap(), &expected);
+            // f32 weights and activations through three layers
+            assert!(error < 3e-4, "{}, sequential {sequential}: {error:e}", json["model_type"]);
+        }
+    }
+}
+
+#[test]
+fn saved_statistics_are_those_of_the_model_and_merge_alike() {
+    let json = config("llama", &json!({ "num_key_value_heads": 3, "attention_bias": true }));
+    let tiny = Tiny::random(&json, DType::BF16);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.stats");
+    let saved = collect_statistics(&tiny.checkpoint, &calibration(), &path, &NoProgress).unwrap();
+    assert_eq!((saved.tokens(), saved.text()), (240, calibration().fingerprint().as_str()));
+    // the whole model at once gives the same sums
+    let config = tiny.checkpoint.config();
+    let mut sums: Vec<_> = (0..3)
+        .map(|layer_idx| {
+            let o_proj = layer_weights(&tiny.checkpoint, layer_idx).unwrap().o_proj;
+            Accumulator::new(layer_geometry(config, layer_idx), &o_proj, None).unwrap()
+        })
+        .collect();
+    let mut visitor = |trace: &crate::LayerTrace<'_>| -> Result<(), Error> {
+        sums[trace.layer_idx].add_sequence(trace.q, trace.k, trace.v).map(drop).unwrap();
+        Ok(())
+    };
+    tiny.load(&exact()).trace_layers(&calibration().sequences, &mut visitor, &NoProgress).unwrap();
+    for (layer_idx, sums) in sums.into_iter().enumerate() {
+        let sample = saved.layer(layer_idx, &layer_geometry(config, layer_idx)).unwrap();
+        assert_eq!(sample.statistics, sums.finish(), "layer {layer_idx}");
+        assert_eq!(sample.inputs.len(), 5); // three sequences reach 30 tokens, two of them 80
+    }
+    // a plan merged from the file is the plan merged from the text
+    let text = ids(9, 40);
+    let logits = |saved| merged(&tiny, "mqa:0,2", closed_form(false), saved).logits(&text, &NoProgress).unwrap();
+    let expected = logits(None);
+    assert_eq!(logits(Some(StatisticsFile::open(&path).unwrap())), expected);
+    assert!(difference(&expected, &tiny.load(&exact()).logits(&text, &NoProgress).unwrap()) > 1e-3);
+}
+
+#[test]
+fn files_of_other_models_and_broken_ones_are_refused() {
+    let tiny = Tiny::random(&config("llama", &json!({})), DType::F32);
+    let other = Tiny::random(&config("llama", &json!({ "rope_theta": 500.0 })), DType::F32);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.stats");
+    let saved = collect_statistics(&tiny.checkpoint, &calibration(), &path, &NoProgress).unwrap();
+    let refused = CalibratedMerge::new(&other.checkpoint, calibration(), closed_form(false), Some(saved), DType::F32);
+    let message = refused.err().unwrap().to_string();
+    assert!(message.contains("collect them again"), "{message}");
+    let bytes = std::fs::read(&path).unwrap();
+    for (broken, why) in [(&bytes[..bytes.len() - 8], "truncated"), (&bytes[..5], "short"), (&b"{}"[..], "no header")] {
+        std::fs::write(&path, broken).unwrap();
+        assert!(matches!(StatisticsFile::open(&path), Err(Error::Statistics { .. })), "{why}");
+    }
+    let nothing = Calibration { sequences: Vec::new(), target_contexts: vec![80] };
+    let refused = CalibratedMerge::new(&tiny.checkpoint, nothing, closed_form(false), None, DType::F32);
+    assert!(matches!(refused, Err(Error::Argument { name: "calibration", .. })));
+}
+
+#[test]
+fn layers_say_what_was_done() {
+    let tiny = Tiny::random(&config("qwen3", &json!({ "num_key_value_heads": 3 })), DType::F32);
+    let weights = layer_weights(&tiny.checkpoint, 1).unwrap();
+    let merge = |method| {
+        let mut merge = CalibratedMerge::new(&tiny.checkpoint, calibration(), method, None, DType::F32).unwrap();
+        let layer = merge.merge_layer(1, 1, &weights, &NoProgress).unwrap();
+        // the stream is behind layer 1 now
+        let back = merge.merge_layer(0, 1, &weights, &NoProgress);
+        assert!(matches!(back, Err(Error::Argument { name: "layer_idx", .. })));
+        layer
+    };
+    let layer = merge(closed_form(true));
+    assert_eq!(layer.report.fallbacks, [Fallback::MeanKeys]);
+    let (before, after) = layer.refit.unwrap();
+    assert!(0.0 < after && after < before, "{before} {after}");
+    let pruned = merge(CalibratedMethod::Prune);
+    let kept = pruned.kept.unwrap()[0];
+    assert_eq!(pruned.weights.k_proj, weights.k_proj[kept * 16 * 48..][..16 * 48]);
+}

@@ -1,0 +1,133 @@
+//! `Calibration`: what methods that merge from text are told.
+
+use std::path::PathBuf;
+
+use mqadapt_checkpoint::Checkpoint;
+use mqadapt_core::{DType, Progress};
+use mqadapt_merge::Method;
+use mqadapt_merge::closed_form::{ClosedFormOptions, Cut};
+use mqadapt_model::{CalibratedMerge, CalibratedMethod, Error, StatisticsFile, collect_statistics};
+use pyo3::prelude::*;
+use serde_json::{Map, Value, json};
+
+use crate::arguments;
+use crate::errors::argument;
+
+/// Calibration text and options of the methods that need it.
+#[pyclass(module = "mqadapt_rs", frozen)]
+pub(crate) struct Calibration {
+    text: mqadapt_model::Calibration,
+    stats: Option<PathBuf>,
+    sequential: bool,
+    options: ClosedFormOptions,
+}
+
+#[pymethods]
+impl Calibration {
+    /// Token sequences, each of them from position 0.
+    #[new]
+    #[pyo3(signature = (sequences = None, *, target_context = vec![512, 2048], stats = None, sequential = false,
+        fast_pairs = None, regroup = true))]
+    fn new(
+        sequences: Option<&Bound<'_, PyAny>>,
+        target_context: Vec<usize>,
+        stats: Option<PathBuf>,
+        sequential: bool,
+        fast_pairs: Option<usize>,
+        regroup: bool,
+    ) -> PyResult<Self> {
+        let sequences = sequences.map(arguments::sequences).transpose()?.unwrap_or_default();
+        if target_context.is_empty() || target_context.contains(&0) {
+            return Err(argument("target_context must be one context length or more, in tokens"));
+        }
+        let cut = fast_pairs.map_or(Cut::Measured, Cut::Pairs);
+        let options = ClosedFormOptions { cut, regroup, ..ClosedFormOptions::default() };
+        let text = mqadapt_model::Calibration { sequences, target_contexts: target_context };
+        Ok(Self { text, stats, sequential, options })
+    }
+
+    /// Tokens of the text.
+    #[getter]
+    fn tokens(&self) -> usize {
+        self.text.sequences.iter().map(Vec::len).sum()
+    }
+
+    /// Names the text and its windows.
+    #[getter]
+    fn fingerprint(&self) -> String {
+        self.text.fingerprint()
+    }
+
+    fn __repr__(&self) -> String {
+        let (sequences, tokens) = (self.text.sequences.len(), self.tokens());
+        format!("Calibration({sequences} sequences, {tokens} tokens, target_context={:?})", self.text.target_contexts)
+    }
+}
+
+/// The calibration of a method that needs one; none for the others.
+pub(crate) fn needed<'a, 'py>(
+    method: &Method,
+    calibration: Option<&'a Bound<'py, Calibration>>,
+) -> PyResult<Option<&'a Calibration>> {
+    match (method.rows(), calibration) {
+        (Some(_), _) => Ok(None),
+        (None, Some(calibration)) => Ok(Some(calibration.get())),
+        (None, None) => {
+            let name = method.name;
+            Err(argument(format!("method '{name}' merges from text: give it a calibration (--calibration FILE or --stats FILE)")))
+        }
+    }
+}
+
+impl Calibration {
+    /// The merge of a checkpoint; collects the statistics first where they are to be saved and are not there yet.
+    pub(crate) fn merge<'a>(
+        &self,
+        checkpoint: &'a Checkpoint,
+        method: &Method,
+        dtype: DType,
+        progress: &dyn Progress,
+    ) -> Result<CalibratedMerge<'a>, Error> {
+        let method = match method.name {
+            "prune" => CalibratedMethod::Prune,
+            _ => CalibratedMethod::ClosedForm { options: self.options.clone(), sequential: self.sequential },
+        };
+        let saved = match &self.stats {
+            None => None,
+            Some(path) if path.exists() => Some(self.saved(StatisticsFile::open(path)?)?),
+            Some(path) => {
+                if self.tokens() == 0 {
+                    let detail = format!("is needed to write the statistics file {}, which does not exist", path.display());
+                    return Err(Error::Argument { name: "calibration", detail });
+                }
+                Some(collect_statistics(checkpoint, &self.text, path, progress)?)
+            }
+        };
+        CalibratedMerge::new(checkpoint, self.text.clone(), method, saved, dtype)
+    }
+
+    /// A file that was collected from this text, where there is one.
+    fn saved(&self, saved: StatisticsFile) -> Result<StatisticsFile, Error> {
+        let fingerprint = self.text.fingerprint();
+        if self.tokens() == 0 || saved.text() == fingerprint {
+            return Ok(saved);
+        }
+        let detail = "was collected from another text, other windows or other target contexts than were given; \
+                      leave the text out to use it, or name a new file";
+        Err(Error::Argument { name: "stats", detail: detail.to_owned() })
+    }
+
+    /// What the manifest says of it.
+    pub(crate) fn describe(&self) -> Map<String, Value> {
+        let mut out = Map::new();
+        out.insert("calibration_tokens".to_owned(), json!(self.tokens()));
+        out.insert("calibration_fingerprint".to_owned(), json!(self.text.fingerprint()));
+        out.insert("target_context".to_owned(), json!(self.text.target_contexts));
+        out.insert("sequential".to_owned(), json!(self.sequential));
+        if let Cut::Pairs(pairs) = self.options.cut {
+            out.insert("fast_pairs".to_owned(), json!(pairs));
+        }
+        out.insert("regroup".to_owned(), json!(self.options.regroup));
+        out
+    }
+}
