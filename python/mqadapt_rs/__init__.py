@@ -1,10 +1,22 @@
 """Gives every layer of a pretrained transformer its own number of K/V heads, and says what that costs."""
 
-from mqadapt_rs._core import ConversionReport, HiddenStates, Model, ModelConfig, Plan, __version__, convert, inspect
+from mqadapt_rs._core import (
+    Calibration,
+    ConversionReport,
+    HiddenStates,
+    Model,
+    ModelConfig,
+    Plan,
+    __version__,
+    convert,
+    inspect,
+)
+from mqadapt_rs.calibration import load_calibration
 from mqadapt_rs.errors import ArgumentError, MqadaptError
 
 __all__ = [
     "ArgumentError",
+    "Calibration",
     "ConversionReport",
     "HiddenStates",
     "Model",
@@ -14,4 +26,5 @@ __all__ = [
     "__version__",
     "convert",
     "inspect",
+    "load_calibration",
 ]

@@ -13,6 +13,7 @@ _Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 _Progress: TypeAlias = Callable[[str, int, int], object]
 
 __all__ = [
+    "Calibration",
     "ConversionReport",
     "HiddenStates",
     "Model",
@@ -105,6 +106,41 @@ class Plan:
     def __ne__(self, other: object, /) -> bool: ...
     def __hash__(self, /) -> int: ...
 
+@final
+class Calibration:
+    """Calibration text, and what the methods that merge from it are told. `load_calibration` makes one from a file."""
+
+    def __new__(
+        cls,
+        sequences: Sequence[_Ids] | None = None,
+        *,
+        target_context: Sequence[int] = ...,
+        stats: _Path | None = None,
+        sequential: bool = False,
+        fast_pairs: int | None = None,
+        regroup: bool = True,
+    ) -> Calibration:
+        """Token sequences, each from position 0; 8,192 tokens or more are enough.
+
+        Args:
+            sequences: may be left out where `stats` exists and `sequential` is false.
+            target_context: contexts in tokens that the converted model is for; they decide between fast and slow
+                rotary pairs, layer by layer, by the measured attention-output error.
+            stats: a file of statistics of the whole model. It is used where it exists (and is of this model and text)
+                and written where it does not, so that many plans are merged from one pass.
+            sequential: refit `o_proj` of every merged layer on the converted model's own stream.
+            fast_pairs: fast rotary pairs of every layer, instead of measuring.
+            regroup: may let heads share that are not neighbours, where that is predicted to cost less.
+
+        Raises:
+            ArgumentError: an empty or zero `target_context`.
+        """
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def fingerprint(self) -> str:
+        """Names the text, its windows and the target contexts; 16 hexadecimal digits."""
+
 @type_check_only
 class _Inspection(TypedDict):
     model_type: str
@@ -148,6 +184,7 @@ def convert(
     max_shard_size: int | None = None,
     max_memory: int = 67108864,
     sync: bool = True,
+    calibration: Calibration | None = None,
     progress: _Progress | None = None,
 ) -> ConversionReport:
     """Writes a checkpoint in which every layer has the K/V heads that the plan says.
@@ -158,7 +195,7 @@ def convert(
         src: a folder, a `.gguf` file or a hub id.
         dst: the new folder.
         plan: as `Plan.parse` takes it.
-        method: how heads are merged: `mean`, `first`, `random`.
+        method: how heads are merged: `mean`, `first`, `random`; `closed-form` and `prune` need a calibration.
         seed: of methods that draw random numbers.
         dtype: of the written weights; by default as stored (of a GGUF file: bfloat16).
         overwrite: replace a checkpoint that `dst` holds, once the new one is complete.
@@ -166,6 +203,7 @@ def convert(
         max_shard_size: cut the output into files of at most this many bytes of tensors; by default as the source.
         max_memory: bytes of buffers.
         sync: wait until the disk has everything.
+        calibration: text of the methods that merge from it.
         progress: told the bytes written.
 
     Raises:
@@ -228,6 +266,7 @@ class Model:
         kv_dtype: str | None = None,
         precision: str = "fast",
         max_tokens_in_flight: int = 1024,
+        calibration: Calibration | None = None,
         progress: _Progress | None = None,
     ) -> Model:
         """Loads a model. A plan is applied in memory, with the logits of the converted checkpoint bit for bit.
@@ -243,6 +282,7 @@ class Model:
             kv_dtype: of the K/V cache; by default that of the weights.
             precision: `fast` rounds activations to bfloat16 where weights are bfloat16, `exact` keeps them float32.
             max_tokens_in_flight: most tokens computed in one pass; bounds the memory of scoring and generation.
+            calibration: text of the methods that merge from it, `closed-form` and `prune`.
             progress: told the bytes read.
 
         Raises:
@@ -250,7 +290,15 @@ class Model:
             MqadaptError: a malformed or incomplete checkpoint.
             OSError: it cannot be read.
         """
-    def with_plan(self, plan: Plan | _Path | Sequence[int], method: str = "mean", seed: int = 0) -> Model:
+    def with_plan(
+        self,
+        plan: Plan | _Path | Sequence[int],
+        method: str = "mean",
+        seed: int = 0,
+        *,
+        calibration: Calibration | None = None,
+        progress: _Progress | None = None,
+    ) -> Model:
         """The same model under another plan for its checkpoint. Layers that neither changes are shared."""
     @property
     def config(self) -> ModelConfig:

@@ -20,7 +20,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from mqadapt_rs import Model, __version__, hub
+from mqadapt_rs import Calibration, Model, __version__, hub
 from mqadapt_rs.errors import ArgumentError, MqadaptError
 from mqadapt_rs.evaluation import evaluate, main
 from mqadapt_rs.hf_tokenizer import encode, load_tokenizer
@@ -59,6 +59,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         enable_thinking, chat_template_args: given to the chat template.
         think_end_token: generated text up to it is dropped.
         trust_remote_code: for tokenizers with code of their own.
+        calibration: text of the methods that merge from it; `stats` names a file of saved statistics instead.
         batch_size, max_batch_size: accepted and not needed, since requests are packed by length of text, not by number.
 
     Raises:
@@ -82,6 +83,8 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         think_end_token: str | None = None,
         chat_template_args: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
+        calibration: Calibration | None = None,
+        stats: str | None = None,
         batch_size: int | str | None = None,  # noqa: ARG002 (lm-eval passes it to every model)
         max_batch_size: int | None = None,  # noqa: ARG002
         **unknown: Any,
@@ -99,6 +102,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
             seed=seed,
             dtype=None if dtype == "auto" else dtype,
             device=device or "cpu",
+            calibration=calibration or (Calibration(stats=stats) if stats else None),
         )
         self.tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code, add_bos_token)
         self.max_length = int(max_length or self.model.config.max_position_embeddings)

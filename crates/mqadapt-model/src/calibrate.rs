@@ -5,9 +5,9 @@
 
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_core::family::{LayerTensor, Module};
-use mqadapt_core::{DType, ModelConfig, Progress};
+use mqadapt_core::{DType, ModelConfig, Plan, Progress};
 use mqadapt_merge::closed_form::{self, ClosedFormOptions, Cut, LayerReport, Measurement};
-use mqadapt_merge::{Accumulator, LayerGeometry, LayerStatistics, LayerWeights, REFIT_LAMBDA, Refit, prune};
+use mqadapt_merge::{Accumulator, LayerGeometry, LayerStatistics, LayerWeights, MergeOptions, REFIT_LAMBDA, Refit, prune};
 
 use crate::model::HiddenStates;
 use crate::overlay::AttentionWeights;
@@ -293,8 +293,24 @@ impl Model {
         progress: &dyn Progress,
     ) -> Result<Self> {
         let unchanged = LoadOptions { plan: None, ..options.clone() };
-        let mut model = Self::load(checkpoint, &unchanged, progress)?;
+        let model = Self::load(checkpoint, &unchanged, progress)?;
         let Some(plan) = &options.plan else { return Ok(model) };
+        model.with_merged_layers(checkpoint, plan, merge, progress)
+    }
+
+    /// The same model under a plan for its checkpoint, merged from calibration text; what does not change is shared.
+    ///
+    /// # Errors
+    /// As [`Model::with_plan`] and [`CalibratedMerge::merge_layer`].
+    pub fn with_merged_layers(
+        &self,
+        checkpoint: &Checkpoint,
+        plan: &Plan,
+        merge: &mut CalibratedMerge<'_>,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
+        let mut model =
+            self.with_plan(checkpoint, &Plan::keep(checkpoint.config()), "mean", &MergeOptions::default())?;
         for layer_idx in plan.changed_layers() {
             let weights = layer_weights(checkpoint, layer_idx)?;
             let heads = plan.layers().get(layer_idx).map_or(0, |choice| choice.num_key_value_heads());

@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 
 use mqadapt_checkpoint::Checkpoint;
-use mqadapt_convert::ConvertOptions;
+use mqadapt_convert::{CalibratedLayers, ConvertOptions};
+use mqadapt_core::Progress;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::arguments::{dtype as parse_dtype, merge_options, method as parse_method};
-use crate::errors::{OrRaise, failure};
+use crate::calibration::{self, Calibration};
+use crate::errors::{IntoPyErr, OrRaise, failure};
 use crate::source::{local_path, name};
 use crate::{plan, work};
 
@@ -76,8 +78,8 @@ fn to_dict<'py>(py: Python<'py>, json: &str) -> PyResult<Bound<'py, PyDict>> {
 #[pyfunction]
 #[pyo3(
     signature = (src, dst, plan = None, method = "mean", *, seed = 0, dtype = None, overwrite = false, resume = false,
-        max_shard_size = None, max_memory = 64 << 20, sync = true, progress = None),
-    text_signature = "(src, dst, plan='keep', method='mean', *, seed=0, dtype=None, overwrite=False, resume=False, max_shard_size=None, max_memory=67108864, sync=True, progress=None)"
+        max_shard_size = None, max_memory = 64 << 20, sync = true, calibration = None, progress = None),
+    text_signature = "(src, dst, plan='keep', method='mean', *, seed=0, dtype=None, overwrite=False, resume=False, max_shard_size=None, max_memory=67108864, sync=True, calibration=None, progress=None)"
 )]
 #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // the keywords of the Python function
 pub(crate) fn convert(
@@ -93,9 +95,11 @@ pub(crate) fn convert(
     max_shard_size: Option<u64>,
     max_memory: u64,
     sync: bool,
+    calibration: Option<&Bound<'_, Calibration>>,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<ConversionReport> {
     let method = parse_method(method)?;
+    let calibration = calibration::needed(method, calibration)?;
     let dtype = parse_dtype(dtype)?;
     let path = local_path(src, false)?;
     let checkpoint = py.detach(|| Checkpoint::open(&path)).or_raise()?;
@@ -108,8 +112,33 @@ pub(crate) fn convert(
         max_memory,
         sync,
         source_name: Some(name(src)?),
+        method_options: calibration.map(Calibration::describe).unwrap_or_default(),
         ..ConvertOptions::new(method, merge_options(seed, checkpoint.config()))
     };
-    work::run(py, progress, |progress| mqadapt_convert::convert(&checkpoint, &dst, &plan, &options, progress))
-        .map(ConversionReport)
+    let Some(calibration) = calibration else {
+        let work = |progress: &dyn Progress| mqadapt_convert::convert(&checkpoint, &dst, &plan, &options, progress);
+        return work::run(py, progress, work).map(ConversionReport);
+    };
+    let written = dtype.unwrap_or(checkpoint.dtype());
+    let work = |progress: &dyn Progress| -> Result<_, Failed> {
+        let merge = calibration.merge(&checkpoint, method, written, progress).map_err(Failed::Model)?;
+        let mut layers = CalibratedLayers::new(merge, progress);
+        mqadapt_convert::convert_layers(&checkpoint, &dst, &plan, &options, &mut layers, progress).map_err(Failed::Convert)
+    };
+    work::run(py, progress, work).map(ConversionReport)
+}
+
+/// A conversion that began with statistics can fail in either.
+enum Failed {
+    Model(mqadapt_model::Error),
+    Convert(mqadapt_convert::Error),
+}
+
+impl IntoPyErr for Failed {
+    fn into_py_err(self) -> PyErr {
+        match self {
+            Self::Model(error) => error.into_py_err(),
+            Self::Convert(error) => error.into_py_err(),
+        }
+    }
 }

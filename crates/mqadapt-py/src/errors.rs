@@ -99,6 +99,7 @@ impl IntoPyErr for mqadapt_model::Error {
         match self {
             Error::Checkpoint(error) => error.into_py_err(),
             Error::Config(error) => error.into_py_err(),
+            Error::Io { source, .. } => io(message, &source),
             Error::Method { .. } | Error::Token { .. } | Error::Argument { .. } | Error::Device { .. } => {
                 argument(message)
             }

@@ -7,6 +7,7 @@
 #![allow(clippy::needless_pass_by_value)]
 
 mod arguments;
+mod calibration;
 mod config;
 mod convert;
 mod errors;
@@ -20,6 +21,8 @@ use pyo3::prelude::*;
 
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use crate::calibration::Calibration;
     #[pymodule_export]
     use crate::config::ModelConfig;
     #[pymodule_export]

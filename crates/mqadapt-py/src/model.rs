@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyType;
 
 use crate::arguments::{dtype as parse_dtype, merge_options, method as parse_method, sequences, token_ids};
+use crate::calibration::{self, Calibration};
 use crate::config::ModelConfig;
 use crate::errors::{OrRaise, argument};
 use crate::plan::{self, Plan};
@@ -56,8 +57,8 @@ impl Model {
     #[classmethod]
     #[pyo3(
         signature = (src, plan = None, method = "mean", seed = 0, dtype = None, *, device = "cpu", weights = "stored",
-            kv_dtype = None, precision = "fast", max_tokens_in_flight = 1024, progress = None),
-        text_signature = "($cls, src, plan='keep', method='mean', seed=0, dtype=None, *, device='cpu', weights='stored', kv_dtype=None, precision='fast', max_tokens_in_flight=1024, progress=None)"
+            kv_dtype = None, precision = "fast", max_tokens_in_flight = 1024, calibration = None, progress = None),
+        text_signature = "($cls, src, plan='keep', method='mean', seed=0, dtype=None, *, device='cpu', weights='stored', kv_dtype=None, precision='fast', max_tokens_in_flight=1024, calibration=None, progress=None)"
     )]
     #[allow(clippy::too_many_arguments)] // the keywords of the Python function
     fn load(
@@ -72,10 +73,12 @@ impl Model {
         kv_dtype: Option<&str>,
         precision: &str,
         max_tokens_in_flight: usize,
+        calibration: Option<&Bound<'_, Calibration>>,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let py = cls.py();
-        let method = parse_method(method)?.name.to_owned();
+        let parsed = parse_method(method)?;
+        let method = parsed.name.to_owned();
         let (dtype, kv_dtype) = (parse_dtype(dtype)?, parse_dtype(kv_dtype)?);
         let precision = match precision {
             "fast" => Precision::Fast,
@@ -86,6 +89,7 @@ impl Model {
         let path = local_path(src, false)?;
         let checkpoint = py.detach(|| Checkpoint::open(&path)).or_raise()?;
         let plan = plan::read_or_keep(plan, checkpoint.config())?;
+        let calibration = if plan.is_keep() { None } else { calibration::needed(parsed, calibration)? };
         let options = LoadOptions {
             plan: (!plan.is_keep()).then_some(plan),
             method,
@@ -97,20 +101,43 @@ impl Model {
             max_tokens_in_flight,
             precision,
         };
-        let inner = work::run(py, progress, |progress| mqadapt_model::Model::load(&checkpoint, &options, progress))?;
+        let inner = work::run(py, progress, |progress| match calibration {
+            None => mqadapt_model::Model::load(&checkpoint, &options, progress),
+            Some(calibration) => {
+                let dtype = dtype.unwrap_or(checkpoint.dtype());
+                let mut merge = calibration.merge(&checkpoint, parsed, dtype, progress)?;
+                mqadapt_model::Model::load_calibrated(&checkpoint, &options, &mut merge, progress)
+            }
+        })?;
         let stop_tokens = stop_tokens(&checkpoint)?;
         let dtype = dtype.unwrap_or(checkpoint.dtype());
         Ok(Self { inner, checkpoint: Arc::new(checkpoint), dtype, stop_tokens })
     }
 
     /// The same model under another plan for its checkpoint.
-    #[pyo3(signature = (plan, method = "mean", seed = 0))]
-    fn with_plan(&self, py: Python<'_>, plan: &Bound<'_, PyAny>, method: &str, seed: u64) -> PyResult<Self> {
+    #[pyo3(signature = (plan, method = "mean", seed = 0, *, calibration = None, progress = None))]
+    fn with_plan(
+        &self,
+        py: Python<'_>,
+        plan: &Bound<'_, PyAny>,
+        method: &str,
+        seed: u64,
+        calibration: Option<&Bound<'_, Calibration>>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
         let method = parse_method(method)?;
         let config = self.checkpoint.config();
         let plan = plan::read(plan, config)?;
         let merge = merge_options(seed, config);
-        let inner = work::run(py, None, |_| self.inner.with_plan(&self.checkpoint, &plan, method.name, &merge))?;
+        let calibration = if plan.is_keep() { None } else { calibration::needed(method, calibration)? };
+        let inner = work::run(py, progress, |progress| match calibration {
+            None if plan.is_keep() => self.inner.with_plan(&self.checkpoint, &plan, "mean", &merge),
+            None => self.inner.with_plan(&self.checkpoint, &plan, method.name, &merge),
+            Some(calibration) => {
+                let mut layers = calibration.merge(&self.checkpoint, method, self.dtype, progress)?;
+                self.inner.with_merged_layers(&self.checkpoint, &plan, &mut layers, progress)
+            }
+        })?;
         let (checkpoint, stop_tokens) = (Arc::clone(&self.checkpoint), self.stop_tokens.clone());
         Ok(Self { inner, checkpoint, dtype: self.dtype, stop_tokens })
     }

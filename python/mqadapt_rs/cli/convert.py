@@ -7,7 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src
+from mqadapt_rs.cli.options import (
+    CalibrationContext,
+    CalibrationField,
+    CalibrationText,
+    CalibrationTokens,
+    Debug,
+    DType,
+    Json,
+    Method,
+    PlanText,
+    Seed,
+    Sequential,
+    Src,
+    Stats,
+    TargetContext,
+    calibration_of,
+)
 
 
 def convert(
@@ -17,6 +33,13 @@ def convert(
     method: Method = "mean",
     seed: Seed = 0,
     dtype: DType = None,
+    calibration: CalibrationText = None,
+    calibration_field: CalibrationField = "text",
+    calibration_tokens: CalibrationTokens = 16384,
+    calibration_context: CalibrationContext = 2048,
+    target_context: TargetContext = "512,2048",
+    stats: Stats = None,
+    sequential: Sequential = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DST if it is a converted checkpoint.")
     ] = False,
@@ -27,9 +50,28 @@ def convert(
     import mqadapt_rs
     from mqadapt_rs.cli import output
 
+    text_or_stats = calibration_of(
+        src,
+        calibration,
+        calibration_field,
+        calibration_tokens,
+        calibration_context,
+        target_context,
+        stats,
+        sequential,
+        seed,
+    )
     with output.progress_bars("bytes") as progress:
         report = mqadapt_rs.convert(
-            src, dst, plan, method, seed=seed, dtype=dtype, overwrite=overwrite, progress=progress
+            src,
+            dst,
+            plan,
+            method,
+            seed=seed,
+            dtype=dtype,
+            overwrite=overwrite,
+            calibration=text_or_stats,
+            progress=progress,
         )
     if json:
         output.print_json(report.to_dict())

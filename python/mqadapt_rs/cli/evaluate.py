@@ -7,7 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src
+from mqadapt_rs.cli.options import (
+    CalibrationContext,
+    CalibrationField,
+    CalibrationText,
+    CalibrationTokens,
+    Debug,
+    DType,
+    Json,
+    Method,
+    PlanText,
+    Seed,
+    Sequential,
+    Src,
+    Stats,
+    TargetContext,
+    calibration_of,
+)
 
 # of what lm-eval returns; the rest repeats the tasks' own definitions
 _KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -22,6 +38,13 @@ def evaluate(
     method: Method = "mean",
     seed: Seed = 0,
     dtype: DType = None,
+    calibration: CalibrationText = None,
+    calibration_field: CalibrationField = "text",
+    calibration_tokens: CalibrationTokens = 16384,
+    calibration_context: CalibrationContext = 2048,
+    target_context: TargetContext = "512,2048",
+    stats: Stats = None,
+    sequential: Sequential = False,
     include_path: Annotated[
         Path | None,
         typer.Option("--include-path", exists=True, file_okay=False, help="A folder of own tasks.", show_default=False),
@@ -48,8 +71,19 @@ def evaluate(
     from mqadapt_rs import harness
     from mqadapt_rs.cli import output
 
+    text_or_stats = calibration_of(
+        src,
+        calibration,
+        calibration_field,
+        calibration_tokens,
+        calibration_context,
+        target_context,
+        stats,
+        sequential,
+        seed,
+    )
     results = harness.evaluate(
-        harness.MqadaptLM(src, plan=plan, method=method, seed=seed, dtype=dtype),
+        harness.MqadaptLM(src, plan=plan, method=method, seed=seed, dtype=dtype, calibration=text_or_stats),
         [name.strip() for name in tasks.split(",") if name.strip()],
         include_path=include_path,
         output_path=output_path,
