@@ -9,7 +9,7 @@ use mqadapt_core::{DType, ModelConfig, Plan, Progress};
 use mqadapt_merge::closed_form::{self, ClosedFormOptions, Cut, LayerReport, Measurement};
 use mqadapt_merge::{Accumulator, LayerGeometry, LayerStatistics, LayerWeights, MergeOptions, REFIT_LAMBDA, Refit, prune};
 
-use crate::model::HiddenStates;
+use crate::states::HiddenStates;
 use crate::overlay::AttentionWeights;
 use crate::statistics_file::StatisticsFile;
 use crate::stream::{StreamedLayer, embed};

@@ -13,7 +13,7 @@ use crate::aligned::Floats;
 use crate::backend::{Backend, HostMatrix, Kernels};
 use crate::decoder::Decoder;
 use crate::load::{self, Weights};
-use crate::model::{HiddenStates, LayerTrace, kernels};
+use crate::states::{HiddenStates, LayerTrace};
 use crate::overlay::{self, AttentionWeights};
 use crate::session::{Progressing, Runner};
 use crate::{Error, Result};
@@ -62,7 +62,7 @@ impl StreamedLayer {
         let of_layer = |name: &String| LayerTensor::parse(name).is_some_and(|tensor| tensor.layer_idx == layer_idx);
         let names: Vec<String> = config.tensors().into_iter().map(|tensor| tensor.name).filter(of_layer).collect();
         let tensors = load::read(checkpoint, &names, None, None, progress)?;
-        let backend = Kernels::new(kernels()?, Precision::Exact);
+        let backend = Kernels::new(Precision::Exact)?;
         let block = Weights { backend: &backend, config, tensors }.block(layer_idx)?;
         // nothing is embedded and nothing scored here
         let empty = HostMatrix {
