@@ -61,7 +61,7 @@ def convert(
         sequential,
         seed,
     )
-    with output.progress_bars("bytes") as progress:
+    with output.progress_bars("bytes" if text_or_stats is None else "layers or bytes") as progress:
         report = mqadapt_rs.convert(
             src,
             dst,

@@ -74,7 +74,7 @@ def perplexity(
         sequential,
         seed,
     )
-    with output.progress_bars("bytes") as progress:
+    with output.progress_bars("bytes" if text_or_stats is None else "layers or bytes") as progress:
         model = Model.load(
             src, plan=plan, method=method, seed=seed, dtype=dtype, calibration=text_or_stats, progress=progress
         )
