@@ -1,0 +1,101 @@
+"""`closed-form` and `prune` from calibration text: conversion, overlay and command line agree, and heads that are equal merge
+without loss."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from mqadapt_rs import ArgumentError, Calibration, Model, MqadaptError, convert
+from mqadapt_rs.cli.app import app
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TEXT = [tiny.ids(96, seed=1), tiny.ids(96, seed=2), tiny.ids(50, seed=3)]
+PROBE = tiny.ids(60, seed=9)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_repeated_heads_merge_back_and_load_in_transformers(family: str, tmp_path: Path) -> None:
+    heads = 2 if family != "gemma" else 1
+    small = tiny.model(family, num_key_value_heads=heads)
+    tiny.expand(small, 6).save_pretrained(tmp_path / "large")
+    calibration = Calibration(TEXT, target_context=[32, 96], sequential=family == "mistral")
+    plan = [heads] * 3
+    convert(tmp_path / "large", tmp_path / "small", plan, "closed-form", calibration=calibration, sync=False)
+    expected = tiny.logits(small, PROBE)
+    found = tiny.logits(tiny.load(tmp_path / "small"), PROBE)
+    # f32 weights, three layers with activations of order 1
+    np.testing.assert_allclose(found, expected, atol=3e-3 * np.abs(expected).max())
+    overlay = Model.load(tmp_path / "large", plan=plan, method="closed-form", calibration=calibration)
+    converted = Model.load(tmp_path / "small")
+    assert np.array_equal(overlay.logits(PROBE), converted.logits(PROBE))
+
+
+def test_the_manifest_says_what_was_done(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "src", "qwen3", dtype="bfloat16")
+    stats = tmp_path / "stats"
+    calibration = Calibration(TEXT, target_context=[32, 96], stats=stats)
+    report = convert(tmp_path / "src", tmp_path / "dst", "mqa:0,2", "closed-form", calibration=calibration, sync=False)
+    manifest = report.manifest
+    assert manifest["method"] == "closed-form"
+    assert manifest["options"]["calibration_tokens"] == 242
+    assert sorted(manifest["layers"]) == ["0", "2"]
+    assert "q/k norm" in manifest["layers"]["0"]["fallbacks"][0]
+    assert manifest["layers"]["2"]["predicted_output_error"] > 0
+    # merged again from the file, without the text
+    saved = Calibration(target_context=[32, 96], stats=stats)
+    convert(tmp_path / "src", tmp_path / "again", "mqa:0,2", "closed-form", calibration=saved, sync=False)
+    assert (tmp_path / "dst/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
+    pruned = convert(tmp_path / "src", tmp_path / "pruned", "gqa2:1", "prune", calibration=saved, sync=False).manifest
+    kept = pruned["layers"]["1"]["kept_heads"]
+    assert len(kept) == 2
+    assert kept[0] < 3 <= kept[1]
+
+
+def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "src", "llama")
+    tiny.save(tmp_path / "other", "llama", seed=5)
+    stats = tmp_path / "stats"
+    calibration = Calibration(TEXT, target_context=[32], stats=stats)
+    with pytest.raises(ArgumentError, match="needs|merges from text"):
+        convert(tmp_path / "src", tmp_path / "dst", "mqa:all", "closed-form")
+    with pytest.raises(ArgumentError, match="merges from text"):
+        Model.load(tmp_path / "src", plan="mqa:all", method="prune")
+    Model.load(tmp_path / "src", plan="mqa:1", method="prune", calibration=calibration)
+    with pytest.raises(MqadaptError, match="collect them again"):
+        convert(tmp_path / "other", tmp_path / "dst", "mqa:1", "closed-form", calibration=calibration)
+    with pytest.raises(ArgumentError, match="another text"):
+        longer = Calibration([*TEXT, PROBE], target_context=[32], stats=stats)
+        convert(tmp_path / "src", tmp_path / "dst", "mqa:1", "closed-form", calibration=longer)
+    with pytest.raises(ArgumentError, match="no tokens"):
+        convert(tmp_path / "src", tmp_path / "dst", "mqa:1", "closed-form", calibration=Calibration())
+    stats.write_bytes(stats.read_bytes()[:-1])
+    with pytest.raises(MqadaptError, match="stats"):
+        convert(tmp_path / "src", tmp_path / "dst", "mqa:1", "closed-form", calibration=calibration)
+    assert not (tmp_path / "dst").exists()
+
+
+def test_the_command_line_takes_the_same(tmp_path: Path) -> None:
+    vocab_size = tiny.save_tokenizer(tmp_path / "src", "the quick brown fox jumps over the lazy dog " * 20)
+    tiny.save(tmp_path / "src", "llama", vocab_size=vocab_size)
+    text = tmp_path / "text.txt"
+    text.write_text("the lazy dog jumps over the quick brown fox " * 60, encoding="utf-8")
+    shared = ["--plan", "mqa:all", "--method", "closed-form", "--calibration", str(text), "--calibration-context", "40"]
+    shared += ["--target-context", "20,40", "--sequential"]
+    runner = CliRunner()
+    with pytest.warns(UserWarning, match="are few"):
+        run = runner.invoke(app, ["convert", str(tmp_path / "src"), str(tmp_path / "dst"), *shared, "--json"])
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout)["options"]["sequential"] is True
+    measure = ["--text", str(text), "--context", "40", "--json"]
+    with pytest.warns(UserWarning, match="are few"):
+        overlay = runner.invoke(app, ["perplexity", str(tmp_path / "src"), *shared, *measure])
+    converted = runner.invoke(app, ["perplexity", str(tmp_path / "dst"), *measure])
+    assert json.loads(overlay.stdout)["perplexity"] == json.loads(converted.stdout)["perplexity"]
