@@ -16,7 +16,7 @@ use crate::load::{self, Weights};
 use crate::states::{HiddenStates, LayerTrace};
 use crate::overlay::{self, AttentionWeights};
 use crate::session::{Progressing, Runner};
-use crate::{Error, Result};
+use crate::{Error, Result, WeightFormat};
 
 /// The residual stream entering the first layer. Reads only the rows of the embedding that the sequences need.
 ///
@@ -62,7 +62,7 @@ impl StreamedLayer {
         let of_layer = |name: &String| LayerTensor::parse(name).is_some_and(|tensor| tensor.layer_idx == layer_idx);
         let names: Vec<String> = config.tensors().into_iter().map(|tensor| tensor.name).filter(of_layer).collect();
         let tensors = load::read(checkpoint, &names, None, None, progress)?;
-        let backend = Kernels::new(Precision::Exact)?;
+        let backend = Kernels::new(Precision::Exact, WeightFormat::Stored)?;
         let block = Weights { backend: &backend, config, tensors }.block(layer_idx)?;
         // nothing is embedded and nothing scored here
         let empty = HostMatrix {
