@@ -37,7 +37,8 @@ impl LayerMerge for CalibratedLayers<'_> {
             v_proj_bias: take(Module::VProj, true),
         };
         let o_proj_bias = take(Module::OProj, true); // no merge changes it
-        let merged = self.merge.merge_layer(layer_idx, heads, &source, self.progress).map_err(|error| error.to_string())?;
+        let merged =
+            self.merge.merge_layer(layer_idx, heads, &source, self.progress).map_err(|error| error.to_string())?;
         let (relative_error, notes) = (relative_error(&merged), notes(&merged));
         let new = merged.weights;
         let named = [

@@ -7,10 +7,13 @@ use mqadapt_checkpoint::Checkpoint;
 use mqadapt_core::family::{LayerTensor, Module};
 use mqadapt_core::{DType, ModelConfig, Plan, Progress};
 use mqadapt_merge::closed_form::{self, ClosedFormOptions, Cut, LayerReport, Measurement};
-use mqadapt_merge::{Accumulator, LayerGeometry, LayerStatistics, LayerWeights, MergeOptions, REFIT_LAMBDA, Refit, prune};
+use mqadapt_merge::{
+    Accumulator, LayerGeometry, LayerStatistics, LayerWeights, MergeOptions, REFIT_LAMBDA, Refit, StatisticsShape,
+    prune,
+};
 
-use crate::states::HiddenStates;
 use crate::overlay::AttentionWeights;
+use crate::states::HiddenStates;
 use crate::statistics_file::StatisticsFile;
 use crate::stream::{StreamedLayer, embed};
 use crate::{Error, LoadOptions, Model, Result};
@@ -161,8 +164,9 @@ impl<'a> CalibratedMerge<'a> {
         let sequential = matches!(self.method, CalibratedMethod::ClosedForm { sequential: true, .. });
         let mut run = None;
         if self.saved.is_none() || sequential {
+            let block = block_heads(&geometry, geometry.num_key_value_heads / heads.max(1));
             self.advance(layer_idx, progress)?;
-            run = Some(self.visit(layer_idx, &geometry, weights, sequential, progress)?);
+            run = Some(self.visit(layer_idx, &geometry, weights, sequential, block, progress)?);
         }
         let sample = match (&self.saved, run.as_mut().and_then(|run| run.sample.take())) {
             (Some(saved), _) => saved.layer(layer_idx, &geometry)?,
@@ -221,6 +225,7 @@ impl<'a> CalibratedMerge<'a> {
         geometry: &LayerGeometry,
         weights: &LayerWeights,
         sequential: bool,
+        block: usize,
         progress: &dyn Progress,
     ) -> Result<Visit> {
         let layer = StreamedLayer::load(self.checkpoint, layer_idx, &mqadapt_core::NoProgress)?;
@@ -233,7 +238,7 @@ impl<'a> CalibratedMerge<'a> {
         let mut attention = Vec::new();
         let mut collector = match self.saved {
             Some(_) => None,
-            None => Some(Collector::new(geometry, &weights.o_proj, &self.calibration, layer_idx)?),
+            None => Some(Collector::new(geometry, &weights.o_proj, &self.calibration, layer_idx, block)?),
         };
         layer.run(
             &mut streams.original,
@@ -389,6 +394,21 @@ fn measurement(
     Ok((Some(Measurement::new(weights, geometry, sample.inputs.clone())?), options.clone()))
 }
 
+/// Most bytes of one layer's sums, unless a plan needs more.
+const STATISTICS_BYTES: usize = 1 << 30;
+
+/// K/V heads whose joint moments are kept: all of them where that is no more than a gigabyte, else the most that is,
+/// and in any case the `members` that a plan merges at a time.
+pub(crate) fn block_heads(geometry: &LayerGeometry, members: usize) -> usize {
+    let fits = |block: &usize| {
+        let shape = StatisticsShape::new(geometry, Some(*block));
+        *block <= members || shape.is_ok_and(|shape| shape.bytes() <= STATISTICS_BYTES)
+    };
+    let (kv, members) = (geometry.num_key_value_heads, members.max(1));
+    let mut blocks = (1..=kv).rev().filter(|block| kv.is_multiple_of(*block) && block.is_multiple_of(members));
+    blocks.find(fits).unwrap_or(kv)
+}
+
 /// Sums the statistics of one layer while a stream goes through it.
 pub(crate) struct Collector {
     layer_idx: usize,
@@ -404,9 +424,10 @@ impl Collector {
         o_proj: &[f32],
         calibration: &Calibration,
         layer_idx: usize,
+        block_heads: usize,
     ) -> Result<Self> {
-        let sums =
-            Accumulator::new(geometry.clone(), o_proj, None).map_err(|source| Error::Merge { layer_idx, source })?;
+        let sums = Accumulator::new(geometry.clone(), o_proj, Some(block_heads))
+            .map_err(|source| Error::Merge { layer_idx, source })?;
         let wanted = if geometry.qk_norm { Vec::new() } else { calibration.measured() };
         let inputs = vec![Vec::new(); wanted.len()];
         Ok(Self { layer_idx, sums, wanted, inputs, hidden_size: geometry.hidden_size })

@@ -15,7 +15,7 @@ use mqadapt_merge::{LayerGeometry, LayerStatistics, NamedTensors, StatisticsShap
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::calibrate::{Calibration, Collector, LayerSample, layer_geometry};
+use crate::calibrate::{Calibration, Collector, LayerSample, block_heads, layer_geometry};
 use crate::stream::{StreamedLayer, embed};
 use crate::{Error, Result};
 
@@ -72,7 +72,8 @@ pub fn collect_statistics(
         for layer_idx in 0..config.num_hidden_layers {
             let layer = StreamedLayer::load(checkpoint, layer_idx, &NoProgress)?;
             let geometry = layer_geometry(config, layer_idx);
-            let mut collector = Collector::new(&geometry, &layer.o_proj(checkpoint)?, calibration, layer_idx)?;
+            let block = block_heads(&geometry, 1);
+            let mut collector = Collector::new(&geometry, &layer.o_proj(checkpoint)?, calibration, layer_idx, block)?;
             layer.run(&mut hidden, &mut |trace| collector.add(trace), progress)?;
             let sample = collector.finish();
             for (_, values) in sample.statistics.to_tensors().into_values() {
@@ -122,7 +123,9 @@ fn layout(checkpoint: &Checkpoint, calibration: &Calibration) -> Result<(Vec<u8>
     };
     for layer_idx in 0..config.num_hidden_layers {
         let geometry = layer_geometry(config, layer_idx);
-        let shape = StatisticsShape::new(&geometry, None).map_err(|source| Error::Merge { layer_idx, source })?;
+        let block = block_heads(&geometry, 1);
+        let shape =
+            StatisticsShape::new(&geometry, Some(block)).map_err(|source| Error::Merge { layer_idx, source })?;
         for (name, shape) in shape.tensors() {
             add(format!("layers.{layer_idx}.{name}"), "F64", &shape, 8);
         }
@@ -202,7 +205,8 @@ impl StatisticsFile {
     /// # Errors
     /// [`Error::Statistics`] where a tensor is missing or does not fit the layer; [`Error::Io`].
     pub fn layer(&self, layer_idx: usize, geometry: &LayerGeometry) -> Result<LayerSample> {
-        let shape = StatisticsShape::new(geometry, None).map_err(|source| Error::Merge { layer_idx, source })?;
+        let block = block_heads(geometry, 1);
+        let shape = StatisticsShape::new(geometry, Some(block)).map_err(|source| Error::Merge { layer_idx, source })?;
         let mut tensors = NamedTensors::new();
         for (name, expected) in shape.tensors() {
             let entry = self.entry(&format!("layers.{layer_idx}.{name}"), safetensors::Dtype::F64, &expected)?;

@@ -13,9 +13,9 @@ use crate::aligned::Floats;
 use crate::backend::{Backend, HostMatrix, Kernels};
 use crate::decoder::Decoder;
 use crate::load::{self, Weights};
-use crate::states::{HiddenStates, LayerTrace};
 use crate::overlay::{self, AttentionWeights};
 use crate::session::{Progressing, Runner};
+use crate::states::{HiddenStates, LayerTrace};
 use crate::{Error, Result, WeightFormat};
 
 /// The residual stream entering the first layer. Reads only the rows of the embedding that the sequences need.

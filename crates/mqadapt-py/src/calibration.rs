@@ -74,7 +74,9 @@ pub(crate) fn needed<'a, 'py>(
         (None, Some(calibration)) => Ok(Some(calibration.get())),
         (None, None) => {
             let name = method.name;
-            Err(argument(format!("method '{name}' merges from text: give it a calibration (--calibration FILE or --stats FILE)")))
+            Err(argument(format!(
+                "method '{name}' merges from text: give it a calibration (--calibration FILE or --stats FILE)"
+            )))
         }
     }
 }
@@ -97,7 +99,8 @@ impl Calibration {
             Some(path) if path.exists() => Some(self.saved(StatisticsFile::open(path)?)?),
             Some(path) => {
                 if self.tokens() == 0 {
-                    let detail = format!("is needed to write the statistics file {}, which does not exist", path.display());
+                    let detail =
+                        format!("is needed to write the statistics file {}, which does not exist", path.display());
                     return Err(Error::Argument { name: "calibration", detail });
                 }
                 Some(collect_statistics(checkpoint, &self.text, path, progress)?)

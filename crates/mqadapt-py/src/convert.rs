@@ -123,7 +123,8 @@ pub(crate) fn convert(
     let work = |progress: &dyn Progress| -> Result<_, Failed> {
         let merge = calibration.merge(&checkpoint, method, written, progress).map_err(Failed::Model)?;
         let mut layers = CalibratedLayers::new(merge, progress);
-        mqadapt_convert::convert_layers(&checkpoint, &dst, &plan, &options, &mut layers, progress).map_err(Failed::Convert)
+        mqadapt_convert::convert_layers(&checkpoint, &dst, &plan, &options, &mut layers, progress)
+            .map_err(Failed::Convert)
     };
     work::run(py, progress, work).map(ConversionReport)
 }
