@@ -85,13 +85,6 @@ struct Sizes {
 impl Sizes {
     fn read(header: &Header) -> Parsed<Self> {
         let metadata = &header.metadata;
-        let architecture =
-            metadata.text("general.architecture")?.ok_or_else(|| Problem::missing_key("general.architecture"))?;
-        if architecture != ARCHITECTURE {
-            let detail = format!("is '{}'; supported is '{ARCHITECTURE}' only", architecture.escape_debug());
-            return Err(Problem::key("general.architecture", detail));
-        }
-        refuse_variants(metadata)?;
         let key = "llama.block_count";
         let layers = metadata.required_integer(key)?;
         // every layer has tensors, so there cannot be more layers than tensors
@@ -117,8 +110,14 @@ impl Sizes {
     }
 }
 
-/// Models that share the architecture's name but not its forward pass or layout.
-fn refuse_variants(metadata: &Metadata) -> Parsed<()> {
+/// Other architectures, and models that share the name `llama` but not its forward pass or layout.
+pub(super) fn refuse_other_models(metadata: &Metadata) -> Parsed<()> {
+    let key = "general.architecture";
+    let architecture = metadata.text(key)?.ok_or_else(|| Problem::missing_key(key))?;
+    if architecture != ARCHITECTURE {
+        let detail = format!("is '{}'; supported is '{ARCHITECTURE}' only", architecture.escape_debug());
+        return Err(Problem::key(key, detail));
+    }
     let key = "llama.expert_count";
     if metadata.integer(key)?.unwrap_or_default() > 0 {
         return Err(Problem::key(key, "says a mixture of experts, which is not supported"));

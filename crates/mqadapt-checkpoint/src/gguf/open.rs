@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use mqadapt_core::{DType, ModelConfig};
 
-use super::config::model_config;
+use super::config::{model_config, refuse_other_models};
 use super::ggml_type::GgmlType;
 use super::header::{GgufTensor, Header};
 use super::metadata::Metadata;
@@ -27,6 +27,7 @@ pub(super) struct Model {
 impl Model {
     pub(super) fn read(source: &dyn Source) -> Parsed<Self> {
         let header = Header::read(source)?;
+        refuse_other_models(&header.metadata)?;
         let (tensors, stored_names) = hugging_face_tensors(&header.tensors)?;
         let factors = header.tensor("rope_freqs.weight").map(|tensor| rope_factors(source, tensor)).transpose()?;
         let config = model_config(&header, factors.as_deref(), prevailing_dtype(&tensors))?;

@@ -100,17 +100,25 @@ impl Reader<'_> {
         let (block_values, block_bytes) = (self.ty.block_values(), self.ty.block_bytes());
         let blocks = blocks.get(skip / block_values * block_bytes..).unwrap_or_default();
         let (mut skip, mut rest, mut overflowed) = (skip % block_values, out, 0);
-        let mut values = [0.0; PIECE];
+        let mut scratch = [0; 4 * PIECE];
         for blocks in blocks.chunks(PIECE / block_values * block_bytes) {
-            let values = values.get_mut(..blocks.len() / block_bytes * block_values).unwrap_or_default();
-            let count = (values.len() - skip).min(rest.len() / self.dtype.bytes());
+            let values = blocks.len() / block_bytes * block_values;
+            let count = (values - skip).min(rest.len() / self.dtype.bytes());
             if count == 0 {
                 break;
             }
-            dequantize::to_f32(self.ty, blocks, values);
             let (part, after) = rest.split_at_mut(count * self.dtype.bytes());
-            let values = values.get(skip..skip + count).unwrap_or_default();
-            overflowed += convert(DType::F32, bytemuck::cast_slice(values), self.dtype, part);
+            match self.dtype {
+                DType::F32 if count == values => dequantize::to_f32(self.ty, blocks, part),
+                DType::BF16 if count == values => dequantize::to_bf16(self.ty, blocks, part),
+                _ => {
+                    // a part of a block at either end, or a type that can overflow
+                    let scratch = scratch.get_mut(..4 * values).unwrap_or_default();
+                    dequantize::to_f32(self.ty, blocks, scratch);
+                    let wanted = scratch.get(4 * skip..4 * (skip + count)).unwrap_or_default();
+                    overflowed += convert(DType::F32, wanted, self.dtype, part);
+                }
+            }
             (skip, rest) = (0, after);
         }
         overflowed

@@ -312,8 +312,9 @@ fn heads_of_each_layer() {
 
 /// The whole tensor by the formula of the converter, undone: every value of every row.
 fn expected(data: &[u8], ty: GgmlType, rows: usize, permuted: bool) -> Vec<f32> {
-    let mut stored = vec![0.0; data.len() / ty.block_bytes() * ty.block_values()];
-    dequantize::to_f32(ty, data, &mut stored);
+    let mut bytes = vec![0; 4 * data.len() / ty.block_bytes() * ty.block_values()];
+    dequantize::to_f32(ty, data, &mut bytes);
+    let stored: Vec<f32> = bytes.as_chunks().0.iter().map(|&value| f32::from_le_bytes(value)).collect();
     let row = stored.len() / rows;
     let source = |r| if permuted { names::permuted_row(r, HEAD_DIM as usize) } else { r };
     (0..rows).flat_map(|r| stored[source(r) * row..][..row].to_vec()).collect()
