@@ -45,10 +45,10 @@ impl Output for ToBf16 {
     fn put(values: &[f32], out: &mut [u8]) {
         for (value, out) in values.iter().zip(out.as_chunks_mut().0) {
             let bits = value.to_bits();
-            // half is added so that ties go to the even neighbour; a NaN keeps its upper half and stays one
-            let rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-            let nan = bits >> 16 | 0x40;
-            *out = (if value.is_nan() { nan } else { rounded } as u16).to_le_bytes();
+            // half is added so that ties go to the even neighbour
+            let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+            // every NaN becomes the same one: which of two a sum keeps depends on the instructions
+            *out = (if value.is_nan() { 0x7fc0 } else { rounded } as u16).to_le_bytes();
         }
     }
 }
