@@ -7,7 +7,7 @@ export VIRTUAL_ENV := $(abspath $(VENV))
 CARGO_FLAGS := --release
 NEXTEST := $(shell command -v cargo-nextest >/dev/null 2>&1 && echo yes)
 
-.PHONY: all setup build test test-rust test-python lint bench demo clean
+.PHONY: all setup build test test-rust test-python lint bench demo check-cuda clean
 all: build
 
 setup: $(BIN)/.ready
@@ -58,6 +58,10 @@ bench: build
 
 demo: build
 	$(BIN)/mqadapt demo
+
+# Compiles with CUDA, without a GPU: nvcc comes from PyPI. Ten minutes and more the first time.
+check-cuda:
+	.ci/check-cuda
 
 clean:
 	rm -rf $(VENV) dist demo
