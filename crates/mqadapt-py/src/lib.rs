@@ -1,7 +1,7 @@
 //! Python bindings: the private module `mqadapt_rs._core`.
 //!
 //! In: paths, plans, token ids. Out: reports, arrays, scores. Everything above a millisecond runs on a thread of its
-//! own without the GIL ([`work`]); every error of the crates below becomes one Python exception ([`errors`]).
+//! own without the GIL (`work`); every error of the crates below becomes one Python exception (`errors`).
 
 // PyO3 hands arguments over by value
 #![allow(clippy::needless_pass_by_value)]
