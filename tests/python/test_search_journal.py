@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mqadapt_rs.search import JournalError, Options, conduct
+from mqadapt_rs.search import STRATEGIES, JournalError, Options, conduct
 from mqadapt_rs.search.executors import Pool, in_process, processes
 from mqadapt_rs.search.journal import read
 from search_fakes import SPACE, FakeSpec
@@ -49,6 +49,19 @@ def test_a_journal_cut_anywhere_resumes_to_the_same_end(whole: Path, tmp_path: P
         assert content(folder) == content(whole)
         assert (folder / "best.plan.json").read_bytes() == (whole / "best.plan.json").read_bytes()
         assert result.verdict == json.loads((whole / "summary.json").read_text())["verdict"]
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_every_strategy_resumes_to_the_same_end(strategy: str, tmp_path: Path) -> None:
+    options = OPTIONS if strategy == "budget" else Options()
+    conduct(SPEC, SPACE, strategy, options, tmp_path / "whole", seed=2)
+    journal = (tmp_path / "whole" / "journal.jsonl").read_bytes()
+    for cut in (len(journal) // 3, 2 * len(journal) // 3):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        (folder / "journal.jsonl").write_bytes(journal[:cut])
+        conduct(SPEC, SPACE, strategy, options, folder, seed=2, resume=True)
+        assert content(folder) == content(tmp_path / "whole")
 
 
 def test_a_finished_search_resumes_without_evaluating(whole: Path, tmp_path: Path) -> None:

@@ -126,6 +126,19 @@ def test_random_plans_depend_on_the_seed_alone(tmp_path: Path) -> None:
     assert all(e.kv_bytes <= FULL / 2 for e in results[0].evaluations[1:])
 
 
+def test_a_budget_of_time_fills_the_knapsack_with_seconds(tmp_path: Path) -> None:
+    # layers of odd index gain nothing by fewer heads
+    seconds = tuple(tuple((c, 1e-3 * (1 + (c if layer % 2 == 0 else 4))) for c in (1, 2, 4)) for layer in range(LAYERS))
+    space = Space(SPACE.source, SPACE.head_bytes, None, seconds)
+    most = 0.8 * sum(dict(layer)[HEADS] for layer in seconds)
+    result = conduct(FakeSpec(), space, "budget", Options(latency_budget=most), tmp_path)
+    fitting = [p for p in all_plans() if sum(dict(s)[own] for s, own in zip(seconds, p, strict=True)) <= most]
+    assert result.winner is not None
+    assert result.winner.damage.mean == pytest.approx(min(map(additive, fitting)))
+    assert result.winner.plan[1::2] == (HEADS,) * 4
+    assert "ms per decoded token" in result.verdict
+
+
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_every_strategy(strategy: str, tmp_path: Path) -> None:
     """Layers that cannot be reduced, or not alike, are no obstacle; the plan file is what convert reads."""

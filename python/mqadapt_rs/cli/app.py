@@ -13,6 +13,7 @@ from mqadapt_rs.cli.generate import generate
 from mqadapt_rs.cli.inspect import inspect
 from mqadapt_rs.cli.options import Debug
 from mqadapt_rs.cli.perplexity import perplexity
+from mqadapt_rs.cli.search import plot, report, search
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,3 +52,6 @@ app.command(
 app.command()(perplexity)
 app.command()(generate)
 app.command()(demo)
+app.command()(search)
+app.command()(plot)
+app.command()(report)

@@ -1,5 +1,6 @@
 """Which layers can do with fewer K/V heads: strategies, evaluators, journal."""
 
+from .api import search
 from .conduct import SearchResult, conduct
 from .evaluation import Evaluation, Evaluator, EvaluatorSpec, Metric
 from .journal import JournalError
@@ -21,4 +22,5 @@ __all__ = [
     "Strategy",
     "Study",
     "conduct",
+    "search",
 ]

@@ -1,4 +1,4 @@
-"""`budget`: the best plan that fits a K/V budget.
+"""`budget`: the best plan that fits a budget of K/V bytes or of time.
 
 Damages of single layers, added up, go into an exact knapsack; its answer and the fixed patterns of the same size are
 measured, and local search by swaps improves the best of them, every neighbour measured as a whole plan.
@@ -15,6 +15,7 @@ from . import sensitivity
 from .knapsack import Choice, solve
 
 if TYPE_CHECKING:
+    from .limit import Limit
     from .space import Heads, Space
     from .study import Options, Study
 
@@ -38,16 +39,16 @@ def single_damages(study: Study) -> dict[tuple[int, int], float]:
     return damages
 
 
-def knapsack(space: Space, damages: Damages, budget: float) -> Heads | None:
-    """The plan whose added damages are least within the budget; `None` if nothing fits."""
+def knapsack(space: Space, damages: Damages, limit: Limit) -> Heads | None:
+    """The plan whose added damages are least within the limit; `None` if nothing fits."""
     layers = [
-        [Choice(count, count * space.head_bytes[layer], damages[layer, count]) for count in space.choices(layer)]
+        [Choice(count, limit.layer_cost(layer, count), damages[layer, count]) for count in space.choices(layer)]
         for layer in range(space.num_hidden_layers)
     ]
-    return solve(layers, budget)
+    return solve(layers, limit.most)
 
 
-def patterns(space: Space, budget: float) -> list[Heads]:
+def patterns(space: Space, limit: Limit) -> list[Heads]:
     """The published patterns (from the end, every second layer, from the start) that just fit, for every count."""
     found: dict[Heads, None] = {}
     layers = space.num_hidden_layers
@@ -59,14 +60,14 @@ def patterns(space: Space, budget: float) -> list[Heads]:
         rest = [idx for idx in range(layers - 1, -1, -1) if (layers - 1 - idx) % 2]
         alternate += [space.with_layers(rest[:number], count, alternate[-1]) for number in range(1, len(rest) + 1)]
         for shape in (ends, alternate, starts):
-            fitting = next((plan for plan in shape if space.kv_bytes(plan) <= budget), None)
+            fitting = next((plan for plan in shape if limit.fits(plan)), None)
             if fitting is not None:
                 found[fitting] = None
     return list(found)
 
 
-def neighbours(space: Space, plan: Heads, damages: Damages, budget: float) -> list[Heads]:
-    """Plans within the budget that differ in one layer, or in two of which one goes up and one down.
+def neighbours(space: Space, plan: Heads, damages: Damages, limit: Limit) -> list[Heads]:
+    """Plans within the limit that differ in one layer, or in two of which one goes up and one down.
 
     The most promising by the added damages first.
     """
@@ -82,7 +83,7 @@ def neighbours(space: Space, plan: Heads, damages: Damages, budget: float) -> li
         changed = list(plan)
         for layer, count in changes:
             changed[layer] = count
-        if space.kv_bytes(changed) <= budget:
+        if limit.fits(tuple(changed)):
             gain = sum(damages[layer, count] - damages[layer, plan[layer]] for layer, count in changes)
             found.setdefault(tuple(changed), gain)
 
@@ -98,24 +99,21 @@ def neighbours(space: Space, plan: Heads, damages: Damages, budget: float) -> li
 
 def run(study: Study, options: Options) -> None:
     """Sensitivity, knapsack, patterns, then rounds of swaps until they bring nothing."""
-    if options.kv_budget is None:
-        raise ArgumentError("the strategy 'budget' needs --kv-budget")
-    space, budget = study.space, options.kv_budget
+    limit, space = study.rule.limit, study.space
+    if limit is None:
+        raise ArgumentError("the strategy 'budget' needs --kv-budget or --latency-budget")
     swaps = SWAPS if options.swaps is None else options.swaps
     study.expect(len(sensitivity.plans(study)) + 4 + 2 * swaps)
     damages = single_damages(study)
-    chosen = knapsack(space, damages, budget)
+    chosen = knapsack(space, damages, limit)
     if chosen is None:
-        raise ArgumentError(
-            f"no plan fits {budget:,.0f} K/V bytes per token: the smallest has {space.smallest():,} of the source's "
-            f"{space.kv_bytes(space.source):,}"
-        )
-    starts = [chosen, *patterns(space, budget)]
+        raise ArgumentError(limit.refusal())
+    starts = [chosen, *patterns(space, limit)]
     study.expect(len(starts) + 2 * swaps)
     current = min(study.evaluate(starts, "start"), key=study.rule.key)
     tried, fruitless = {e.plan for e in study.evaluations}, 0
     for turn in range(1, ROUNDS + 1):
-        candidates = [plan for plan in neighbours(space, current.plan, damages, budget) if plan not in tried][:swaps]
+        candidates = [plan for plan in neighbours(space, current.plan, damages, limit) if plan not in tried][:swaps]
         if not candidates or fruitless == PATIENCE:
             break
         study.expect(2 * len(candidates))

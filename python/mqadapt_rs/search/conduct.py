@@ -105,7 +105,7 @@ def conduct(
     """
     check(strategy, options)
     test = None if error_rate is None or spec.documents == 0 else SequentialTest(error_rate)
-    rule = Rule(options.kv_budget, options.max_damage)
+    rule = Rule.of(space, options)
     known = spec.fingerprints()
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
     header = {
@@ -122,6 +122,7 @@ def conduct(
         "documents": spec.documents,
         "source": list(space.source),
         "head_bytes": list(space.head_bytes),
+        "layer_seconds": space.layer_seconds,
     }
     header = json.loads(json.dumps(header))  # tuples become lists, as they will be when read back
     own = pool is None

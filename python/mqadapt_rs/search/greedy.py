@@ -21,10 +21,10 @@ def moves(study: Study, base: Heads) -> list[Heads]:
 
 def run(study: Study, options: Options) -> None:
     """Walks until the K/V budget is met, the damage passes its limit, or no layer can be reduced any more."""
-    base, current = study.space.source, study.source
+    base, current, limit = study.space.source, study.source, study.rule.limit
     for step in range(1, 1 + sum(len(study.space.choices(layer)) - 1 for layer in range(len(base)))):
         candidates = moves(study, base)
-        if not candidates or (options.kv_budget is not None and current.kv_bytes <= options.kv_budget):
+        if not candidates or (limit is not None and limit.fits(base)):
             break
         study.expect(len(candidates) * (len(candidates) + 1) // 2)
         # damage for each byte saved decides, so the race may only stop plans that save the same and do more

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import sensitivity
 from .budget import knapsack, neighbours, single_damages
+from .limit import Limit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,14 +39,19 @@ def run(study: Study, options: Options) -> None:
     damages = single_damages(study)
     low, high = space.smallest(), space.kv_bytes(space.source)
     budgets = [low + (high - low) * step / points for step in range(points)]
-    ladder = [plan for plan in (knapsack(space, damages, budget) for budget in budgets) if plan is not None]
+    found = [knapsack(space, damages, Limit(space, budget)) for budget in budgets]
+    ladder = [plan for plan in found if plan is not None]
     study.expect(points * (1 + swaps))
     study.evaluate([plan for plan in dict.fromkeys(ladder) if plan != space.source], "ladder")
     tried = {evaluation.plan for evaluation in study.evaluations}
     around = []
     for point in front(study.evaluations):
         if point.plan != space.source:
-            nearby = [plan for plan in neighbours(space, point.plan, damages, point.kv_bytes) if plan not in tried]
+            nearby = [
+                plan
+                for plan in neighbours(space, point.plan, damages, Limit(space, point.kv_bytes))
+                if plan not in tried
+            ]
             around += nearby[:swaps]
             tried.update(nearby[:swaps])
     # plans of different size cannot stand in for each other, so none is stopped early

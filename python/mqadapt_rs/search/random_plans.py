@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 from mqadapt_rs.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from .limit import Limit
     from .space import Heads, Space
     from .study import Options, Study
 
 TRIALS = 32
 
 
-def draw(space: Space, draws: random.Random, budget: float | None) -> Heads:
-    """One plan. With a budget: layers in random order take a random lower count until it is met, then stop."""
-    if budget is None:
+def draw(space: Space, draws: random.Random, limit: Limit | None) -> Heads:
+    """One plan. With a limit: layers in random order take a random lower count until it is met, then stop."""
+    if limit is None:
         return tuple(draws.choice(space.choices(layer)) for layer in range(space.num_hidden_layers))
     plan = list(space.source)
-    while space.kv_bytes(plan) > budget:
+    while not limit.fits(tuple(plan)):
         layer = draws.choice([idx for idx, own in enumerate(plan) if own > space.choices(idx)[0]])
         plan[layer] = draws.choice([count for count in space.choices(layer) if count < plan[layer]])
     return tuple(plan)
@@ -28,20 +29,19 @@ def draw(space: Space, draws: random.Random, budget: float | None) -> Heads:
 def run(study: Study, options: Options) -> None:
     """Draws different plans and evaluates them; with a budget their damages compete, so the race may stop some."""
     space, trials = study.space, TRIALS if options.trials is None else options.trials
-    if options.kv_budget is not None and options.kv_budget < space.smallest():
-        raise ArgumentError(
-            f"no plan fits {options.kv_budget:,.0f} K/V bytes per token: the smallest has {space.smallest():,}"
-        )
+    limit = study.rule.limit
+    if limit is not None and limit.smallest() > limit.most:
+        raise ArgumentError(limit.refusal())
     draws = random.Random(study.seed)  # noqa: S311 - chance, not secrets
     plans: dict[Heads, None] = {}
     for _ in range(20 * trials):  # a small space has fewer plans than trials
-        plan = draw(space, draws, options.kv_budget)
+        plan = draw(space, draws, limit)
         if plan != space.source:
             plans[plan] = None
         if len(plans) == trials:
             break
     study.expect(len(plans))
-    if options.kv_budget is None:
+    if limit is None:
         study.evaluate(plans, "random")
     else:
         study.race(plans, "random")

@@ -14,7 +14,7 @@ from .evaluation import Evaluation, Metric
 from .journal import JOURNAL, JournalError, latest, read
 from .pareto import front
 from .space import Space
-from .study import Rule
+from .study import Options, Rule
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +45,8 @@ class Results:
         path = folder / JOURNAL
         try:
             metric = Metric(header["metric"], header["unit"], header["damage_unit"], header["scale"])
-            space = Space(tuple(header["source"]), tuple(header["head_bytes"]))
+            seconds = header["layer_seconds"] and tuple(tuple(map(tuple, layer)) for layer in header["layer_seconds"])
+            space = Space(tuple(header["source"]), tuple(header["head_bytes"]), None, seconds)
             evaluations: list[Evaluation] = []
             for plan, record in latest(records).items():
                 losses = [float(loss) for loss in record["losses"]]
@@ -79,8 +80,7 @@ class Results:
     @property
     def rule(self) -> Rule:
         """What made one plan better than another."""
-        options = self.header["options"]
-        return Rule(options.get("kv_budget"), options.get("max_damage"))
+        return Rule.of(self.space, Options(**self.header["options"]))
 
     @property
     def whole(self) -> list[Evaluation]:

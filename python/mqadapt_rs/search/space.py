@@ -28,6 +28,8 @@ class Space:
     """Bytes that one K/V head of a layer adds to the cache with every token."""
     counts: tuple[int, ...] | None = None
     """The counts that plans may use beside the source's own; `None`: every legal one."""
+    layer_seconds: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    """For each layer, its counts with the time that it then takes of a decoded token, where that was measured."""
 
     def __post_init__(self) -> None:
         if not self.source or len(self.source) != len(self.head_bytes):
@@ -54,6 +56,12 @@ class Space:
     def kv_bytes(self, plan: Sequence[int]) -> int:
         """K/V bytes per token of a plan."""
         return sum(count * size for count, size in zip(plan, self.head_bytes, strict=True))
+
+    def seconds_of(self, layer_idx: int, count: int) -> float:
+        """Measured time of a layer with so many heads, in seconds for each decoded token."""
+        if self.layer_seconds is None:
+            raise ArgumentError("no times were measured for this space of plans")
+        return dict(self.layer_seconds[layer_idx])[count]
 
     def with_layers(self, layers: Iterable[int], count: int, base: Heads | None = None) -> Heads:
         """`base` (or the source) with `count` heads in these layers, where they can have so many."""

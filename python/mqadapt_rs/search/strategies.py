@@ -32,7 +32,9 @@ STRATEGIES: dict[str, Strategy] = {
     "greedy": Strategy(
         "add the layer that hurts least, again and again", greedy.run, frozenset({"kv_budget", "max_damage"})
     ),
-    "budget": Strategy("exact knapsack under --kv-budget, then swaps", budget.run, frozenset({"kv_budget", "swaps"})),
+    "budget": Strategy(
+        "exact knapsack under a budget, then swaps", budget.run, frozenset({"kv_budget", "latency_budget", "swaps"})
+    ),
     "pareto": Strategy(
         "the front of K/V bytes against damage", pareto.run, frozenset({"points", "swaps", "max_damage"})
     ),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from .evaluation import Evaluation, EvaluatorSpec
 from .executors import Pool, Work
+from .limit import Limit
 from .order import branches, in_order
 
 if TYPE_CHECKING:
@@ -24,20 +25,28 @@ if TYPE_CHECKING:
 class Rule:
     """What makes one plan better than another."""
 
-    kv_budget: float | None = None
-    """Most K/V bytes per token; within it, the least damage wins."""
+    limit: Limit | None = None
+    """What plans may cost at most; within it, the least damage wins."""
     max_damage: float | None = None
     """Most damage; within it, the fewest K/V bytes win."""
+
+    @classmethod
+    def of(cls, space: Space, options: Options) -> Rule:
+        """The rule that options stand for."""
+        if options.latency_budget is not None:
+            return cls(Limit(space, options.latency_budget, latency=True), options.max_damage)
+        limit = None if options.kv_budget is None else Limit(space, options.kv_budget)
+        return cls(limit, options.max_damage)
 
     @property
     def free(self) -> bool:
         """Whether there is no limit: then plans of any size compete by damage alone."""
-        return self.kv_budget is None and self.max_damage is None
+        return self.limit is None and self.max_damage is None
 
     def admits(self, evaluation: Evaluation) -> bool:
         """Whether a plan is allowed to win."""
-        within_bytes = self.kv_budget is None or evaluation.kv_bytes <= self.kv_budget * (1 + 1e-9)
-        return within_bytes and (self.max_damage is None or evaluation.damage.mean <= self.max_damage)
+        within = self.limit is None or self.limit.fits(evaluation.plan)
+        return within and (self.max_damage is None or evaluation.damage.mean <= self.max_damage)
 
     def key(self, evaluation: Evaluation) -> tuple[float, float, Heads]:
         """Sorts the better plan first; ties are broken by the plan itself, so that nothing depends on the order."""
@@ -47,12 +56,12 @@ class Rule:
 
     def in_words(self, unit: str) -> str:
         """The rule as a sentence's end."""
+        limit = "" if self.limit is None else self.limit.said(self.limit.most)
         if self.max_damage is not None:
-            within = "" if self.kv_budget is None else f" with at most {self.kv_budget:,.0f} K/V bytes per token"
-            return f"fewest K/V bytes at a damage of at most {self.max_damage:g} {unit}{within}"
-        return "least damage" + (
-            "" if self.kv_budget is None else f" at no more than {self.kv_budget:,.0f} K/V bytes per token"
-        )
+            return f"fewest K/V bytes at a damage of at most {self.max_damage:g} {unit}" + (
+                f" with at most {limit}" if limit else ""
+            )
+        return "least damage" + (f" at no more than {limit}" if limit else "")
 
 
 class Watcher(Protocol):
@@ -251,6 +260,8 @@ class Options:
     """K/V heads that layers may be reduced to; `None`: every legal count (from-end and alternate: the smallest)."""
     kv_budget: float | None = None
     """K/V bytes per token that the plan may have at most."""
+    latency_budget: float | None = None
+    """Seconds that a decoded token may take at most, by measured times."""
     max_damage: float | None = None
     """Most damage that the plan may do."""
     points: int | None = None

@@ -1,0 +1,236 @@
+"""`search()`: from a model and a question to a plan."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mqadapt_rs.errors import ArgumentError
+
+from . import latency
+from .conduct import SearchResult, check, conduct
+from .executors import forget, in_process, processes, ray_cluster
+from .limit import Limit
+from .space import parse_budget
+from .spec import Data, ModelSpec, prepare
+from .study import Options
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from .evaluation import Evaluation
+    from .executors import Pool
+    from .study import Watcher
+
+
+def search(
+    src: str | os.PathLike[str],
+    *,
+    strategy: str,
+    out: str | os.PathLike[str],
+    metric: str = "kl",
+    method: str = "mean",
+    text: str | os.PathLike[str] | None = None,
+    field: str = "text",
+    context: int = 512,
+    windows: int | None = 16,
+    include_path: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    counts: Sequence[int] | None = None,
+    kv_budget: str | float | None = None,
+    latency_budget: str | float | None = None,
+    depth: int = 1024,
+    max_damage: float | None = None,
+    points: int | None = None,
+    swaps: int | None = None,
+    trials: int | None = None,
+    seed: int = 0,
+    error_rate: float | None = 0.05,
+    dtype: str | None = None,
+    device: str = "cpu",
+    max_memory: int = 1 << 30,
+    workers: int | None = None,
+    ray: str | None = None,
+    resume: bool = False,
+    wandb: str | None = None,
+    watcher: Watcher | None = None,
+) -> SearchResult:
+    """Searches for the layers that can do with fewer K/V heads. No checkpoint is written: plans are tried in memory.
+
+    Args:
+        src: a folder, a `.gguf` file or a hub id.
+        strategy: a key of `STRATEGIES`.
+        out: the folder for journal, `best.plan.json` and `summary.json`.
+        metric: `kl` (exact divergence from the source's next-token distribution), `perplexity`, or
+            `task:NAME/METRIC` of lm-eval.
+        method: how heads are merged.
+        text: for `kl` and `perplexity`: plain text or `.jsonl[.gz]`.
+        field: the field of a `.jsonl` file that holds the text.
+        context: tokens of a window.
+        windows: the first windows of the text; `None`: all.
+        include_path: a folder of own lm-eval tasks.
+        limit: the first documents of the task; `None`: all.
+        num_fewshot: examples in the prompt; the task's own by default.
+        counts: K/V heads that layers may be reduced to.
+        kv_budget: most K/V bytes per token: a share such as `"50%"`, or a number of bytes.
+        latency_budget: most time of a decoded token, by times measured here: a share of the source's such as `"90%"`.
+        depth: tokens in the cache when times are measured.
+        max_damage: most damage.
+        points: points of the Pareto front.
+        swaps: neighbours that local search measures in a round.
+        trials: random plans.
+        seed: of everything that is drawn by chance.
+        error_rate: probability that early stopping of hopeless plans changes a winner; `None` stops nothing.
+        dtype: of the weights; as stored by default.
+        device: as `Model.load` takes it.
+        max_memory: bytes of hidden states that are kept beside the model.
+        workers: processes on this machine; in this process by default.
+        ray: address of a Ray cluster; an empty text starts one on this machine.
+        resume: go on with the journal in `out`.
+        wandb: a Weights & Biases project.
+        watcher: is told of every evaluation.
+
+    Raises:
+        ArgumentError: arguments that do not fit; `JournalError`, one of them, for a journal of another search.
+        MqadaptError, OSError: the model cannot be read.
+    """
+    if kv_budget is not None and latency_budget is not None:
+        raise ArgumentError("--kv-budget and --latency-budget are two limits: choose one")
+    if workers is not None and ray is not None:
+        raise ArgumentError("--workers and --ray are two ways to the same: choose one")
+    options = Options(
+        counts=None if counts is None else tuple(sorted(set(counts))),
+        # how much that is, the model will say
+        kv_budget=None if kv_budget is None else math.inf,
+        latency_budget=None if latency_budget is None else math.inf,
+        max_damage=max_damage,
+        points=points,
+        swaps=swaps,
+        trials=trials,
+    )
+    check(strategy, options)
+    data = Data(
+        text=None if text is None else str(text),
+        field=field,
+        context=context,
+        windows=windows,
+        include_path=None if include_path is None else str(include_path),
+        limit=limit,
+        num_fewshot=num_fewshot,
+    )
+    spec = ModelSpec(str(src), metric, data, method, seed, dtype, device, max_memory)
+    try:
+        spec, space = prepare(spec, options.counts, keep=workers is None and ray is None)
+        if kv_budget is not None:
+            options = replace(options, kv_budget=parse_budget(kv_budget, space.kv_bytes(space.source)))
+        if latency_budget is not None:
+            space = latency.measured(Path(out), spec.overlays(), space, depth, resume=resume)
+            source = Limit(space, math.inf, latency=True).cost(space.source)
+            options = replace(options, latency_budget=parse_budget(latency_budget, source, "seconds"))
+        budgets = {"kv-budget": kv_budget, "latency-budget": latency_budget, "depth": depth if latency_budget else None}
+        with ExitStack() as stack:
+            pool: Pool = stack.enter_context(_pool(workers, ray))
+            run = stack.enter_context(_run(wandb, strategy, spec, Path(out)))
+
+            def watch(
+                evaluation: Evaluation, done: int, expected: int, best: Evaluation | None, seconds_left: float
+            ) -> None:
+                if watcher is not None:
+                    watcher(evaluation, done, expected, best, seconds_left)
+                if run is not None:
+                    run.evaluation(evaluation, metric)
+
+            result = conduct(
+                spec,
+                space,
+                strategy,
+                options,
+                Path(out),
+                pool=pool,
+                seed=seed,
+                resume=resume,
+                error_rate=error_rate,
+                watcher=watch,
+                about={
+                    "source_argument": str(src),
+                    "command": command(src, strategy, Path(out), data, spec, budgets, options),
+                },
+            )
+            if run is not None:
+                run.result(result, _bytes_on_disk(src))
+            return result
+    finally:
+        forget()
+
+
+def _pool(workers: int | None, ray: str | None) -> Pool:
+    if ray is not None:
+        return ray_cluster(ray)
+    return in_process() if workers is None else processes(workers)
+
+
+def _run(wandb: str | None, strategy: str, spec: ModelSpec, folder: Path) -> Any:
+    from mqadapt_rs.tracking import tracked
+
+    config = {**spec.fingerprints(), "strategy": strategy, "metric": spec.metric_name, "seed": spec.seed}
+    if wandb is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return tracked(wandb, name=f"{strategy} {spec.method}", config=config, folder=folder)
+
+
+def _bytes_on_disk(src: str | os.PathLike[str]) -> int | None:
+    from mqadapt_rs import inspect
+
+    return int(inspect(src)["bytes"])
+
+
+def command(
+    src: str | os.PathLike[str],
+    strategy: str,
+    out: Path,
+    data: Data,
+    spec: ModelSpec,
+    budgets: dict[str, str | float | None],
+    options: Options,
+) -> str:
+    """The command line that does this search."""
+    words = [
+        "mqadapt",
+        "search",
+        str(src),
+        "--strategy",
+        strategy,
+        "--metric",
+        spec.metric_name,
+        "--method",
+        spec.method,
+    ]
+    defaults = Data()
+    given: dict[str, Any] = {
+        "text": data.text,
+        "field": data.field if data.text and data.field != defaults.field else None,
+        "context": data.context if data.text else None,
+        "windows": data.windows if data.text else None,
+        "include-path": data.include_path,
+        "limit": data.limit,
+        "num-fewshot": data.num_fewshot,
+        "counts": None if options.counts is None else ",".join(map(str, options.counts)),
+        **budgets,
+        "max-damage": options.max_damage,
+        "points": options.points,
+        "swaps": options.swaps,
+        "trials": options.trials,
+        "seed": spec.seed or None,
+        "dtype": spec.dtype,
+        "out": out,
+    }
+    for name, value in given.items():
+        if value is not None:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)

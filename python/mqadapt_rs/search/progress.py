@@ -1,0 +1,50 @@
+"""What a search shows while it runs: plans done, the best so far, time left. On stderr, for terminals only."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from .conduct import said
+from .space import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .evaluation import Evaluation
+    from .space import Heads
+    from .study import Watcher
+
+
+@contextmanager
+def live(source: Heads) -> Iterator[Watcher | None]:
+    """A watcher that draws; `None` where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("loading", total=None)
+
+        def watch(
+            evaluation: Evaluation, done: int, expected: int, best: Evaluation | None, seconds_left: float
+        ) -> None:
+            words = f"{evaluation.stage} | {in_time(seconds_left)} left"
+            if best is not None:
+                plan = describe(best.plan, source)
+                words += f" | best {plan if len(plan) < 40 else plan[:37] + '...'}: {said(best.damage)}"
+            progress.update(task, completed=done, total=expected, description=words)
+
+        yield watch
+
+
+def in_time(seconds: float) -> str:
+    """A duration for people: `1:05:09`."""
+    whole = round(seconds)
+    return (
+        f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
+    )

@@ -1,0 +1,189 @@
+"""What every worker builds its evaluator from: names of model and data, and how to read them.
+
+In: the arguments of a search. Out: an evaluator, the same in every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mqadapt_rs.errors import ArgumentError
+
+from .evaluation import Metric
+from .executors import adopt
+from .overlays import PlanOverlays
+from .prefixes import Prefixes
+from .space import Space
+from .windows import WindowEvaluator
+
+if TYPE_CHECKING:
+    from mqadapt_rs import Model
+
+    from .evaluation import Evaluator
+
+METRICS = {
+    "kl": Metric("kl", "nats per token", "nats per token"),
+    "perplexity": Metric("perplexity", "perplexity", "nats per token of log-perplexity", "exp"),
+}
+GROUP = 8
+"""Most plans whose final hidden states are held at a time, so that the source's logits are computed once for them."""
+VALUE_BYTES = 2
+"""Bytes of a cached value that K/V bytes are counted with."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What plans are evaluated on: windows of a text, or an lm-eval task."""
+
+    text: str | None = None
+    field: str = "text"
+    context: int = 512
+    windows: int | None = None
+    include_path: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Model, method and data of a search."""
+
+    src: str
+    metric_name: str
+    data: Data
+    method: str = "mean"
+    seed: int = 0
+    dtype: str | None = None
+    device: str = "cpu"
+    max_memory: int = 1 << 30
+    # known once the evaluator was built for the first time
+    metric: Metric = METRICS["kl"]
+    documents: int = 0
+    group: int = 1
+    prints: tuple[tuple[str, str], ...] = ()
+
+    def fingerprints(self) -> dict[str, str]:
+        """What the losses depend on beside the plan."""
+        return dict(self.prints)
+
+    def build(self) -> Evaluator:
+        """Loads model and data."""
+        return self.load()[0]
+
+    def load(self) -> tuple[Evaluator, Model, ModelSpec]:
+        """The evaluator, its model, and the specification with all that is known of them.
+
+        Raises:
+            ArgumentError: a metric, text or task that does not exist or is too short.
+        """
+        if self.metric_name in METRICS:
+            return self._windows()
+        if self.metric_name.startswith("task:"):
+            return self._task()
+        raise ArgumentError(
+            f"there is no metric '{self.metric_name}': expected one of {', '.join(METRICS)} or task:NAME/METRIC, "
+            "such as task:hellaswag/acc_norm"
+        )
+
+    def overlays(self) -> PlanOverlays:
+        """The model under any plan."""
+        from mqadapt_rs import Model
+
+        return PlanOverlays(Model.load(self.src, dtype=self.dtype, device=self.device), self.method, self.seed)
+
+    def _windows(self) -> tuple[Evaluator, Model, ModelSpec]:
+        windows = read_windows(self.src, self.data, self.seed)
+        overlays = self.overlays()
+        model = overlays.source
+        # hidden states of all windows that fit into the memory, beside the source's
+        states = len(windows) * self.data.context * model.config.hidden_size * 4
+        held = self.max_memory // states - 1
+        if held < 1:
+            raise ArgumentError(
+                f"--max-memory {self.max_memory:,} is too little: the hidden states of {len(windows)} windows take "
+                f"{states:,} bytes, and two of them are needed"
+            )
+        group = max(1, min(GROUP, held // 2)) if self.metric_name == "kl" else 1
+        source = tuple(model.plan.num_key_value_heads)
+        evaluator = WindowEvaluator(overlays, windows, self.metric_name, source, Prefixes(held - group))
+        spec = replace(
+            self,
+            metric=METRICS[self.metric_name],
+            documents=len(windows),
+            group=group,
+            prints=self._prints(model, windows),
+        )
+        return evaluator, model, spec
+
+    def _task(self) -> tuple[Evaluator, Model, ModelSpec]:
+        from mqadapt_rs.harness import MqadaptLM
+
+        from .tasks import Task, TaskEvaluator
+
+        lm = MqadaptLM(self.src, dtype=self.dtype, device=self.device)
+        task = Task.load(self.metric_name.removeprefix("task:"), self.data, self.seed, lm)
+        model = lm.model
+        evaluator = TaskEvaluator(PlanOverlays(model, self.method, self.seed), lm, task)
+        spec = replace(
+            self,
+            metric=task.metric,
+            documents=len(task.documents),
+            prints=self._prints(model, [task.shots, [[i.args for i in requests] for _, requests in task.documents]]),
+        )
+        return evaluator, model, spec
+
+    def _prints(self, model: Model, data: Any) -> tuple[tuple[str, str], ...]:
+        from mqadapt_rs import __version__
+
+        digest = hashlib.sha256(json.dumps(data, default=str).encode()).hexdigest()[:16]
+        method = self.method if self.method != "random" else f"{self.method} (seed {self.seed})"
+        return (
+            ("name", Path(self.src).name if Path(self.src).exists() else self.src),
+            ("model", model.fingerprint),
+            ("text", f"{digest} ({self._data_in_words()})"),
+            ("method", method),
+            ("version", __version__),
+        )
+
+    def _data_in_words(self) -> str:
+        data = self.data
+        if data.text is not None and self.metric_name in METRICS:
+            return f"{Path(data.text).name}, windows of {data.context} tokens"
+        return "all documents" if data.limit is None else f"the first {data.limit} documents"
+
+
+def read_windows(src: str, data: Data, seed: int) -> list[list[int]]:
+    """The first windows of a text, in a random order that depends on the seed alone, so that a few stand for all.
+
+    Raises:
+        ArgumentError: no text, or one that is too short.
+    """
+    from mqadapt_rs import text
+
+    if data.text is None:
+        raise ArgumentError("the metrics kl and perplexity need a text: --text FILE")
+    ids = text.token_ids(text.load_tokenizer(src), "".join(text.read_documents(data.text, data.field)))
+    ids = text.first_windows(ids, data.context, data.windows)
+    found = [list(ids[start : start + data.context]) for start in range(0, len(ids), data.context)]
+    random.Random(seed).shuffle(found)  # noqa: S311 - chance, not secrets
+    return found
+
+
+def space_of(model: Model, counts: tuple[int, ...] | None) -> Space:
+    """The plans that a model can have."""
+    config = model.config
+    head_bytes = 2 * config.head_dim * VALUE_BYTES  # a key and a value
+    return Space(tuple(config.num_key_value_heads), (head_bytes,) * config.num_hidden_layers, counts)
+
+
+def prepare(spec: ModelSpec, counts: tuple[int, ...] | None, *, keep: bool) -> tuple[ModelSpec, Space]:
+    """Completes a specification and finds its space of plans; `keep`: this process will evaluate, so stay loaded."""
+    evaluator, model, known = spec.load()
+    if keep:
+        adopt(known, evaluator)
+    return known, space_of(model, counts)

@@ -1,0 +1,82 @@
+"""Evaluates plans on windows of text: `kl` and `perplexity`.
+
+In: a model and token windows. Out: one loss per window. A candidate starts from hidden states kept before its first
+layer that differs from what was run before; the source's final hidden states are computed once; final norm and `lm_head`
+run over vocabulary tiles, so no matrix of logits is ever stored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from .prefixes import Prefixes
+    from .space import Heads
+
+
+class Overlays(Protocol):
+    """Gives the model under a plan; layers that were merged once are kept."""
+
+    source: Any
+    """The model as it is (`mqadapt_rs.Model`)."""
+
+    def model(self, plan: Heads) -> Any:
+        """The model under a plan, sharing all unchanged layers."""
+        ...
+
+
+@dataclass
+class WindowEvaluator:
+    """Losses of windows of equal length."""
+
+    overlays: Overlays
+    windows: Sequence[Sequence[int]]
+    """Token ids; every window has the same length."""
+    metric: str
+    """`kl` or `perplexity`."""
+    source: Heads
+    """K/V heads of the source."""
+    prefixes: Prefixes
+    _documents: range = range(0)
+    _reference: Any = None
+
+    def losses(
+        self, plans: Sequence[Heads], branches: Sequence[Sequence[int]], documents: range
+    ) -> Iterator[list[float]]:
+        """Mean loss of each window, in nats per token."""
+        if documents != self._documents:
+            self._documents, self._reference = documents, None
+            self.prefixes.clear()
+        windows = [list(self.windows[document]) for document in documents]
+        if self.metric == "perplexity":
+            for plan, depths in zip(plans, branches, strict=True):
+                yield _means(self.overlays.source.nll(self._final(plan, depths, windows), windows), len(windows))
+            return
+        changed = [(plan, depths) for plan, depths in zip(plans, branches, strict=True) if plan != self.source]
+        if changed and self._reference is None:
+            self._reference = self.overlays.source.hidden_before(len(self.source), windows)
+        finals = [self._final(plan, depths, windows) for plan, depths in changed]
+        divergences = iter([self.overlays.source.kl_divergence(self._reference, states) for states in finals])
+        for plan in plans:
+            # the source does not diverge from itself, exactly
+            yield [0.0] * len(windows) if plan == self.source else _means(next(divergences), len(windows))
+
+    def _final(self, plan: Heads, depths: Sequence[int], windows: list[list[int]]) -> Any:
+        """Hidden states of a plan behind the last layer, keeping those at `depths` on the way."""
+        model = self.overlays.model(plan)
+        start, states = self.prefixes.start(plan, depths)
+        for depth in [*self.prefixes.wanted(start, depths), len(plan)]:
+            states = model.hidden_before(depth, windows) if states is None else model.forward_from(states, depth)
+            if depth < len(plan):
+                self.prefixes.keep(plan, depth, states)
+        return states
+
+
+def _means(values: Sequence[float], windows: int) -> list[float]:
+    """Mean of each window's equal share of the values."""
+    share = len(values) // windows
+    return [math.fsum(values[index * share : (index + 1) * share]) / share for index in range(windows)]

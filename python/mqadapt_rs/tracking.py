@@ -1,0 +1,83 @@
+"""Weights & Biases: searches and evaluations as runs. In: results; out: a run, online or (`WANDB_MODE=offline`) on disk."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from mqadapt_rs.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from mqadapt_rs.search.conduct import SearchResult
+    from mqadapt_rs.search.evaluation import Evaluation
+
+
+class Run:
+    """A run of Weights & Biases."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def evaluation(self, evaluation: Evaluation, metric: str) -> None:
+        """One evaluated plan."""
+        self._run.log({
+            metric: evaluation.value,
+            f"{metric}_standard_error": evaluation.standard_error,
+            "damage": evaluation.damage.mean,
+            "damage_standard_error": evaluation.damage.standard_error,
+            "kv_bytes_per_token": evaluation.kv_bytes,
+            "stopped": evaluation.stopped,
+            "num_key_value_heads": list(evaluation.plan),
+            "seconds": evaluation.seconds,
+        })  # fmt: skip
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Final values: results, plan, K/V bytes, size on disk."""
+        self._run.summary.update(dict(values))
+
+    def files(self, folder: Path, names: list[str]) -> None:
+        """Keeps files with the run."""
+        for name in names:
+            if (folder / name).exists():
+                self._run.save(str(folder / name), base_path=str(folder), policy="now")
+
+    def result(self, result: SearchResult, bytes_on_disk: int | None) -> None:
+        """What a search found."""
+        winner = result.winner
+        self.summary({
+            "verdict": result.verdict,
+            "bytes_on_disk": bytes_on_disk,
+            "best_num_key_value_heads": None if winner is None else list(winner.plan),
+            "best_damage": None if winner is None else winner.damage.mean,
+            "best_damage_standard_error": None if winner is None else winner.damage.standard_error,
+            "best_kv_bytes_per_token": None if winner is None else winner.kv_bytes,
+        })  # fmt: skip
+        self.files(result.folder, ["best.plan.json", "summary.json", "journal.jsonl"])
+
+
+@contextmanager
+def tracked(
+    project: str | None, *, name: str, config: Mapping[str, Any], folder: Path | None = None
+) -> Iterator[Run | None]:
+    """A run in a project; `None` without one.
+
+    Raises:
+        ArgumentError: wandb is not installed (extra `wandb`).
+    """
+    if project is None:
+        yield None
+        return
+    try:
+        import wandb
+    except ImportError:
+        raise ArgumentError("--wandb needs Weights & Biases: pip install 'mqadapt-rs[wandb]'") from None
+    run = wandb.init(project=project, name=name, config=dict(config), dir=None if folder is None else str(folder))
+    try:
+        yield Run(run)
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish()

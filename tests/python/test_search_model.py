@@ -1,0 +1,241 @@
+"""Searches over real forward passes, on tiny models: what reuse computes is what a fresh model computes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny
+from mqadapt_rs import ArgumentError, Model, Plan, convert
+from mqadapt_rs.search import Options, search
+from mqadapt_rs.search.order import branches, in_order
+from mqadapt_rs.search.overlays import PlanOverlays
+from mqadapt_rs.search.prefixes import Prefixes
+from mqadapt_rs.search.spec import Data, read_windows
+from mqadapt_rs.search.tasks import Task, TaskEvaluator
+from mqadapt_rs.search.windows import WindowEvaluator
+
+LAYERS, HEADS = 5, 4
+SOURCE = (HEADS,) * LAYERS
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.", "A model reads a text, and says how likely it is;",
+    "numbers such as 12, 345 and 6789 too.", "Question: what comes next?", "Answer: nobody knows, cafe naive.",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    draws = random.Random(0)
+    file.write_text(" ".join(draws.choice(SENTENCES) for _ in range(300)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    folder = tmp_path_factory.mktemp("search") / "model"
+    vocab_size = tiny.save_tokenizer(folder, text.read_text())
+    shape = {"num_hidden_layers": LAYERS, "num_attention_heads": 8, "num_key_value_heads": HEADS, "head_dim": 8}
+    tiny.save(folder, "llama", vocab_size=vocab_size, **shape)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {"q": f"what follows {i}?", "o": [f"{i + 1}", f"{i * 7} it is", "none of them"], "g": i % 3} for i in range(40)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = [
+        "dataset_path: json",
+        f"dataset_kwargs: {{data_files: {{validation: {folder / 'rows.jsonl'}}}}}",
+        "validation_split: validation",
+        'doc_to_text: "Question: {{q}}\\nAnswer:"',
+    ]
+    choice = ["task: tiny_choice", "output_type: multiple_choice", "doc_to_choice: o", "doc_to_target: g"]
+    choice += ["metric_list: [{metric: acc}, {metric: acc_norm}]"]
+    write = ["task: tiny_write", "output_type: generate_until", 'doc_to_target: "{{o[0]}}"']
+    write += ['generation_kwargs: {until: ["\\n"], max_gen_toks: 4}', "metric_list: [{metric: exact_match}]"]
+    (folder / "choice.yaml").write_text("\n".join(common + choice) + "\n")
+    (folder / "write.yaml").write_text("\n".join(common + write) + "\n")
+    return folder
+
+
+def some_plans(number: int) -> list[tuple[int, ...]]:
+    everything = list(itertools.product((1, 2, 4), repeat=LAYERS))
+    return [*random.Random(1).sample(everything, number), SOURCE]
+
+
+def evaluator(checkpoint: Path, windows: list[list[int]], metric: str, most: int) -> WindowEvaluator:
+    return WindowEvaluator(PlanOverlays(Model.load(checkpoint), "mean", 0), windows, metric, SOURCE, Prefixes(most))
+
+
+@pytest.mark.parametrize("metric", ["kl", "perplexity"])
+def test_losses_are_those_of_fresh_models(checkpoint: Path, text: Path, metric: str) -> None:
+    windows = read_windows(str(checkpoint), Data(text=str(text), context=24, windows=6), seed=0)
+    plans = in_order(some_plans(8))
+    found = list(evaluator(checkpoint, windows, metric, 8).losses(plans, branches(plans), range(1, 5)))
+    source = Model.load(checkpoint, dtype="float32")
+    for plan, losses in zip(plans, found, strict=True):
+        model = Model.load(checkpoint, plan=list(plan), method="mean", dtype="float32")
+        for window, loss in zip(windows[1:5], losses, strict=True):
+            own, reference = (log_softmax(m.logits(window).astype(np.float64)) for m in (model, source))
+            if metric == "kl":
+                expected = (np.exp(reference) * (reference - own)).sum(axis=1).mean()
+            else:
+                expected = -own[np.arange(len(window) - 1), window[1:]].mean()
+            # f32 logits of about 10 are known to 1e-6, and their differences enter linearly
+            assert loss == pytest.approx(expected, abs=2e-5)
+    assert found[plans.index(SOURCE)] == [0.0] * 4 or metric == "perplexity"
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    top = logits - logits.max(axis=1, keepdims=True)
+    return top - np.log(np.exp(top).sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("metric", ["kl", "perplexity"])
+def test_reuse_changes_no_bit(checkpoint: Path, text: Path, metric: str) -> None:
+    windows = read_windows(str(checkpoint), Data(text=str(text), context=20, windows=5), seed=0)
+    plans = in_order(some_plans(25))
+    results = []
+    for most in (0, 1, 2, 100):
+        instance = evaluator(checkpoint, windows, metric, most)
+        results.append(list(instance.losses(plans, branches(plans), range(5))))
+        assert len(instance.prefixes._states) <= most
+    # one at a time, as workers get them
+    instance, depths = evaluator(checkpoint, windows, metric, 100), branches(plans)
+    results.append([next(instance.losses([p], [d], range(5))) for p, d in zip(plans, depths, strict=True)])
+    assert all(result == results[0] for result in results[1:])
+
+
+@pytest.mark.parametrize("name", ["tiny_choice/acc_norm", "tiny_write/exact_match"])
+def test_task_losses_are_lm_evals(checkpoint: Path, tasks: Path, name: str) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from mqadapt_rs.harness import MqadaptLM
+
+    lm = MqadaptLM(str(checkpoint))
+    task = Task.load(name, Data(include_path=str(tasks), limit=30), seed=0, lm=lm)
+    assert len(task.documents) == 30
+    instance = TaskEvaluator(PlanOverlays(lm.model, "mean", 0), lm, task)
+    plans = in_order(some_plans(3))
+    for plan, losses in zip(plans, instance.losses(plans, branches(plans), range(30)), strict=True):
+        results = simple_evaluate(
+            MqadaptLM(str(checkpoint), plan=list(plan)), tasks=[name.split("/")[0]], limit=30, bootstrap_iters=0,
+            task_manager=TaskManager(include_path=str(tasks)), torch_random_seed=None,
+        )  # fmt: skip
+        expected = results["results"][name.split("/")[0]][name.split("/")[1] + ",none"]
+        assert -sum(losses) / 30 == pytest.approx(expected, abs=1e-12)
+    parts = [*instance.losses(plans[:1], [()], range(16)), *instance.losses(plans[:1], [()], range(16, 30))]
+    assert parts[0] + parts[1] == next(instance.losses(plans[:1], [()], range(30)))
+
+
+def test_search_finds_the_best_pair(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """Every plan of half the bytes is tried one by one: the search finds the best of them."""
+    result = search(
+        checkpoint, strategy="budget", metric="kl", text=text, context=24, windows=8, counts=[1], kv_budget="55%",
+        out=tmp_path / "a",
+    )  # fmt: skip
+    assert result.winner is not None
+    windows = read_windows(str(checkpoint), Data(text=str(text), context=24, windows=8), seed=0)
+    plans = in_order(
+        [tuple(1 if i in chosen else 4 for i in range(LAYERS)) for chosen in itertools.combinations(range(5), 3)]
+    )
+    losses = evaluator(checkpoint, windows, "kl", 5).losses(plans, branches(plans), range(8))
+    damages = {plan: sum(loss) / 8 for plan, loss in zip(plans, losses, strict=True)}
+    assert result.winner.damage.mean == pytest.approx(min(damages.values()), rel=1e-9)
+    plan = Plan.parse(str(tmp_path / "a" / "best.plan.json"), checkpoint)
+    assert plan.num_key_value_heads == list(result.winner.plan)
+    assert plan.kv_bytes_per_token(checkpoint) == result.winner.kv_bytes
+    convert(checkpoint, tmp_path / "converted", plan=tmp_path / "a" / "best.plan.json", method="mean")
+    assert Model.load(tmp_path / "converted").config.num_key_value_heads == list(result.winner.plan)
+
+
+@pytest.mark.slow
+def test_workers_write_the_same_journal(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    def run(name: str, **options: int) -> list[dict[str, object]]:
+        search(
+            checkpoint, strategy="greedy", metric="kl", text=text, context=16, windows=40, counts=[1], max_damage=0.3,
+            out=tmp_path / name, **options,
+        )  # fmt: skip
+        lines = (tmp_path / name / "journal.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+    assert run("one") == run("two", workers=2)
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mqadapt_rs.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_line(checkpoint: Path, text: Path, tasks: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = [
+        "search", checkpoint, "--strategy", "sensitivity", "--text", text, "--context", 16, "--windows", 20,
+        "--out", tmp_path / "s",
+    ]  # fmt: skip
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Winner (least damage): ")
+    again = run(*arguments)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    resumed = run(*arguments, "--resume", "--json")
+    assert json.loads(resumed.stdout)["evaluations"] == 1 + 2 * LAYERS
+    for command in ("plot", "report"):
+        done = run(command, tmp_path / "s")
+        assert done.returncode == 0, done.stderr
+        assert all(Path(line).is_file() for line in done.stdout.splitlines())
+    by_task = [
+        "search", checkpoint, "--strategy", "alternate", "--metric", "task:tiny_choice/acc", "--include-path", tasks,
+        "--limit", 20, "--out", tmp_path / "t",
+    ]  # fmt: skip
+    done = run(*by_task)
+    assert done.returncode == 0, done.stderr
+    other = run(*arguments[:2], "--strategy", "alternate", "--text", text, "--out", tmp_path / "t", "--resume")
+    assert other.returncode == 2
+    assert "belongs to another search" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "blue"}, "no metric 'blue'"),
+        ({"metric": "kl"}, "need a text"),
+        ({"metric": "kl", "text": "TEXT", "windows": 100000}, "windows"),
+        ({"metric": "kl", "text": "TEXT", "max_memory": 1000}, "too little"),
+        ({"metric": "task:none/acc"}, "no such task"),
+        ({"metric": "task:tiny_choice/f1"}, "no metric 'f1'"),
+        ({"strategy": "luck"}, "no strategy 'luck'"),
+        ({"strategy": "budget", "kv_budget": "200%", "text": "TEXT"}, "budget"),
+        ({"counts": [3], "text": "TEXT"}, "nothing to search"),
+        ({"workers": 1, "ray": ""}, "choose one"),
+        ({"method": "best", "text": "TEXT"}, "best"),
+    ],
+)
+def test_wrong_arguments(
+    checkpoint: Path, text: Path, tasks: Path, tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    given = {key: str(text) if value == "TEXT" else value for key, value in options.items()}
+    fitting = {"context": 16, "windows": 8, "include_path": tasks, "out": tmp_path}
+    arguments = {"strategy": "sensitivity", **fitting, **given}
+    with pytest.raises(ArgumentError, match=message):
+        search(checkpoint, **arguments)  # type: ignore[arg-type]
+    assert not (tmp_path / "best.plan.json").exists()
+
+
+def test_options_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="does nothing"):
+        search(tmp_path / "no-model", strategy="sensitivity", trials=3, out=tmp_path)
+    assert Options().trials is None
