@@ -203,7 +203,8 @@ def test_the_command_line(checkpoint: Path, text: Path, tasks: Path, tmp_path: P
     ]  # fmt: skip
     done = run(*by_task)
     assert done.returncode == 0, done.stderr
-    other = run(*arguments[:2], "--strategy", "alternate", "--text", text, "--out", tmp_path / "t", "--resume")
+    same_folder = ["--strategy", "alternate", "--text", text, "--context", 16, "--out", tmp_path / "t"]
+    other = run(*arguments[:2], *same_folder, "--resume")
     assert other.returncode == 2
     assert "belongs to another search" in other.stderr
 
