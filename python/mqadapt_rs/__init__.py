@@ -7,9 +7,11 @@ from mqadapt_rs._core import (
     Model,
     ModelConfig,
     Plan,
+    Verification,
     __version__,
     convert,
     inspect,
+    verify,
 )
 from mqadapt_rs.calibration import load_calibration
 from mqadapt_rs.errors import ArgumentError, MqadaptError
@@ -23,8 +25,10 @@ __all__ = [
     "ModelConfig",
     "MqadaptError",
     "Plan",
+    "Verification",
     "__version__",
     "convert",
     "inspect",
     "load_calibration",
+    "verify",
 ]

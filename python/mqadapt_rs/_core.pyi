@@ -19,10 +19,12 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Plan",
+    "Verification",
     "__version__",
     "convert",
     "gguf_files",
     "inspect",
+    "verify",
 ]
 __version__: Final[str]
 
@@ -185,6 +187,7 @@ def convert(
     max_memory: int = 67108864,
     sync: bool = True,
     calibration: Calibration | None = None,
+    stream_download: bool = False,
     progress: _Progress | None = None,
 ) -> ConversionReport:
     """Writes a checkpoint in which every layer has the K/V heads that the plan says.
@@ -204,6 +207,8 @@ def convert(
         max_memory: bytes of buffers.
         sync: wait until the disk has everything.
         calibration: text of the methods that merge from it.
+        stream_download: of a hub id, fetch one weight file at a time and drop it when it is converted, so that the disk
+            holds the result and one file more.
         progress: told the bytes written.
 
     Raises:
@@ -230,6 +235,46 @@ class ConversionReport:
         """Most memory that this process ever held, where the system tells."""
     def to_dict(self) -> dict[str, Any]:
         """The manifest and the figures of this run in one dictionary."""
+
+@final
+class Verification:
+    """What a verification found."""
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong, a sentence each."""
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+    @property
+    def shards(self) -> int:
+        """Files checked."""
+    @property
+    def tensors(self) -> int:
+        """Tensors checked."""
+    @property
+    def bytes(self) -> int:
+        """Bytes checked."""
+    @property
+    def compared(self) -> int:
+        """Tensors compared with the source."""
+    @property
+    def not_compared(self) -> int:
+        """Tensors that were not, because the method that made them needs its calibration text."""
+
+def verify(dst: _Path, against: _Path | None = None, *, progress: _Progress | None = None) -> Verification:
+    """Whether a converted checkpoint is what its manifest says, down to its checksums, and all its values are finite.
+
+    Args:
+        dst: the converted folder.
+        against: the model that it was made from: untouched tensors must be the same, and touched ones what the
+            manifest's method gives.
+        progress: told the bytes read.
+
+    Raises:
+        MqadaptError: not a converted checkpoint, or an unfinished one, or a header, index or manifest is malformed.
+        OSError: it cannot be read.
+    """
 
 @final
 class HiddenStates:

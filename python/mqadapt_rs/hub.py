@@ -72,16 +72,26 @@ def fetch(src: Source) -> Path:
     place = parse(src)
     if isinstance(place, Path):
         return place
-    with _readable_errors(place):
-        folder = _snapshot(place, _COMPANIONS)
+    folder = fetch_companions(place)
+    weights = weight_files(folder)
+    with readable_errors(place):
         # the commit is fixed now, so that both requests speak of the same one
-        weights = weight_files(folder)
         folder = _snapshot(HubId(place.repo_id, folder.name), weights)
     if missing := [name for name in weights if not (folder / name).exists()]:
         raise MqadaptError(
             f"{place}: the repository has no {missing[0]}; only models in safetensors can be taken from it"
         )
     return folder
+
+
+def fetch_companions(place: HubId) -> Path:
+    """What belongs to a model of the hub beside its weights: configuration, index, tokenizer, licence.
+
+    Raises:
+        OSError: as `fetch`.
+    """
+    with readable_errors(place):
+        return _snapshot(place, _COMPANIONS)
 
 
 def fetch_config(src: Source) -> Path:
@@ -142,7 +152,7 @@ def _fetch_some(src: Source, patterns: Sequence[str]) -> Path:
     place = parse(src)
     if isinstance(place, Path):
         return place
-    with _readable_errors(place):
+    with readable_errors(place):
         return _snapshot(place, patterns)
 
 
@@ -163,7 +173,7 @@ def _snapshot(place: HubId, patterns: Sequence[str]) -> Path:
 
 
 @contextmanager
-def _readable_errors(place: HubId) -> Iterator[None]:
+def readable_errors(place: HubId) -> Iterator[None]:
     """The hub client's errors in one line, as `OSError`s."""
     from huggingface_hub import errors
 
@@ -190,7 +200,11 @@ def _readable_errors(place: HubId) -> Iterator[None]:
         raise _connection_error(place, error) from error
 
 
+def is_connection_error(error: Exception) -> bool:
+    """Whether the network or the hub failed; which classes that raises depends on the hub client's HTTP library."""
+    module = type(error).__module__.split(".")[0]
+    return isinstance(error, OSError) or module in {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+
+
 def _connection_error(place: HubId, error: Exception) -> Exception:
-    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in {"httpx", "httpx2", "requests", "urllib3"}:
-        return ConnectionError(f"{place}: the hub did not deliver: {error}")
-    return error
+    return ConnectionError(f"{place}: the hub did not deliver: {error}") if is_connection_error(error) else error

@@ -7,10 +7,12 @@ is recorded in `requests`. Use the `hub` fixture of conftest.py, or `FakeHub` as
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -51,6 +53,8 @@ class FakeHub:
     requests: list[Request] = field(default_factory=list)
     failures: dict[str, list[Failure]] = field(default_factory=dict)
     retry_after: int = 0
+    delay: float = 0.0
+    """Seconds between the first and the second half of a weight file."""
 
     def add(self, repo_id: str, folder: Path, *revisions: str, gated: bool = False) -> Repo:
         """Publishes a folder as a model."""
@@ -173,11 +177,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) if failure == "cut" else len(body)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            self._write(body)
         if failure == "cut":
             self.wfile.flush()
             self.close_connection = True
         return None
+
+    def _write(self, body: bytes) -> None:
+        half = len(body) // 2 if self.hub.delay and self.path.endswith(LFS) and "Range" not in self.headers else 0
+        with contextlib.suppress(OSError):  # who asked may go away
+            self.wfile.write(body[:half])
+            if half:
+                for _ in range(int(self.hub.delay * 10)):
+                    time.sleep(0.1)
+                    self.wfile.write(body[half : half + 1])
+                    half += 1
+            self.wfile.write(body[half:])
 
     def _json(self, value: object) -> None:
         body = json.dumps(value).encode()

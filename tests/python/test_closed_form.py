@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import tiny
 from typer.testing import CliRunner
 
+import tiny
 from mqadapt_rs import ArgumentError, Calibration, Model, MqadaptError, convert
 from mqadapt_rs.cli.app import app
 
@@ -64,15 +64,15 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path) -> None
     tiny.save(tmp_path / "other", "llama", seed=5)
     stats = tmp_path / "stats"
     calibration = Calibration(TEXT, target_context=[32], stats=stats)
-    with pytest.raises(ArgumentError, match="needs|merges from text"):
+    with pytest.raises(ArgumentError, match=r"needs|merges from text"):
         convert(tmp_path / "src", tmp_path / "dst", "mqa:all", "closed-form")
     with pytest.raises(ArgumentError, match="merges from text"):
         Model.load(tmp_path / "src", plan="mqa:all", method="prune")
     Model.load(tmp_path / "src", plan="mqa:1", method="prune", calibration=calibration)
     with pytest.raises(MqadaptError, match="collect them again"):
         convert(tmp_path / "other", tmp_path / "dst", "mqa:1", "closed-form", calibration=calibration)
+    longer = Calibration([*TEXT, PROBE], target_context=[32], stats=stats)
     with pytest.raises(ArgumentError, match="another text"):
-        longer = Calibration([*TEXT, PROBE], target_context=[32], stats=stats)
         convert(tmp_path / "src", tmp_path / "dst", "mqa:1", "closed-form", calibration=longer)
     with pytest.raises(ArgumentError, match="no tokens"):
         convert(tmp_path / "src", tmp_path / "dst", "mqa:1", "closed-form", calibration=Calibration())

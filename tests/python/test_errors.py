@@ -173,6 +173,15 @@ KINDS: dict[str, tuple[Case, type[BaseException], str] | str] = {
     "convert::Interrupted": "tested in test_work.py",
     "model::Checkpoint": (lambda _, out: mq.Model.load(out), MqadaptError, "config.json"),
     "model::Config": (lambda model, _: mq.Model.load(model, "gqa2:0"), ArgumentError, "1 and 3 are possible"),
+    "model::Io": (
+        lambda model, out: mq.convert(
+            model, out / "x", "mqa:0", "closed-form", calibration=mq.Calibration([[5] * 40], stats=out / "no" / "stats")
+        ),
+        FileNotFoundError,
+        "stats",
+    ),
+    "model::Merge": "algebra that fails in spite of its jitter; tested in Rust",
+    "model::Statistics": "tested in test_closed_form.py",
     "model::Missing": "Checkpoint::open finds missing tensors before",
     "model::Method": (lambda model, _: mq.Model.load(model, "mqa:0", "median"), ArgumentError, "'median'"),
     "model::Token": (run(lambda m: m.logits([1, 49152])), ArgumentError, "49152 is outside the vocabulary"),

@@ -12,6 +12,7 @@ use crate::arguments::{dtype as parse_dtype, merge_options, method as parse_meth
 use crate::calibration::{self, Calibration};
 use crate::errors::{IntoPyErr, OrRaise, failure};
 use crate::source::{local_path, name};
+use crate::stream::Shards;
 use crate::{plan, work};
 
 /// What a conversion did.
@@ -78,8 +79,9 @@ fn to_dict<'py>(py: Python<'py>, json: &str) -> PyResult<Bound<'py, PyDict>> {
 #[pyfunction]
 #[pyo3(
     signature = (src, dst, plan = None, method = "mean", *, seed = 0, dtype = None, overwrite = false, resume = false,
-        max_shard_size = None, max_memory = 64 << 20, sync = true, calibration = None, progress = None),
-    text_signature = "(src, dst, plan='keep', method='mean', *, seed=0, dtype=None, overwrite=False, resume=False, max_shard_size=None, max_memory=67108864, sync=True, calibration=None, progress=None)"
+        max_shard_size = None, max_memory = 64 << 20, sync = true, calibration = None, stream_download = false,
+        progress = None),
+    text_signature = "(src, dst, plan='keep', method='mean', *, seed=0, dtype=None, overwrite=False, resume=False, max_shard_size=None, max_memory=67108864, sync=True, calibration=None, stream_download=False, progress=None)"
 )]
 #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // the keywords of the Python function
 pub(crate) fn convert(
@@ -96,13 +98,19 @@ pub(crate) fn convert(
     max_memory: u64,
     sync: bool,
     calibration: Option<&Bound<'_, Calibration>>,
+    stream_download: bool,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<ConversionReport> {
     let method = parse_method(method)?;
     let calibration = calibration::needed(method, calibration)?;
     let dtype = parse_dtype(dtype)?;
-    let path = local_path(src, false)?;
-    let checkpoint = py.detach(|| Checkpoint::open(&path)).or_raise()?;
+    let (checkpoint, shards) = if stream_download {
+        let (checkpoint, shards) = Shards::open(src, &dst)?;
+        (checkpoint, Some(shards))
+    } else {
+        let path = local_path(src, false)?;
+        (py.detach(|| Checkpoint::open(&path)).or_raise()?, None)
+    };
     let plan = plan::read_or_keep(plan, checkpoint.config())?;
     let options = ConvertOptions {
         dtype,
@@ -115,18 +123,22 @@ pub(crate) fn convert(
         method_options: calibration.map(Calibration::describe).unwrap_or_default(),
         ..ConvertOptions::new(method, merge_options(seed, checkpoint.config()))
     };
-    let Some(calibration) = calibration else {
-        let work = |progress: &dyn Progress| mqadapt_convert::convert(&checkpoint, &dst, &plan, &options, progress);
-        return work::run(py, progress, work).map(ConversionReport);
-    };
     let written = dtype.unwrap_or(checkpoint.dtype());
     let work = |progress: &dyn Progress| -> Result<_, Failed> {
+        let Some(calibration) = calibration else {
+            return mqadapt_convert::convert(&checkpoint, &dst, &plan, &options, progress).map_err(Failed::Convert);
+        };
         let merge = calibration.merge(&checkpoint, method, written, progress).map_err(Failed::Model)?;
         let mut layers = CalibratedLayers::new(merge, progress);
         mqadapt_convert::convert_layers(&checkpoint, &dst, &plan, &options, &mut layers, progress)
             .map_err(Failed::Convert)
     };
-    work::run(py, progress, work).map(ConversionReport)
+    let stopped = |py: Python<'_>| shards.iter().for_each(|shards| shards.stop(py));
+    let outcome = work::run_or(py, progress, stopped, work);
+    if let Some(shards) = &shards {
+        shards.close(py, resume && outcome.is_err())?;
+    }
+    outcome.map(ConversionReport)
 }
 
 /// A conversion that began with statistics can fail in either.

@@ -15,6 +15,8 @@ mod inspect;
 mod model;
 mod plan;
 mod source;
+mod stream;
+mod verify;
 mod work;
 
 use pyo3::prelude::*;
@@ -33,6 +35,8 @@ mod _core {
     use crate::model::{HiddenStates, Model};
     #[pymodule_export]
     use crate::plan::Plan;
+    #[pymodule_export]
+    use crate::verify::{Verification, verify};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)] // a Python name

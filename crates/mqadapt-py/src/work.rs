@@ -88,6 +88,20 @@ where
     T: Send,
     E: IntoPyErr + Send,
 {
+    run_or(py, callback, |_| (), work)
+}
+
+/// As [`run`]; `stopped` is called when the work is to stop, to wake it where it waits for something else.
+pub(crate) fn run_or<T, E>(
+    py: Python<'_>,
+    callback: Option<&Bound<'_, PyAny>>,
+    stopped: impl FnOnce(Python<'_>),
+    work: impl FnOnce(&dyn Progress) -> Result<T, E> + Send,
+) -> PyResult<T>
+where
+    T: Send,
+    E: IntoPyErr + Send,
+{
     let shared = Shared::default();
     let (outcome, raised) = std::thread::scope(|scope| {
         let worker = scope.spawn(|| {
@@ -97,6 +111,7 @@ where
         let raised = wait(py, &shared, callback).err();
         if raised.is_some() {
             shared.stop.store(true, Ordering::Relaxed);
+            stopped(py);
         }
         shared.let_go();
         // the work has ended, or ends as soon as it next reports progress

@@ -14,6 +14,7 @@ from mqadapt_rs.cli.inspect import inspect
 from mqadapt_rs.cli.options import Debug
 from mqadapt_rs.cli.perplexity import perplexity
 from mqadapt_rs.cli.search import plot, report, search
+from mqadapt_rs.cli.verify import verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,6 +44,7 @@ def mqadapt(
 
 app.command()(inspect)
 app.command()(convert)
+app.command()(verify)
 app.command("eval")(evaluate)
 app.command(
     "lm-eval",

@@ -22,6 +22,7 @@ from mqadapt_rs.cli.options import (
     Src,
     Stats,
     TargetContext,
+    byte_count,
     calibration_of,
 )
 
@@ -43,6 +44,32 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DST if it is a converted checkpoint.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on where a killed conversion stopped; keep what a failing one has done."),
+    ] = False,
+    stream_download: Annotated[
+        bool,
+        typer.Option(
+            "--stream-download", help="Of a hub id, fetch one weight file at a time and drop it when it is done."
+        ),
+    ] = False,
+    max_shard_size: Annotated[
+        int | None,
+        typer.Option(
+            "--max-shard-size",
+            parser=byte_count,
+            metavar="SIZE",
+            help="Cut the output, 5GB for instance.",
+            show_default="as SRC",
+        ),
+    ] = None,
+    max_memory: Annotated[
+        int, typer.Option("--max-memory", parser=byte_count, metavar="SIZE", help="Bytes of buffers.")
+    ] = byte_count("64MiB"),
+    sync: Annotated[
+        bool, typer.Option("--sync/--no-sync", help="Wait until the disk has everything (safe against power loss).")
+    ] = True,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -71,6 +98,11 @@ def convert(
             dtype=dtype,
             overwrite=overwrite,
             calibration=text_or_stats,
+            resume=resume,
+            max_shard_size=max_shard_size,
+            max_memory=max_memory,
+            sync=sync,
+            stream_download=stream_download,
             progress=progress,
         )
     if json:

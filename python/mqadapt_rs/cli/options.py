@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,17 @@ def _note_debug(value: bool) -> bool:
 def debug_wanted() -> bool:
     """Whether `--debug` was given."""
     return any(_debug_wanted)
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def byte_count(text: str) -> int:
+    """Bytes of a size such as `5GB`, `64MiB` or `1000`."""
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?I?)B?", str(text).strip().upper())
+    if match is None or match[2] not in _UNITS:
+        raise typer.BadParameter(f"{text!r} is not a size such as 5GB, 64MiB or 1000")
+    return int(match[1]) * _UNITS[match[2]]
 
 
 Src = Annotated[str, typer.Argument(help="A folder, a .gguf file or a hub id org/name[@revision].", show_default=False)]

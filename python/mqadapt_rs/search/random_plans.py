@@ -32,7 +32,7 @@ def run(study: Study, options: Options) -> None:
     limit = study.rule.limit
     if limit is not None and limit.smallest() > limit.most:
         raise ArgumentError(limit.refusal())
-    draws = random.Random(study.seed)  # noqa: S311 - chance, not secrets
+    draws = random.Random(study.seed)
     plans: dict[Heads, None] = {}
     for _ in range(20 * trials):  # a small space has fewer plans than trials
         plan = draw(space, draws, limit)

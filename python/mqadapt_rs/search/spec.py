@@ -170,7 +170,7 @@ def read_windows(src: str, data: Data, seed: int) -> list[list[int]]:
     ids = text.token_ids(text.load_tokenizer(src), "".join(text.read_documents(data.text, data.field)))
     ids = text.first_windows(ids, data.context, data.windows)
     found = [list(ids[start : start + data.context]) for start in range(0, len(ids), data.context)]
-    random.Random(seed).shuffle(found)  # noqa: S311 - chance, not secrets
+    random.Random(seed).shuffle(found)
     return found
 
 

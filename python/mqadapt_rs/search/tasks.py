@@ -81,7 +81,7 @@ class Task:
         for instance in task.instances:
             by_document.setdefault(instance.doc_id, []).append(instance)
         numbers = sorted(by_document)
-        random.Random(seed).shuffle(numbers)  # noqa: S311 - chance, not secrets
+        random.Random(seed).shuffle(numbers)
         documents = [(by_document[n][0].doc, sorted(by_document[n], key=lambda i: i.idx)) for n in numbers]
         return cls(task, key, bool(directions[key]), documents, int(task.config.num_fewshot or 0))
 

@@ -1,0 +1,46 @@
+"""`mqadapt verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mqadapt_rs.cli.options import Debug, Json
+
+
+def verify(
+    dst: Annotated[Path, typer.Argument(help="A converted checkpoint.", show_default=False)],
+    against: Annotated[
+        str | None, typer.Option("--against", help="The model that it was made from.", show_default=False)
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check that a converted checkpoint is what its manifest says, and, with --against, what it should be.
+
+    Exit code 1 where anything is wrong.
+    """
+    import mqadapt_rs
+    from mqadapt_rs.cli import output
+
+    with output.progress_bars("bytes") as progress:
+        found = mqadapt_rs.verify(dst, against, progress=progress)
+    counts = {
+        "shards": found.shards,
+        "tensors": found.tensors,
+        "bytes": found.bytes,
+        "compared": found.compared,
+        "not_compared": found.not_compared,
+    }
+    if json:
+        output.print_json({"ok": found.ok, "problems": found.problems, **counts})
+    else:
+        compared = f", {found.compared} compared with {against}" if against else ""
+        skipped = f", {found.not_compared} not compared (their method needs its text)" if found.not_compared else ""
+        size = output.in_bytes(found.bytes)
+        rows = {"checked": f"{found.tensors} tensors in {found.shards} files, {size}{compared}{skipped}"}
+        rows |= {f"problem {number}": problem for number, problem in enumerate(found.problems, 1)}
+        output.print_table(str(dst), {**rows, "result": "as it should be" if found.ok else "WRONG"})
+    raise typer.Exit(0 if found.ok else 1)
