@@ -39,7 +39,9 @@ impl Calibration {
         let mut hash = Xxh3::new();
         for sequence in &self.sequences {
             hash.update(&(sequence.len() as u64).to_le_bytes());
-            sequence.iter().for_each(|id| hash.update(&id.to_le_bytes()));
+            for id in sequence {
+                hash.update(&id.to_le_bytes());
+            }
         }
         for context in &self.target_contexts {
             hash.update(&(*context as u64).to_le_bytes());

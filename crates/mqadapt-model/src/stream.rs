@@ -2,6 +2,7 @@
 //! one layer at a time. In: a checkpoint of any size and token ids. Out: what every layer saw of them.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use mqadapt_checkpoint::Checkpoint;
@@ -34,11 +35,13 @@ pub(crate) fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>]) -> Result<H
             if id as usize >= vocab_size {
                 return Err(Error::Token { found: id, vocab_size, sequence, position });
             }
-            if !rows.contains_key(&id) {
+            if let Entry::Vacant(entry) = rows.entry(id) {
                 let mut row = vec![0.0; width];
                 checkpoint.read_f32(table, id as usize * width, &mut row)?;
-                row.iter_mut().for_each(|value| *value *= scale);
-                rows.insert(id, row);
+                for value in &mut row {
+                    *value *= scale;
+                }
+                entry.insert(row);
             }
             values.extend_from_slice(&rows[&id]);
         }

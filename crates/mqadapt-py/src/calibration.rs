@@ -65,9 +65,9 @@ impl Calibration {
 }
 
 /// The calibration of a method that needs one; none for the others.
-pub(crate) fn needed<'a, 'py>(
+pub(crate) fn needed<'a>(
     method: &Method,
-    calibration: Option<&'a Bound<'py, Calibration>>,
+    calibration: Option<&'a Bound<'_, Calibration>>,
 ) -> PyResult<Option<&'a Calibration>> {
     match (method.rows(), calibration) {
         (Some(_), _) => Ok(None),
