@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export VIRTUAL_ENV := $(abspath $(VENV))
+export PIP_QUIET := 1
 # One profile for everything: each dependency is compiled once for running and once for checking.
 CARGO_FLAGS := --release
 NEXTEST := $(shell command -v cargo-nextest >/dev/null 2>&1 && echo yes)
