@@ -21,7 +21,8 @@ fn closed_form(sequential: bool) -> CalibratedMethod {
 }
 
 fn exact() -> LoadOptions {
-    LoadOptions { precision: Precision::Exact, ..LoadOptions::default() }
+    // as statistics are collected: an f32 cache too
+    LoadOptions { precision: Precision::Exact, kv_dtype: Some(DType::F32), ..LoadOptions::default() }
 }
 
 fn merged(tiny: &Tiny, plan: &str, method: CalibratedMethod, saved: Option<StatisticsFile>) -> Model {
