@@ -367,6 +367,44 @@ fn a_layer_method_gets_and_gives_whole_layers() {
 }
 
 #[test]
+fn a_layer_method_resumes_only_with_what_it_gave_before() {
+    let (source, out) = (Synthetic { per_shard: 6, ..Synthetic::default() }.folder(), TempDir::new().unwrap());
+    let (dst, whole) = (out.path().join("dst"), out.path().join("whole"));
+    let checkpoint = Checkpoint::open(source.path()).unwrap();
+    let plan = Plan::parse("gqa2:1,3", checkpoint.config()).unwrap();
+    let resume = ConvertOptions { resume: true, ..options("mean") };
+    let run = |dst: &Path, method: &mut dyn LayerMerge, progress: &dyn Progress| {
+        convert_layers(&checkpoint, dst, &plan, &resume, method, progress)
+    };
+    run(&dst, &mut Doubling(Vec::new()), &StopAt(30_000, AtomicU64::new(0))).unwrap_err();
+    let error = run(&dst, &mut Keeping, &NoProgress).unwrap_err();
+    assert!(error.to_string().contains("another calibration text"), "{error}");
+    run(&dst, &mut Doubling(Vec::new()), &NoProgress).unwrap();
+    run(&whole, &mut Doubling(Vec::new()), &NoProgress).unwrap();
+    assert_eq!(files(&dst), files(&whole));
+}
+
+/// Keeps the first K/V heads and everything else.
+struct Keeping;
+
+impl LayerMerge for Keeping {
+    fn merge_layer(
+        &mut self,
+        _: usize,
+        heads: usize,
+        weights: LayerWeights,
+    ) -> std::result::Result<MergedLayer, String> {
+        let kept = weights.into_iter().map(|(name, mut values)| {
+            if name.contains("k_proj") || name.contains("v_proj") {
+                values.truncate(heads * 10 * 24);
+            }
+            (name, values)
+        });
+        Ok(MergedLayer { weights: kept.collect(), ..MergedLayer::default() })
+    }
+}
+
+#[test]
 fn biases_are_merged_too() {
     let config = CONFIG.replace("llama", "qwen2").replace("LlamaFor", "Qwen2For");
     let (source, out) = (Synthetic { config, ..Synthetic::default() }.folder(), TempDir::new().unwrap());

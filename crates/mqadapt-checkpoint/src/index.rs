@@ -47,6 +47,15 @@ impl Index {
     }
 }
 
+/// The shards that an index names: what the fuzz target looks at.
+///
+/// # Errors
+/// The problem in words.
+#[doc(hidden)]
+pub fn index_shards(json: &[u8]) -> Result<Vec<String>, String> {
+    Ok(Index::parse(json)?.shards().into_iter().map(str::to_owned).collect())
+}
+
 /// Whether a name stays in its folder: no separators of any system, no drive, nothing hidden or special.
 fn is_plain_file_name(name: &str) -> bool {
     name.ends_with(".safetensors")

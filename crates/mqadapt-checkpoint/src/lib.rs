@@ -45,6 +45,8 @@ pub use error::{Error, HeaderProblem, Result};
 #[doc(hidden)]
 pub use gguf::check_gguf_bytes;
 pub use header::{Header, HeaderEntry, MAX_HEADER_BYTES};
+#[doc(hidden)]
+pub use index::index_shards;
 pub use numbers::{convert, round};
 pub use plan_file::read_plan;
 pub use shard::{Shard, ShardHead, ShardSource};

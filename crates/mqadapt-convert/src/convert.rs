@@ -74,13 +74,17 @@ fn run(
     let side_files = checkpoint.side_files()?;
     let (output, resumed) = Output::begin(checkpoint, dst, options)?;
     let job = job(checkpoint, plan, options);
-    let (journal, past) = Journal::open(output.work(), &job, resumed, options.sync)?;
+    let (mut journal, past) = Journal::open(output.work(), &job, resumed, options.sync)?;
     let side_bytes: u64 = side_files.iter().map(SideFile::bytes).sum();
     output.check_space((layout.bytes() + side_bytes + SLACK).saturating_sub(output.bytes_there()))?;
 
     let mut engine = Engine::new(checkpoint, plan, options, output.work(), layout.bytes(), progress);
     let notes = match layers {
-        Some(layers) => engine.layers(&layout, &past, layers)?,
+        Some(layers) => {
+            let notes = engine.layers(&layout, &past, layers)?;
+            journal.layers(output.work(), &past, &notes.xxh3_128)?;
+            notes
+        }
         None => LayerNotes::default(),
     };
     let moved = engine.run(&layout, &past, Follower::start(journal, options.sync))?;

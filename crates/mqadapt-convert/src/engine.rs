@@ -39,7 +39,8 @@ pub(crate) struct Engine<'a> {
     done: u64,
     bytes_read: u64,
     transfer: Transfer,
-    buffer: Vec<u8>,
+    /// Bytes computed at a time.
+    piece: usize,
     /// Per layer.
     errors: Vec<ErrorSum>,
     /// Since the last mark.
@@ -60,6 +61,8 @@ pub(crate) struct Moved {
 pub(crate) struct LayerNotes {
     pub relative_error: BTreeMap<usize, f64>,
     pub notes: Map<String, Value>,
+    /// XXH3 (128 bits) of the merged weights as they are stored: a resumed conversion must get the same again.
+    pub xxh3_128: String,
 }
 
 /// A file that is being written.
@@ -78,8 +81,8 @@ impl<'a> Engine<'a> {
         total: u64,
         progress: &'a dyn Progress,
     ) -> Self {
-        // one buffer to convert through, one to copy through; merging has two of its own
-        let buffer = usize::try_from(options.max_memory / 16).unwrap_or(usize::MAX).clamp(64 << 10, 4 << 20);
+        // a dozen pieces are on their way to the second thread; copying has a buffer of that size, merging two of its own
+        let piece = usize::try_from(options.max_memory / 32).unwrap_or(usize::MAX).clamp(64 << 10, 1 << 20) / 8 * 8;
         Self {
             checkpoint,
             plan,
@@ -89,8 +92,8 @@ impl<'a> Engine<'a> {
             total,
             done: 0,
             bytes_read: 0,
-            transfer: Transfer::new(buffer),
-            buffer: vec![0; buffer],
+            transfer: Transfer::new(piece),
+            piece,
             errors: vec![ErrorSum::default(); checkpoint.config().num_hidden_layers],
             learnt: Learnt::default(),
             reading: None,
@@ -136,6 +139,7 @@ impl<'a> Engine<'a> {
     /// Puts the layers of a method that needs them whole into their places, before the rest is streamed around them.
     pub fn layers(&mut self, layout: &Layout, past: &Past, method: &mut dyn LayerMerge) -> Result<LayerNotes> {
         let mut out = LayerNotes::default();
+        let mut hash = Xxh3::new();
         let complete: HashSet<&str> = layout
             .shards
             .iter()
@@ -151,14 +155,14 @@ impl<'a> Engine<'a> {
             self.progress.advance(PHASE, self.done, self.total)?;
             let mut merged = self.merged_layer(layer_idx, &places, method)?;
             for (shard, tensor) in places {
-                if !complete.contains(shard.name.as_str()) {
-                    self.put(shard, tensor, &mut merged.weights)?;
-                }
+                let write = !complete.contains(shard.name.as_str());
+                self.put(shard, tensor, &mut merged.weights, write, &mut hash)?;
             }
             self.checkpoint.shards().iter().for_each(mqadapt_checkpoint::Shard::release);
             out.relative_error.insert(layer_idx, merged.relative_error);
             out.notes.insert(layer_idx.to_string(), merged.notes);
         }
+        out.xxh3_128 = format!("{:032x}", hash.digest128());
         Ok(out)
     }
 
@@ -194,17 +198,27 @@ impl<'a> Engine<'a> {
         Ok(merged)
     }
 
-    /// Writes one merged tensor of a layer into the unfinished file of its shard.
-    fn put(&mut self, shard: &OutputShard, tensor: &OutputTensor, weights: &mut LayerWeights) -> Result<()> {
+    /// Rounds and hashes one merged tensor of a layer, and writes it into the unfinished file of its shard.
+    fn put(
+        &mut self,
+        shard: &OutputShard,
+        tensor: &OutputTensor,
+        weights: &mut LayerWeights,
+        write: bool,
+        hash: &mut Xxh3,
+    ) -> Result<()> {
         let name = &self.source(tensor.source)?.name;
         let (Some(values), Some(dtype)) = (weights.get_mut(name), tensor.dtype.float()) else { return Ok(()) };
         let path = partial(&self.work.join(&shard.name));
-        let file = open_output(&path)?;
+        let file = if write { Some(open_output(&path)?) } else { None };
         let mut at = tensor.offset;
-        for piece in values.chunks_mut(self.buffer.len() / 4) {
-            let Some(out) = self.buffer.get_mut(..piece.len() * dtype.bytes()) else { break };
-            refuse_overflow(name, dtype, round(piece, dtype, out))?;
-            write_all_at(&file, &path, at, out)?;
+        for values in values.chunks_mut(self.piece / 4) {
+            let mut out = vec![0; values.len() * dtype.bytes()];
+            refuse_overflow(name, dtype, round(values, dtype, &mut out))?;
+            hash.update(&out);
+            if let Some(file) = &file {
+                write_all_at(file, &path, at, &out)?;
+            }
             at += out.len() as u64;
         }
         Ok(())
@@ -226,11 +240,11 @@ impl<'a> Engine<'a> {
         self.advance(begun)?;
         follower.begin(following)?;
         if begun == 0 {
-            write_all_at(&file, &path, 0, &shard.header)?;
+            follower.data(shard.header.clone())?;
             self.advance(shard.header.len() as u64)?;
         }
         for step in steps(shard, self.checkpoint).iter().filter(|step| step.end > begun) {
-            self.step(step, to)?;
+            self.step(step, to, follower)?;
             follower.written(step.end)?;
             if step.end - marked >= MARK_EVERY {
                 marked = step.end;
@@ -243,7 +257,7 @@ impl<'a> Engine<'a> {
         follower.complete(std::mem::take(&mut self.learnt))
     }
 
-    fn step(&mut self, step: &Step, to: Destination<'_>) -> Result<()> {
+    fn step(&mut self, step: &Step, to: Destination<'_>, follower: &mut Follower) -> Result<()> {
         let bytes = step.end - step.start;
         self.read_from(step)?;
         match step.work {
@@ -256,20 +270,23 @@ impl<'a> Engine<'a> {
             }
             Work::Read { tensor, first_value, dtype } => {
                 let source = self.source(tensor)?;
+                let mut left = usize::try_from(bytes).unwrap_or(usize::MAX);
                 let mut first_value = first_value;
-                let mut at = step.start;
-                while at < step.end {
-                    let most = usize::try_from(step.end - at).unwrap_or(usize::MAX).min(self.buffer.len());
-                    let Some(out) = self.buffer.get_mut(..most) else { break };
-                    refuse_overflow(&source.name, dtype, self.checkpoint.read_as(source, dtype, first_value, out)?)?;
-                    write_all_at(to.file, to.path, at, out)?;
-                    first_value += most / dtype.bytes();
-                    at += most as u64;
+                while left > 0 {
+                    let mut out = follower.buffer(left.min(self.piece));
+                    refuse_overflow(
+                        &source.name,
+                        dtype,
+                        self.checkpoint.read_as(source, dtype, first_value, &mut out)?,
+                    )?;
+                    first_value += out.len() / dtype.bytes();
+                    left -= out.len();
+                    follower.data(out)?;
                 }
                 self.bytes_read += source.bytes * bytes / (source.len().max(1) * dtype.bytes()) as u64;
                 self.advance(bytes)
             }
-            Work::Merge { tensor, layer, dtype } => self.merge(tensor, layer, dtype, step.start, to),
+            Work::Merge { tensor, layer, dtype } => self.merge(tensor, layer, dtype, follower),
             Work::Skip => self.advance(bytes),
         }
     }
@@ -299,14 +316,7 @@ impl<'a> Engine<'a> {
     }
 
     /// Merges the heads of one tensor, in pieces.
-    fn merge(
-        &mut self,
-        tensor: usize,
-        layer: LayerTensor,
-        dtype: DType,
-        start: u64,
-        to: Destination<'_>,
-    ) -> Result<()> {
+    fn merge(&mut self, tensor: usize, layer: LayerTensor, dtype: DType, follower: &mut Follower) -> Result<()> {
         let source = self.source(tensor)?;
         let config = self.checkpoint.config();
         let rows = self.options.method.rows();
@@ -314,16 +324,14 @@ impl<'a> Engine<'a> {
             return Ok(()); // the layout has merges only where there is one
         };
         let read = |first: usize, out: &mut [f32]| Ok(self.checkpoint.read_f32(source, first, out)?);
-        let (buffer, progress, total) = (&mut self.buffer, self.progress, self.total);
+        let (piece, progress, total) = (self.piece, self.progress, self.total);
         let done = &mut self.done;
-        let write = |first: usize, merged: &mut [f32]| {
-            let mut at = start + (first * dtype.bytes()) as u64;
-            for piece in merged.chunks_mut(buffer.len() / 4) {
-                let Some(out) = buffer.get_mut(..piece.len() * dtype.bytes()) else { break };
-                refuse_overflow(&source.name, dtype, round(piece, dtype, out))?;
-                write_all_at(to.file, to.path, at, out)?;
-                at += out.len() as u64;
+        let write = |_: usize, merged: &mut [f32]| {
+            for values in merged.chunks_mut(piece / 4) {
+                let mut out = follower.buffer(values.len() * dtype.bytes());
+                refuse_overflow(&source.name, dtype, round(values, dtype, &mut out))?;
                 *done += out.len() as u64;
+                follower.data(out)?;
             }
             Ok(progress.advance(PHASE, *done, total)?)
         };

@@ -1,23 +1,25 @@
-//! A second thread that follows the writing: it hashes what is written while that is still in the page cache, tells the
-//! disk to begin, keeps the journal, and completes files. The first thread meanwhile moves the next bytes.
+//! A second thread that follows the first: it writes and hashes what that one computed, hashes what that one had the kernel
+//! copy while it is still in the page cache, tells the disk to begin, keeps the journal, and completes files. The first
+//! thread meanwhile reads the next bytes.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::journal::{Journal, Learnt, Mark};
+use crate::transfer::write_all_at;
 use crate::{Error, Result, ShardRecord, cache};
 
 /// Bytes hashed at a time: they stay in the second-level cache between the copy out of the kernel and the hash.
 const PIECE: usize = 256 << 10;
-/// Messages that the writer may be ahead, of at most 8 MiB each.
+/// Messages that the first thread may be ahead.
 const AHEAD: usize = 8;
 /// How long a stopped conversion waits for the thread, which may be waiting for the disk.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -37,7 +39,9 @@ pub(crate) struct Following {
 
 enum Message {
     Begin(Following),
-    /// The first so many bytes of the file are written.
+    /// To be written where what came before ends.
+    Data(Vec<u8>),
+    /// The first so many bytes of the file are there.
     Written(u64),
     /// A place to continue from.
     Mark(Learnt),
@@ -48,6 +52,8 @@ enum Message {
 /// The thread, as the writer sees it.
 pub(crate) struct Follower {
     messages: Option<SyncSender<Message>>,
+    /// Buffers that were written and can be filled again.
+    empty: Receiver<Vec<u8>>,
     thread: Option<JoinHandle<Result<Vec<ShardRecord>>>>,
     stop: Arc<AtomicBool>,
 }
@@ -55,14 +61,28 @@ pub(crate) struct Follower {
 impl Follower {
     pub fn start(journal: Journal, sync: bool) -> Self {
         let (messages, received) = sync_channel(AHEAD);
+        let (emptied, empty) = channel();
         let stop = Arc::new(AtomicBool::new(false));
         let seen = Arc::clone(&stop);
-        let thread = thread::spawn(move || Worker { journal, sync, stop: seen, completed: Vec::new() }.run(&received));
-        Self { messages: Some(messages), thread: Some(thread), stop }
+        let thread =
+            thread::spawn(move || Worker { journal, sync, stop: seen, completed: Vec::new(), emptied }.run(&received));
+        Self { messages: Some(messages), empty, thread: Some(thread), stop }
     }
 
     pub fn begin(&mut self, following: Following) -> Result<()> {
         self.send(Message::Begin(following))
+    }
+
+    /// A buffer of this length, its content arbitrary.
+    pub fn buffer(&self, len: usize) -> Vec<u8> {
+        let mut buffer = self.empty.try_recv().unwrap_or_default();
+        buffer.resize(len, 0);
+        buffer
+    }
+
+    /// Writes a buffer where what came before ends.
+    pub fn data(&mut self, bytes: Vec<u8>) -> Result<()> {
+        self.send(Message::Data(bytes))
     }
 
     pub fn written(&mut self, bytes: u64) -> Result<()> {
@@ -119,6 +139,7 @@ struct Worker {
     sync: bool,
     stop: Arc<AtomicBool>,
     completed: Vec<ShardRecord>,
+    emptied: Sender<Vec<u8>>,
 }
 
 impl Worker {
@@ -134,6 +155,12 @@ impl Worker {
                 (Message::Begin(following), _) => {
                     flushed = following.hashed;
                     current = Some(following);
+                }
+                (Message::Data(bytes), Some(following)) => {
+                    write_all_at(&following.file, &following.partial, following.hashed, &bytes)?;
+                    following.hash.update(&bytes);
+                    following.hashed += bytes.len() as u64;
+                    let _ = self.emptied.send(bytes); // nobody takes it when the first thread has stopped
                 }
                 (Message::Written(bytes), Some(following)) => following.follow(bytes, &mut piece, &self.stop)?,
                 (Message::Mark(learnt), Some(following)) => {

@@ -48,9 +48,16 @@ pub(crate) struct MergedTensor {
     pub energy_bits: u64,
 }
 
+/// A line for a method that gives whole layers: XXH3 (128 bits) of what it gave.
+#[derive(Debug, Serialize, Deserialize)]
+struct Layers {
+    layers_xxh3_128: String,
+}
+
 /// What the journal of an unfinished conversion says.
 #[derive(Debug, Default)]
 pub(crate) struct Past {
+    layers: Option<String>,
     /// The marks of each shard, in order.
     marks: HashMap<String, Vec<Mark>>,
 }
@@ -93,6 +100,15 @@ impl Journal {
         self.line(mark)
     }
 
+    /// Notes what a layer method gave; fails if `past` had something else, which is in the completed files.
+    pub fn layers(&mut self, folder: &Path, past: &Past, xxh3_128: &str) -> Result<()> {
+        if past.layers.as_deref().is_some_and(|before| before != xxh3_128) {
+            let difference = "its merged layers are others: another calibration text or other options".to_owned();
+            return Err(Error::OtherConversion { path: folder.to_owned(), difference });
+        }
+        self.line(&Layers { layers_xxh3_128: xxh3_128.to_owned() })
+    }
+
     fn line<T: Serialize>(&mut self, line: &T) -> Result<()> {
         let text = serde_json::to_string(line).unwrap_or_default() + "\n";
         self.file.write_all(text.as_bytes()).map_err(Error::io("write", &self.path))?;
@@ -114,8 +130,12 @@ fn read(folder: &Path, path: &Path, job: &Value) -> Result<Option<Past>> {
         return Err(Error::OtherConversion { path: folder.to_owned(), difference });
     }
     let mut past = Past::default();
-    for mark in lines.filter_map(|line| serde_json::from_slice::<Mark>(line).ok()) {
-        past.marks.entry(mark.shard.clone()).or_default().push(mark);
+    for line in lines {
+        if let Ok(mark) = serde_json::from_slice::<Mark>(line) {
+            past.marks.entry(mark.shard.clone()).or_default().push(mark);
+        } else if let Ok(layers) = serde_json::from_slice::<Layers>(line) {
+            past.layers = Some(layers.layers_xxh3_128);
+        }
     }
     Ok(Some(past))
 }
