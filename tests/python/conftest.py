@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ import pytest
 from fake_hub import FakeHub
 
 ROOT = Path(__file__).resolve().parents[2]
+
+# A run in the background ignores Ctrl-C, and so would the programs that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
