@@ -2,6 +2,7 @@
 
 mod convert;
 mod fault;
+mod hostile;
 mod lent;
 mod synthetic;
 mod verify;
