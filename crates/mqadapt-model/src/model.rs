@@ -9,6 +9,7 @@ use crate::backend::{Backend, Kernels, Stock};
 use crate::decoder::Decoder;
 use crate::load::{self, Overlay};
 use crate::overlay::{self, AttentionWeights};
+use crate::score::RequestStates;
 use crate::session::Runner;
 use crate::states::{HiddenStates, LayerTrace};
 use crate::{Device, Error, GenerateOptions, LoadOptions, Perplexity, Result, WeightFormat};
@@ -240,6 +241,22 @@ impl Model {
         on_backend!(&self.engine, runner => runner.loglikelihood(requests, progress))
     }
 
+    /// As [`Self::loglikelihood`], for a sweep over plans: goes on from residual streams that an earlier call with the
+    /// same requests kept (of a model with the same layers before `start.layer_idx()`), and keeps those that enter the
+    /// layers `keep`. The results are those of [`Self::loglikelihood`], bit for bit.
+    ///
+    /// # Errors
+    /// As [`Self::loglikelihood`]; [`Error::Argument`] for a layer of `keep` that is not run, or a `start` of other requests.
+    pub fn loglikelihood_from(
+        &self,
+        requests: &[(Vec<u32>, Vec<u32>)],
+        start: Option<&RequestStates>,
+        keep: &[usize],
+        progress: &dyn Progress,
+    ) -> Result<(Vec<(f64, bool)>, Vec<RequestStates>)> {
+        on_backend!(&self.engine, runner => runner.loglikelihood_from(requests, start, keep, progress))
+    }
+
     /// Perplexity over non-overlapping windows of `context` tokens, the first `windows` of them (`None`: all; a rest
     /// shorter than a window is left out). Progress: windows.
     ///
@@ -345,7 +362,20 @@ impl Model {
         hidden: &HiddenStates,
         progress: &dyn Progress,
     ) -> Result<Vec<f64>> {
-        on_backend!(&self.engine, runner => runner.kl_divergence(reference, hidden, progress))
+        Ok(self.kl_divergences(reference, &[hidden], progress)?.swap_remove(0))
+    }
+
+    /// As [`Self::kl_divergence`], for several models at once, so that the reference's logits are computed once.
+    ///
+    /// # Errors
+    /// As [`Self::kl_divergence`].
+    pub fn kl_divergences(
+        &self,
+        reference: &HiddenStates,
+        hidden: &[&HiddenStates],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Vec<f64>>> {
+        on_backend!(&self.engine, runner => runner.kl_divergences(reference, hidden, progress))
     }
 }
 

@@ -8,8 +8,34 @@ use mqadapt_core::Progress;
 use mqadapt_kernels::Span;
 
 use crate::backend::{Backend, Scored, Wanted};
+use crate::decoder::{Moment, Workspace};
 use crate::error::{Error, Result};
 use crate::session::{Progressing, Runner, Session};
+
+/// The residual streams of a list of requests at the entrance of a layer, as they were computed: pass after pass.
+///
+/// A sweep over plans keeps them, and the next plan goes on from the first layer in which it differs.
+#[derive(Debug, Clone)]
+pub struct RequestStates {
+    /// Layers that have been run.
+    pub(crate) layer_idx: usize,
+    /// `[rows, hidden_size]` of each pass.
+    pub(crate) passes: Vec<Vec<f32>>,
+}
+
+impl RequestStates {
+    /// Layers that have been run.
+    #[must_use]
+    pub fn layer_idx(&self) -> usize {
+        self.layer_idx
+    }
+
+    /// Bytes that it takes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.passes.iter().map(|pass| pass.len() * size_of::<f32>()).sum()
+    }
+}
 
 /// A piece of a sequence is not cut shorter than this to fill up a pass.
 const SHORTEST_PIECE: usize = 32;
@@ -41,6 +67,11 @@ struct Walk<'a, B: Backend> {
     /// Slots that are free once the pass has run.
     leaving: Vec<Span>,
     pending: Vec<Pending>,
+    /// What the passes start from, if not from embeddings.
+    start: Option<&'a RequestStates>,
+    /// What is kept of the passes.
+    kept: Vec<RequestStates>,
+    passes: usize,
     /// Buffers that are refilled for every pass.
     rows: Vec<usize>,
     wanted: Vec<Wanted>,
@@ -50,6 +81,23 @@ struct Walk<'a, B: Backend> {
 impl<B: Backend> Runner<B> {
     /// The log-likelihood of every continuation, and whether greedy decoding gives it.
     pub(crate) fn loglikelihood(&self, requests: &[Request], progress: &dyn Progress) -> Result<Vec<(f64, bool)>> {
+        Ok(self.loglikelihood_from(requests, None, &[], progress)?.0)
+    }
+
+    /// The same from residual streams that an earlier call with the same requests kept; keeps those that enter the
+    /// layers `keep`.
+    pub(crate) fn loglikelihood_from(
+        &self,
+        requests: &[Request],
+        start: Option<&RequestStates>,
+        keep: &[usize],
+        progress: &dyn Progress,
+    ) -> Result<(Vec<(f64, bool)>, Vec<RequestStates>)> {
+        let (first, layers) = (start.map_or(0, |start| start.layer_idx), self.decoder.layers.len());
+        if let Some(layer) = keep.iter().find(|layer| **layer < first || **layer >= layers) {
+            let detail = format!("must be layers from {first} to {}; found {layer}", layers - 1);
+            return Err(Error::Argument { name: "keep", detail });
+        }
         for (index, (context, continuation)) in requests.iter().enumerate() {
             self.check_tokens(context, index)?;
             self.check_tokens(continuation, index)?;
@@ -72,6 +120,9 @@ impl<B: Backend> Runner<B> {
             path: Vec::new(),
             leaving: Vec::new(),
             pending: Vec::new(),
+            start,
+            kept: keep.iter().map(|&layer_idx| RequestStates { layer_idx, passes: Vec::new() }).collect(),
+            passes: 0,
             rows: Vec::new(),
             wanted: Vec::new(),
             scored: Vec::new(),
@@ -89,7 +140,10 @@ impl<B: Backend> Runner<B> {
         walk.run(&progressing, &mut results)?;
         progressing.done = progressing.total;
         progressing.tell()?;
-        Ok(results)
+        if start.is_some_and(|start| start.passes.len() != walk.passes) {
+            return Err(other_requests());
+        }
+        Ok((results, walk.kept))
     }
 }
 
@@ -156,7 +210,21 @@ impl<B: Backend> Walk<'_, B> {
         progressing.tell()?;
         let (decoder, session) = (&self.runner.decoder, &mut *self.session);
         if session.batch.rows() > 0 {
-            session.pass(decoder, 0..decoder.layers.len(), true, progressing)?;
+            let first = self.start.map_or(0, |start| start.layer_idx);
+            if let Some(start) = self.start {
+                let width = decoder.config.hidden_size;
+                let values = start.passes.get(self.passes).filter(|pass| pass.len() == session.batch.rows() * width);
+                decoder.backend.upload(values.ok_or_else(other_requests)?, width, &mut session.ws.hidden)?;
+            }
+            let kept = &mut self.kept;
+            let observer = &mut |moment: Moment, layer_idx: usize, ws: &Workspace<B>| {
+                for states in kept.iter_mut().filter(|kept| moment == Moment::Entering && kept.layer_idx == layer_idx) {
+                    states.passes.push(decoder.backend.download(&ws.hidden)?);
+                }
+                progressing.tell()
+            };
+            session.observed_pass(decoder, first..decoder.layers.len(), self.start.is_none(), observer)?;
+            self.passes += 1;
         }
         if !self.pending.is_empty() {
             self.pending.sort_by_key(|pending| pending.row);
@@ -181,4 +249,8 @@ impl<B: Backend> Walk<'_, B> {
         self.path.iter_mut().for_each(|node| node.row = None);
         Ok(())
     }
+}
+
+fn other_requests() -> Error {
+    Error::Argument { name: "start", detail: "was kept by a call with other requests".to_owned() }
 }

@@ -88,8 +88,8 @@ impl<B: Backend> Runner<B> {
             session.caches = caches?;
             session.capacity = capacity;
         }
-        let capacity = session.capacity;
-        session.slots.reset(capacity);
+        // the same slots whatever the session was used for before, so that the same call always runs the same passes
+        session.slots.reset(slots);
         session.batch.clear();
         Ok(session)
     }

@@ -16,6 +16,9 @@ use crate::states::{HiddenStates, LayerTrace};
 /// Rows whose logits are held at a time.
 const LOGIT_ROWS: usize = 32;
 
+/// Rows of two models whose logits are held at a time to compare them: enough that `lm_head` is read seldom.
+const DIVERGENCE_ROWS: usize = 64;
+
 /// What a run of layers starts from.
 enum Input<'a> {
     Tokens(&'a [Vec<u32>]),
@@ -275,39 +278,42 @@ impl<B: Backend> Runner<B> {
         Ok(out)
     }
 
-    /// Divergence of the next-token distributions of `hidden` from those of `reference`, row by row.
-    pub(crate) fn kl_divergence(
+    /// Divergences of the next-token distributions of each of `hidden` from those of `reference`, row by row.
+    pub(crate) fn kl_divergences(
         &self,
         reference: &HiddenStates,
-        hidden: &HiddenStates,
+        hidden: &[&HiddenStates],
         progress: &dyn Progress,
-    ) -> Result<Vec<f64>> {
+    ) -> Result<Vec<Vec<f64>>> {
         self.check_finished("reference", reference)?;
-        self.check_finished("hidden", hidden)?;
-        if reference.lengths != hidden.lengths {
-            return Err(wrong("hidden", "must have the lengths of the reference".to_owned()));
+        for states in hidden {
+            self.check_finished("hidden", states)?;
+            if reference.lengths != states.lengths {
+                return Err(wrong("hidden", "must have the lengths of the reference".to_owned()));
+            }
         }
-        let total: usize = hidden.lengths.iter().sum();
+        let total: usize = reference.lengths.iter().sum();
         let (backend, vocab_size) = (&self.decoder.backend, self.decoder.config.vocab_size);
         let (mut p, mut q) = (Vec::new(), Vec::new());
         let mut session = self.session();
-        let mut out = vec![0.0; total];
-        for (tile, out) in out.chunks_mut(LOGIT_ROWS).enumerate() {
-            let first = tile * LOGIT_ROWS;
+        let mut out = vec![vec![0.0; total]; hidden.len()];
+        for first in (0..total).step_by(DIVERGENCE_ROWS) {
             Progressing { progress, phase: "tokens", done: first as u64, total: total as u64 }.tell()?;
-            let rows = first..first + out.len();
-            for (states, logits) in [(reference, &mut p), (hidden, &mut q)] {
+            let rows = first..total.min(first + DIVERGENCE_ROWS);
+            self.finished_rows(reference, rows.clone(), &mut session)?;
+            backend.logits(&session.ws.normed, &self.decoder.lm_head, &mut p)?;
+            for (states, out) in hidden.iter().zip(&mut out) {
                 self.finished_rows(states, rows.clone(), &mut session)?;
-                backend.logits(&session.ws.normed, &self.decoder.lm_head, logits)?;
+                backend.logits(&session.ws.normed, &self.decoder.lm_head, &mut q)?;
+                let pairs = p.chunks_exact(vocab_size).zip(q.chunks_exact(vocab_size));
+                let work: Mutex<Vec<_>> = Mutex::new(pairs.zip(&mut out[rows.clone()]).collect());
+                Cpu::global().parallel(rows.len(), |_| {
+                    let next = work.lock().unwrap_or_else(PoisonError::into_inner).pop();
+                    if let Some(((p, q), out)) = next {
+                        *out = divergence(p, q);
+                    }
+                });
             }
-            let pairs = p.chunks_exact(vocab_size).zip(q.chunks_exact(vocab_size));
-            let work: Mutex<Vec<_>> = Mutex::new(pairs.zip(out).collect());
-            Cpu::global().parallel(rows.len(), |_| {
-                let next = work.lock().unwrap_or_else(PoisonError::into_inner).pop();
-                if let Some(((p, q), out)) = next {
-                    *out = divergence(p, q);
-                }
-            });
         }
         Ok(out)
     }
