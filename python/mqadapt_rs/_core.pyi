@@ -19,6 +19,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Plan",
+    "RequestStates",
     "Verification",
     "__version__",
     "convert",
@@ -291,6 +292,17 @@ class HiddenStates:
         """Bytes that it takes."""
 
 @final
+class RequestStates:
+    """Residual streams of a list of requests at the entrance of a layer, kept for the next plan of a sweep."""
+
+    @property
+    def layer_idx(self) -> int:
+        """Layers that have been run."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+
+@final
 class Model:
     """A decoder-only language model, ready to run. Calls from several threads wait for each other.
 
@@ -345,6 +357,11 @@ class Model:
         progress: _Progress | None = None,
     ) -> Model:
         """The same model under another plan for its checkpoint. Layers that neither changes are shared."""
+    def with_layers_of(self, layers: Sequence[tuple[int, Model]]) -> Model:
+        """The same model with some layers taken from models of the same checkpoint, dtype and device.
+
+        All weights are shared: a sweep merges every layer once, and puts plans together from what it has.
+        """
     @property
     def config(self) -> ModelConfig:
         """The configuration, its K/V heads those of the plan."""
@@ -389,6 +406,19 @@ class Model:
         """For each (context, continuation): its log-likelihood in nats, and whether greedy decoding gives it.
 
         What requests have in common is computed once.
+        """
+    def loglikelihood_from(
+        self,
+        requests: Sequence[tuple[_Ids, _Ids]],
+        start: RequestStates | None = None,
+        keep: Sequence[int] = ...,
+        *,
+        progress: _Progress | None = None,
+    ) -> tuple[list[tuple[float, bool]], list[RequestStates]]:
+        """As `loglikelihood`, bit for bit, for a sweep over plans.
+
+        Goes on from the residual streams `start` that an earlier call with the same requests kept (of a model with the
+        same layers before them), and returns those that enter the layers `keep`.
         """
     def perplexity(
         self, ids: _Ids, context: int, windows: int | None = None, *, progress: _Progress | None = None
@@ -451,6 +481,10 @@ class Model:
 
         `hidden` are the residual streams behind the last layer.
         """
+    def kl_divergences(
+        self, reference: HiddenStates, hidden: Sequence[HiddenStates], *, progress: _Progress | None = None
+    ) -> list[NDArray[np.float64]]:
+        """As `kl_divergence`, of several models from one, whose logits are computed once."""
     def kl_divergence(
         self, reference: HiddenStates, hidden: HiddenStates, *, progress: _Progress | None = None
     ) -> NDArray[np.float64]:

@@ -117,6 +117,37 @@ def test_reuse_changes_no_bit(checkpoint: Path, text: Path, metric: str) -> None
     assert all(result == results[0] for result in results[1:])
 
 
+def test_scoring_from_kept_states_changes_no_bit(checkpoint: Path) -> None:
+    draws = random.Random(3)
+    source = Model.load(checkpoint, max_tokens_in_flight=48)
+    vocab_size = source.config.vocab_size
+
+    def ids(number: int) -> list[int]:
+        return [draws.randrange(vocab_size) for _ in range(number)]
+
+    contexts = [ids(n) for n in (1, 5, 30, 60)]
+    requests = [(context, ids(draws.randrange(1, 20))) for context in contexts * 6]
+    requests += [(requests[0][0], []), ([*contexts[2], *requests[2][1][:1]], ids(4))]
+    draws.shuffle(requests)
+    source.loglikelihood([(ids(100), ids(80))])  # a session that was larger before
+    for layer in range(LAYERS):
+        plan = list(SOURCE)
+        plan[layer] = 1
+        model = source.with_plan(plan)
+        expected = model.loglikelihood(requests)
+        scores, kept = source.loglikelihood_from(requests, None, [layer])
+        assert scores == source.loglikelihood(requests)
+        assert [states.layer_idx for states in kept] == [layer]
+        assert model.loglikelihood_from(requests, kept[0])[0] == expected
+        if layer + 1 < LAYERS:  # and kept once more on the way
+            _, deeper = source.loglikelihood_from(requests, kept[0], [layer + 1])
+            assert source.loglikelihood_from(requests, deeper[0])[0] == scores
+    with pytest.raises(ArgumentError, match="other requests"):
+        model.loglikelihood_from(requests[:-3], kept[0])
+    with pytest.raises(ArgumentError, match="keep"):
+        source.loglikelihood_from(requests, kept[0], [0])
+
+
 @pytest.mark.parametrize("name", ["tiny_choice/acc_norm", "tiny_write/exact_match"])
 def test_task_losses_are_lm_evals(checkpoint: Path, tasks: Path, name: str) -> None:
     from lm_eval import simple_evaluate
@@ -127,7 +158,7 @@ def test_task_losses_are_lm_evals(checkpoint: Path, tasks: Path, name: str) -> N
     lm = MqadaptLM(str(checkpoint))
     task = Task.load(name, Data(include_path=str(tasks), limit=30), seed=0, lm=lm)
     assert len(task.documents) == 30
-    instance = TaskEvaluator(PlanOverlays(lm.model, "mean", 0), lm, task)
+    instance = TaskEvaluator(PlanOverlays(lm.model, "mean", 0), lm, task, 1 << 20)
     plans = in_order(some_plans(3))
     for plan, losses in zip(plans, instance.losses(plans, branches(plans), range(30)), strict=True):
         results = simple_evaluate(

@@ -139,6 +139,63 @@ impl Model {
         Ok(Self { engine, plan, fingerprint, dtype: self.dtype, options: self.options.clone(), replaced })
     }
 
+    /// The same model with some layers taken from models of the same checkpoint, dtype and device; all weights are shared.
+    /// So a sweep merges every layer once, and puts plans together from what it has.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a layer that is not there or a model of another kind.
+    pub fn with_layers_of(&self, layers: &[(usize, &Self)]) -> Result<Self> {
+        let wrong = |detail: &str| Error::Argument { name: "layers", detail: detail.to_owned() };
+        let mut heads = self.config().num_key_value_heads.clone();
+        let (mut replaced, mut names) = (self.replaced.clone(), vec![self.fingerprint.clone()]);
+        for (layer_idx, donor) in layers {
+            let theirs = donor.config().num_key_value_heads.get(*layer_idx);
+            let (Some(own), Some(&theirs)) = (heads.get_mut(*layer_idx), theirs) else {
+                return Err(wrong("name one that is not there"));
+            };
+            if donor.plan.source_num_key_value_heads() != self.plan.source_num_key_value_heads()
+                || donor.dtype != self.dtype
+                || donor.config().hidden_size != self.config().hidden_size
+            {
+                return Err(wrong("are of a model of another shape or dtype"));
+            }
+            *own = theirs;
+            replaced.push(*layer_idx);
+            names.push(format!("{layer_idx} {}", donor.fingerprint));
+        }
+        let mut source = self.config().clone();
+        source.num_key_value_heads = self.plan.source_num_key_value_heads().to_vec();
+        let plan = Plan::from_heads(&heads, &source)?;
+        let config = planned(&source, &plan);
+        let engine = match &self.engine {
+            Engine::Kernels(runner) => {
+                let donors: Option<Vec<_>> = layers
+                    .iter()
+                    .map(|(idx, donor)| match &donor.engine {
+                        Engine::Kernels(donor) => Some((*idx, &donor.decoder)),
+                        Engine::Stock(_) => None,
+                    })
+                    .collect();
+                let donors = donors.ok_or_else(|| wrong("are on another device"))?;
+                Engine::Kernels(runner.with(overlay::with_layers_of(&runner.decoder, config, &donors)?))
+            }
+            Engine::Stock(runner) => {
+                let donors: Option<Vec<_>> = layers
+                    .iter()
+                    .map(|(idx, donor)| match &donor.engine {
+                        Engine::Stock(donor) => Some((*idx, &donor.decoder)),
+                        Engine::Kernels(_) => None,
+                    })
+                    .collect();
+                let donors = donors.ok_or_else(|| wrong("are on another device"))?;
+                Engine::Stock(runner.with(overlay::with_layers_of(&runner.decoder, config, &donors)?))
+            }
+        };
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let fingerprint = name_of(&names);
+        Ok(Self { engine, plan, fingerprint, dtype: self.dtype, options: self.options.clone(), replaced })
+    }
+
     /// The configuration, its K/V heads those of the plan.
     #[must_use]
     pub fn config(&self) -> &ModelConfig {

@@ -117,6 +117,23 @@ pub(crate) fn with_plan<B: Backend>(
     Ok(out)
 }
 
+/// The decoder with some layers taken from others. `config`: with the heads of all of them.
+pub(crate) fn with_layers_of<B: Backend>(
+    decoder: &Decoder<B>,
+    config: ModelConfig,
+    layers: &[(usize, &Decoder<B>)],
+) -> Result<Decoder<B>> {
+    let mut out = shared(decoder, config);
+    for &(layer_idx, donor) in layers {
+        let (Some(layer), Some(theirs)) = (out.layers.get_mut(layer_idx), donor.layers.get(layer_idx)) else {
+            let detail = format!("has no layer {layer_idx}");
+            return Err(Error::Argument { name: "layers", detail });
+        };
+        *layer = Arc::clone(theirs);
+    }
+    Ok(out)
+}
+
 /// The decoder with one layer's attention replaced. `config`: with the layer's new heads; `dtype`: of the weights.
 pub(crate) fn with_layer<B: Backend>(
     decoder: &Decoder<B>,

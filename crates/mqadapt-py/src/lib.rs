@@ -32,7 +32,7 @@ mod _core {
     #[pymodule_export]
     use crate::inspect::{gguf_files, inspect};
     #[pymodule_export]
-    use crate::model::{HiddenStates, Model};
+    use crate::model::{HiddenStates, Model, RequestStates};
     #[pymodule_export]
     use crate::plan::Plan;
     #[pymodule_export]

@@ -51,6 +51,25 @@ impl HiddenStates {
     }
 }
 
+/// Residual streams of a list of requests at the entrance of a layer.
+#[pyclass(module = "mqadapt_rs", frozen)]
+pub(crate) struct RequestStates(mqadapt_model::RequestStates);
+
+#[pymethods]
+impl RequestStates {
+    /// Layers that have been run.
+    #[getter]
+    fn layer_idx(&self) -> usize {
+        self.0.layer_idx()
+    }
+
+    /// Memory that it takes.
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.0.bytes()
+    }
+}
+
 #[pymethods]
 impl Model {
     /// Loads a model; a plan is applied in memory.
@@ -138,6 +157,14 @@ impl Model {
                 self.inner.with_merged_layers(&self.checkpoint, &plan, &mut layers, progress)
             }
         })?;
+        let (checkpoint, stop_tokens) = (Arc::clone(&self.checkpoint), self.stop_tokens.clone());
+        Ok(Self { inner, checkpoint, dtype: self.dtype, stop_tokens })
+    }
+
+    /// The same model with some layers taken from others of the same checkpoint.
+    fn with_layers_of(&self, layers: Vec<(usize, Bound<'_, Self>)>) -> PyResult<Self> {
+        let layers: Vec<_> = layers.iter().map(|(layer_idx, donor)| (*layer_idx, &donor.get().inner)).collect();
+        let inner = self.inner.with_layers_of(&layers).or_raise()?;
         let (checkpoint, stop_tokens) = (Arc::clone(&self.checkpoint), self.stop_tokens.clone());
         Ok(Self { inner, checkpoint, dtype: self.dtype, stop_tokens })
     }
@@ -263,6 +290,26 @@ impl Model {
         work::run(py, progress, |progress| self.inner.loglikelihood(&requests, progress))
     }
 
+    /// As `loglikelihood`, going on from residual streams that were kept, and keeping some.
+    #[pyo3(signature = (requests, start = None, keep = Vec::new(), *, progress = None))]
+    fn loglikelihood_from(
+        &self,
+        py: Python<'_>,
+        requests: Vec<(Bound<'_, PyAny>, Bound<'_, PyAny>)>,
+        start: Option<&Bound<'_, RequestStates>>,
+        keep: Vec<usize>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<(Vec<(f64, bool)>, Vec<RequestStates>)> {
+        let requests: PyResult<Vec<_>> = requests
+            .iter()
+            .map(|(context, continuation)| Ok((token_ids(context)?, token_ids(continuation)?)))
+            .collect();
+        let (requests, start) = (requests?, start.map(|start| &start.get().0));
+        let (scores, kept) =
+            work::run(py, progress, |progress| self.inner.loglikelihood_from(&requests, start, &keep, progress))?;
+        Ok((scores, kept.into_iter().map(RequestStates).collect()))
+    }
+
     /// Perplexity over non-overlapping windows.
     #[pyo3(signature = (ids, context, windows = None, *, progress = None))]
     fn perplexity(
@@ -370,6 +417,20 @@ impl Model {
         let (reference, hidden) = (&reference.get().0, &hidden.get().0);
         let out = work::run(py, progress, |progress| self.inner.kl_divergence(reference, hidden, progress))?;
         Ok(out.into_pyarray(py))
+    }
+
+    /// As `kl_divergence`, of several models from one.
+    #[pyo3(signature = (reference, hidden, *, progress = None))]
+    fn kl_divergences<'py>(
+        &self,
+        py: Python<'py>,
+        reference: &Bound<'py, HiddenStates>,
+        hidden: Vec<Bound<'py, HiddenStates>>,
+        progress: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Vec<Bound<'py, PyArray1<f64>>>> {
+        let (reference, hidden) = (&reference.get().0, hidden.iter().map(|states| &states.get().0).collect::<Vec<_>>());
+        let out = work::run(py, progress, |progress| self.inner.kl_divergences(reference, &hidden, progress))?;
+        Ok(out.into_iter().map(|values| values.into_pyarray(py)).collect())
     }
 
     fn __repr__(&self) -> String {

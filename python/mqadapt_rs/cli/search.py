@@ -7,7 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from mqadapt_rs.cli.options import Debug, DType, Json, Method, Seed, Src
+from mqadapt_rs.cli.options import (
+    CalibrationContext,
+    CalibrationField,
+    CalibrationText,
+    CalibrationTokens,
+    Debug,
+    DType,
+    Json,
+    Method,
+    Seed,
+    Src,
+    Stats,
+    TargetContext,
+)
 
 Strategy = Annotated[
     str,
@@ -43,6 +56,12 @@ def search(
     out: Annotated[Path, _option("out", "The folder for journal, best.plan.json and summary.json.", file_okay=False)],
     metric: Metric = "kl",
     method: Method = "mean",
+    calibration: CalibrationText = None,
+    calibration_field: CalibrationField = "text",
+    calibration_tokens: CalibrationTokens = 16384,
+    calibration_context: CalibrationContext = 2048,
+    target_context: TargetContext = "512,2048",
+    stats: Stats = None,
     text: Annotated[
         Path | None, _option("text", "For kl and perplexity: plain text, or .jsonl[.gz].", exists=True, dir_okay=False)
     ] = None,
@@ -100,6 +119,12 @@ def search(
             out=out,
             metric=metric,
             method=method,
+            calibration=calibration,
+            calibration_field=calibration_field,
+            calibration_tokens=calibration_tokens,
+            calibration_context=calibration_context,
+            target_context=_numbers("target-context", target_context),
+            stats=stats,
             text=text,
             field=field,
             context=context,
@@ -107,7 +132,7 @@ def search(
             include_path=include_path,
             limit=limit,
             num_fewshot=num_fewshot,
-            counts=_counts(counts),
+            counts=None if counts is None else _numbers("counts", counts),
             kv_budget=kv_budget,
             latency_budget=latency_budget,
             depth=depth,
@@ -136,13 +161,13 @@ def search(
         print(f"{result.folder / 'best.plan.json'} can go straight into 'mqadapt convert --plan'.")
 
 
-def _counts(text: str | None) -> list[int] | None:
+def _numbers(name: str, text: str) -> list[int]:
     from mqadapt_rs import ArgumentError
 
     try:
-        return None if text is None else [int(part) for part in text.split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ArgumentError(f"--counts {text}: expected whole numbers joined by commas, such as 1,2") from None
+        raise ArgumentError(f"--{name} {text}: expected whole numbers joined by commas, such as 1,2") from None
 
 
 def plot(

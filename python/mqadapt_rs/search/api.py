@@ -16,7 +16,7 @@ from .conduct import SearchResult, check, conduct
 from .executors import forget, in_process, processes, ray_cluster
 from .limit import Limit
 from .space import parse_budget
-from .spec import Data, ModelSpec, prepare
+from .spec import CalibrationData, Data, ModelSpec, prepare
 from .study import Options
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ def search(
     out: str | os.PathLike[str],
     metric: str = "kl",
     method: str = "mean",
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_field: str = "text",
+    calibration_tokens: int = 16384,
+    calibration_context: int = 2048,
+    target_context: Sequence[int] = (512, 2048),
+    stats: str | os.PathLike[str] | None = None,
     text: str | os.PathLike[str] | None = None,
     field: str = "text",
     context: int = 512,
@@ -70,6 +76,12 @@ def search(
         metric: `kl` (exact divergence from the source's next-token distribution), `perplexity`, or
             `task:NAME/METRIC` of lm-eval.
         method: how heads are merged.
+        calibration: text of the methods that merge from it, `closed-form` and `prune`; best another one than `text`.
+        calibration_field: the field of a `.jsonl` file that holds it.
+        calibration_tokens: tokens drawn from it.
+        calibration_context: tokens of a drawn window.
+        target_context: contexts that the converted model is for.
+        stats: file of the statistics; used where it exists, written where not (`out/statistics.safetensors`).
         text: for `kl` and `perplexity`: plain text or `.jsonl[.gz]`.
         field: the field of a `.jsonl` file that holds the text.
         context: tokens of a window.
@@ -125,6 +137,13 @@ def search(
         num_fewshot=num_fewshot,
     )
     spec = ModelSpec(str(src), metric, data, method, seed, dtype, device, max_memory)
+    if calibration is not None or stats is not None:
+        saved = Path(out) / "statistics.safetensors" if stats is None else Path(stats)
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        file = None if calibration is None else str(calibration)
+        contexts = tuple(target_context)
+        drawn = CalibrationData(file, str(saved), calibration_field, calibration_tokens, calibration_context, contexts)
+        spec = replace(spec, calibration=drawn)
     try:
         spec, space = prepare(spec, options.counts, keep=workers is None and ray is None)
         if kv_budget is not None:
@@ -159,6 +178,9 @@ def search(
                 watcher=watch,
                 about={
                     "source_argument": str(src),
+                    "calibration_arguments": in_words(calibration_options(spec.calibration))
+                    if spec.calibration
+                    else "",
                     "command": command(src, strategy, Path(out), data, spec, budgets, options),
                 },
             )
@@ -212,7 +234,9 @@ def command(
         spec.method,
     ]
     defaults = Data()
+    calibration = spec.calibration
     given: dict[str, Any] = {
+        **({} if calibration is None else calibration_options(calibration)),
         "text": data.text,
         "field": data.field if data.text and data.field != defaults.field else None,
         "context": data.context if data.text else None,
@@ -230,7 +254,23 @@ def command(
         "dtype": spec.dtype,
         "out": out,
     }
-    for name, value in given.items():
-        if value is not None:
-            words += [f"--{name}", str(value)]
-    return shlex.join(words)
+    return shlex.join(words) + in_words(given)
+
+
+def in_words(options: dict[str, Any]) -> str:
+    """Options as on the command line, a space before each."""
+    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
+
+
+def calibration_options(data: CalibrationData) -> dict[str, Any]:
+    """The options of the command line that say so, where they are not the usual ones."""
+    usual = CalibrationData(None, "")
+    contexts = ",".join(map(str, data.target_context))
+    return {
+        "calibration": data.file,
+        "calibration-field": data.field if data.file and data.field != usual.field else None,
+        "calibration-tokens": data.tokens if data.tokens != usual.tokens else None,
+        "calibration-context": data.context if data.context != usual.context else None,
+        "target-context": contexts if data.target_context != usual.target_context else None,
+        "stats": data.stats,
+    }

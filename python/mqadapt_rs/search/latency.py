@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mqadapt_rs import Model
 
-    from .windows import Overlays
+    from .overlays import PlanOverlays
 
 FILE = "latency.json"
 TOKENS = 24
@@ -33,7 +33,7 @@ def decode_seconds(model: Model, depth: int) -> float:
     return min(statistics.median(model.measure_decode(depth, TOKENS)) for _ in range(ROUNDS))
 
 
-def measure(overlays: Overlays, space: Space, depth: int) -> LayerSeconds:
+def measure(overlays: PlanOverlays, space: Space, depth: int) -> LayerSeconds:
     """Seconds of each layer with each of its counts, at a depth of `depth` tokens."""
     source = decode_seconds(overlays.source, depth)
     shared = source / space.num_hidden_layers
@@ -49,7 +49,7 @@ def measure(overlays: Overlays, space: Space, depth: int) -> LayerSeconds:
     )
 
 
-def measured(folder: Path, overlays: Overlays, space: Space, depth: int, *, resume: bool) -> Space:
+def measured(folder: Path, overlays: PlanOverlays, space: Space, depth: int, *, resume: bool) -> Space:
     """The space with measured times; a search that is resumed keeps those that it began with."""
     path = folder / FILE
     if resume and path.exists():

@@ -1,12 +1,15 @@
-"""The model under any plan, in memory. In: a model loaded once, a merge method. Out: models that share all other weights."""
+"""The model under any plan, in memory. In: a model loaded once, a merge method. Out: models that share all other weights.
+
+A layer is merged once for every count; plans are put together from merged layers.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mqadapt_rs import Model
+    from mqadapt_rs import Calibration, Model
 
     from .space import Heads
 
@@ -19,9 +22,23 @@ class PlanOverlays:
     """The model as it is."""
     method: str
     seed: int
+    calibration: Calibration | None = None
+    """Of methods that merge from text. Not sequential: there a layer depends on those before it."""
+    _merged: dict[tuple[int, int], Model] = field(default_factory=dict)
 
     def model(self, plan: Heads) -> Model:
         """The model under a plan."""
-        if list(plan) == self.source.plan.num_key_value_heads:
+        changed = [(idx, own) for idx, own in enumerate(plan) if own != self.source.plan.num_key_value_heads[idx]]
+        if not changed:
             return self.source
-        return self.source.with_plan(list(plan), self.method, self.seed)
+        return self.source.with_layers_of([(layer_idx, self._layer(layer_idx, own)) for layer_idx, own in changed])
+
+    def _layer(self, layer_idx: int, count: int) -> Model:
+        """The model with one layer merged."""
+        if (layer_idx, count) not in self._merged:
+            plan = list(self.source.plan.num_key_value_heads)
+            plan[layer_idx] = count
+            self._merged[layer_idx, count] = self.source.with_plan(
+                plan, self.method, self.seed, calibration=self.calibration
+            )
+        return self._merged[layer_idx, count]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mqadapt_rs import Model
 
     from .evaluation import Evaluator
+    from .tasks import TaskEvaluator
 
 METRICS = {
     "kl": Metric("kl", "nats per token", "nats per token"),
@@ -50,6 +51,19 @@ class Data:
 
 
 @dataclass(frozen=True)
+class CalibrationData:
+    """Where the statistics of methods that merge from text come from."""
+
+    file: str | None
+    stats: str
+    """File of the statistics: read where it exists, written where not."""
+    field: str = "text"
+    tokens: int = 16384
+    context: int = 2048
+    target_context: tuple[int, ...] = (512, 2048)
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Model, method and data of a search."""
 
@@ -61,6 +75,7 @@ class ModelSpec:
     dtype: str | None = None
     device: str = "cpu"
     max_memory: int = 1 << 30
+    calibration: CalibrationData | None = None
     # known once the evaluator was built for the first time
     metric: Metric = METRICS["kl"]
     documents: int = 0
@@ -75,7 +90,7 @@ class ModelSpec:
         """Loads model and data."""
         return self.load()[0]
 
-    def load(self) -> tuple[Evaluator, Model, ModelSpec]:
+    def load(self) -> tuple[WindowEvaluator | TaskEvaluator, Model, ModelSpec]:
         """The evaluator, its model, and the specification with all that is known of them.
 
         Raises:
@@ -94,9 +109,26 @@ class ModelSpec:
         """The model under any plan."""
         from mqadapt_rs import Model
 
-        return PlanOverlays(Model.load(self.src, dtype=self.dtype, device=self.device), self.method, self.seed)
+        return self._over(Model.load(self.src, dtype=self.dtype, device=self.device))
 
-    def _windows(self) -> tuple[Evaluator, Model, ModelSpec]:
+    def _over(self, model: Model) -> PlanOverlays:
+        from mqadapt_rs import load_calibration
+
+        calibration, data = None, self.calibration
+        if data is not None:
+            calibration = load_calibration(
+                self.src,
+                data.file,
+                field=data.field,
+                tokens=data.tokens,
+                context=data.context,
+                seed=self.seed,
+                target_context=data.target_context,
+                stats=data.stats,
+            )
+        return PlanOverlays(model, self.method, self.seed, calibration)
+
+    def _windows(self) -> tuple[WindowEvaluator, Model, ModelSpec]:
         windows = read_windows(self.src, self.data, self.seed)
         overlays = self.overlays()
         model = overlays.source
@@ -120,7 +152,7 @@ class ModelSpec:
         )
         return evaluator, model, spec
 
-    def _task(self) -> tuple[Evaluator, Model, ModelSpec]:
+    def _task(self) -> tuple[TaskEvaluator, Model, ModelSpec]:
         from mqadapt_rs.harness import MqadaptLM
 
         from .tasks import Task, TaskEvaluator
@@ -128,7 +160,7 @@ class ModelSpec:
         lm = MqadaptLM(self.src, dtype=self.dtype, device=self.device)
         task = Task.load(self.metric_name.removeprefix("task:"), self.data, self.seed, lm)
         model = lm.model
-        evaluator = TaskEvaluator(PlanOverlays(model, self.method, self.seed), lm, task)
+        evaluator = TaskEvaluator(self._over(model), lm, task, self.max_memory)
         spec = replace(
             self,
             metric=task.metric,
@@ -142,13 +174,22 @@ class ModelSpec:
 
         digest = hashlib.sha256(json.dumps(data, default=str).encode()).hexdigest()[:16]
         method = self.method if self.method != "random" else f"{self.method} (seed {self.seed})"
+        calibration = () if self.calibration is None else (("calibration", self._calibration_in_words()),)
         return (
             ("name", Path(self.src).name if Path(self.src).exists() else self.src),
             ("model", model.fingerprint),
             ("text", f"{digest} ({self._data_in_words()})"),
             ("method", method),
+            *calibration,
             ("version", __version__),
         )
+
+    def _calibration_in_words(self) -> str:
+        data = self.calibration
+        if data is None or data.file is None:
+            return "saved statistics"
+        contexts = ", ".join(map(str, data.target_context))
+        return f"{data.tokens} tokens of {Path(data.file).name}, target context {contexts}"
 
     def _data_in_words(self) -> str:
         data = self.data
@@ -184,6 +225,11 @@ def space_of(model: Model, counts: tuple[int, ...] | None) -> Space:
 def prepare(spec: ModelSpec, counts: tuple[int, ...] | None, *, keep: bool) -> tuple[ModelSpec, Space]:
     """Completes a specification and finds its space of plans; `keep`: this process will evaluate, so stay loaded."""
     evaluator, model, known = spec.load()
+    if spec.calibration is not None:
+        # collects the statistics, once, before workers look for them
+        space = space_of(model, counts)
+        layer = next(idx for idx in range(space.num_hidden_layers) if len(space.choices(idx)) > 1)
+        evaluator.overlays.model(space.single(layer, space.choices(layer)[0]))
     if keep:
         adopt(known, evaluator)
     return known, space_of(model, counts)

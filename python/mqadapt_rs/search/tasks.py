@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 from mqadapt_rs.errors import ArgumentError
 
 from .evaluation import Metric
+from .prefixes import Prefixes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mqadapt_rs.harness import MqadaptLM
 
+    from .overlays import PlanOverlays
     from .space import Heads
     from .spec import Data
-    from .windows import Overlays
 
     Pair = tuple[list[int], list[int]]
 
@@ -109,9 +110,12 @@ class Task:
 class TaskEvaluator:
     """Losses of a task's documents."""
 
-    def __init__(self, overlays: Overlays, lm: MqadaptLM, task: Task) -> None:
+    def __init__(self, overlays: PlanOverlays, lm: MqadaptLM, task: Task, max_memory: int) -> None:
         """`lm`: lm-eval's view of the model, lent to each plan in turn."""
         self.overlays = overlays
+        self.max_memory = max_memory
+        self.prefixes = Prefixes(0)
+        self._documents = range(0)
         self.lm = lm
         self.task = task
         instances = [instance for _, requests in task.documents for instance in requests]
@@ -126,13 +130,24 @@ class TaskEvaluator:
         self, plans: Sequence[Heads], branches: Sequence[Sequence[int]], documents: range
     ) -> Iterator[list[float]]:
         """The loss of each document."""
-        for plan, _ in zip(plans, branches, strict=True):
+        for plan, depths in zip(plans, branches, strict=True):
             model = self.overlays.model(plan)
-            if self.scored:
-                answers = list(model.loglikelihood([pair for number in documents for pair in self.pairs[number]]))
-            else:
-                answers = self._answers(model, documents)
+            answers = self._scores(model, plan, depths, documents) if self.scored else self._answers(model, documents)
             yield self.task.losses(documents, answers)
+
+    def _scores(self, model: Any, plan: Heads, depths: Sequence[int], documents: range) -> list[Any]:
+        """Log-likelihoods, from hidden states before the first layer that was not run before."""
+        pairs = [pair for number in documents for pair in self.pairs[number]]
+        if documents != self._documents:
+            self._documents = documents
+            # at most these tokens; what requests share takes room once, so more may fit than is planned for
+            states = sum(len(context) + len(tokens) for context, tokens in pairs) * self.lm.model.config.hidden_size * 4
+            self.prefixes = Prefixes(self.max_memory // max(1, states))
+        start, state = self.prefixes.start(plan, depths)
+        scores, kept = model.loglikelihood_from(pairs, state, self.prefixes.wanted(start, depths))
+        for states in kept:
+            self.prefixes.keep(plan, states.layer_idx, states)
+        return list(scores)
 
     def _answers(self, model: Any, documents: range) -> list[Any]:
         """Answers of any kind to the documents' requests, in order."""

@@ -9,31 +9,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from .overlays import PlanOverlays
     from .prefixes import Prefixes
     from .space import Heads
-
-
-class Overlays(Protocol):
-    """Gives the model under a plan; layers that were merged once are kept."""
-
-    source: Any
-    """The model as it is (`mqadapt_rs.Model`)."""
-
-    def model(self, plan: Heads) -> Any:
-        """The model under a plan, sharing all unchanged layers."""
-        ...
 
 
 @dataclass
 class WindowEvaluator:
     """Losses of windows of equal length."""
 
-    overlays: Overlays
+    overlays: PlanOverlays
     windows: Sequence[Sequence[int]]
     """Token ids; every window has the same length."""
     metric: str
@@ -54,16 +44,17 @@ class WindowEvaluator:
         windows = [list(self.windows[document]) for document in documents]
         if self.metric == "perplexity":
             for plan, depths in zip(plans, branches, strict=True):
-                yield _means(self.overlays.source.nll(self._final(plan, depths, windows), windows), len(windows))
+                nll = self.overlays.source.nll(self._final(plan, depths, windows), windows)
+                yield _means(nll.tolist(), len(windows))
             return
         changed = [(plan, depths) for plan, depths in zip(plans, branches, strict=True) if plan != self.source]
         if changed and self._reference is None:
             self._reference = self.overlays.source.hidden_before(len(self.source), windows)
         finals = [self._final(plan, depths, windows) for plan, depths in changed]
-        divergences = iter([self.overlays.source.kl_divergence(self._reference, states) for states in finals])
+        divergences = iter(self.overlays.source.kl_divergences(self._reference, finals) if finals else ())
         for plan in plans:
             # the source does not diverge from itself, exactly
-            yield [0.0] * len(windows) if plan == self.source else _means(next(divergences), len(windows))
+            yield [0.0] * len(windows) if plan == self.source else _means(next(divergences).tolist(), len(windows))
 
     def _final(self, plan: Heads, depths: Sequence[int], windows: list[list[int]]) -> Any:
         """Hidden states of a plan behind the last layer, keeping those at `depths` on the way."""
