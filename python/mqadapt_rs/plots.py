@@ -142,9 +142,9 @@ def _damage_axis(axes: Axes, results: Sequence[Results], shown: Sequence[Evaluat
     metric = results[0].metric
     sizes = sorted(abs(evaluation.damage.mean) for evaluation in shown if evaluation.damage.mean)
     errors = any(evaluation.damage.standard_error for evaluation in shown)
-    label = f"damage: {metric.name} increase [{metric.damage_unit}]" + ("\n95 % interval" if errors else "")
-    if metric.scale == "negative":
-        label = label.replace("increase", "loss")
+    change = "loss" if metric.scale == "negative" else "increase"
+    # a line each: units are long, figures are not
+    label = f"damage: {metric.name} {change}\n[{metric.damage_unit}]" + ("\n95 % interval" if errors else "")
     if len(sizes) > 3 and sizes[-1] > 12 * sizes[len(sizes) // 2]:
         axes.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(sizes[len(sizes) // 4])), linscale=0.5)
         label += (", " if errors else "\n") + "symmetric log scale"

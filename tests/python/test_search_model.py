@@ -7,13 +7,14 @@ import json
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tiny
-from mqadapt_rs import ArgumentError, Model, Plan, convert
+from mqadapt_rs import ArgumentError, Model, Plan, convert, load_calibration
 from mqadapt_rs.search import Options, search
 from mqadapt_rs.search.order import branches, in_order
 from mqadapt_rs.search.overlays import PlanOverlays
@@ -271,3 +272,26 @@ def test_options_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="does nothing"):
         search(tmp_path / "no-model", strategy="sensitivity", trials=3, out=tmp_path)
     assert Options().trials is None
+
+
+def test_methods_that_merge_from_text(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """Layers merged once and put together are those of a model that was merged with the whole plan."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the text is short
+        stats = tmp_path / "s" / "statistics.safetensors"
+        result = search(
+            checkpoint, strategy="alternate", metric="kl", method="closed-form", calibration=text, calibration_tokens=2048,
+            calibration_context=64, target_context=[32], text=text, context=24, windows=4, out=tmp_path / "s",
+        )  # fmt: skip
+        assert stats.is_file()
+        assert result.winner is not None
+        calibration = load_calibration(checkpoint, text, tokens=2048, context=64, target_context=[32], stats=stats)
+        whole = Model.load(checkpoint).with_plan(list(result.winner.plan), "closed-form", calibration=calibration)
+        windows = read_windows(str(checkpoint), Data(text=str(text), context=24, windows=4), seed=0)
+        source = Model.load(checkpoint)
+        states = (source.hidden_before(LAYERS, windows), whole.hidden_before(LAYERS, windows))
+        assert source.kl_divergence(*states).mean() == pytest.approx(result.winner.value, rel=1e-9)
+    summary = json.loads((tmp_path / "s" / "summary.json").read_text())
+    assert f"--stats {stats}" in summary["calibration_arguments"]
+    header = json.loads((tmp_path / "s" / "journal.jsonl").read_text().splitlines()[0])
+    assert "2048 tokens of text.txt" in header["calibration"]
