@@ -94,7 +94,7 @@ impl<B: Backend> Runner<B> {
         progress: &dyn Progress,
     ) -> Result<(Vec<(f64, bool)>, Vec<RequestStates>)> {
         let (first, layers) = (start.map_or(0, |start| start.layer_idx), self.decoder.layers.len());
-        if let Some(layer) = keep.iter().find(|layer| !(first..layers).contains(layer)) {
+        if let Some(layer) = keep.iter().find(|layer| !(first..layers).contains(*layer)) {
             let detail = format!("must be layers from {first} to {}; found {layer}", layers - 1);
             return Err(Error::Argument { name: "keep", detail });
         }
