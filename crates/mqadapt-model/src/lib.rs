@@ -67,7 +67,7 @@ pub use model::Model;
 pub use mqadapt_kernels::Precision;
 pub use options::{Device, GenerateOptions, LoadOptions, Perplexity, WeightFormat};
 pub use overlay::AttentionWeights;
-pub use score::RequestStates;
+pub use score::{Likelihood, RequestStates};
 pub use states::{HiddenStates, LayerTrace};
 pub use statistics_file::{StatisticsFile, collect_statistics};
 

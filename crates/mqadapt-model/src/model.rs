@@ -9,7 +9,7 @@ use crate::backend::{Backend, Kernels, Stock};
 use crate::decoder::Decoder;
 use crate::load::{self, Overlay};
 use crate::overlay::{self, AttentionWeights};
-use crate::score::RequestStates;
+use crate::score::{Likelihood, RequestStates};
 use crate::session::Runner;
 use crate::states::{HiddenStates, LayerTrace};
 use crate::{Device, Error, GenerateOptions, LoadOptions, Perplexity, Result, WeightFormat};
@@ -290,11 +290,7 @@ impl Model {
     ///
     /// # Errors
     /// As [`Self::logits`]; [`Error::Argument`] for an empty context.
-    pub fn loglikelihood(
-        &self,
-        requests: &[(Vec<u32>, Vec<u32>)],
-        progress: &dyn Progress,
-    ) -> Result<Vec<(f64, bool)>> {
+    pub fn loglikelihood(&self, requests: &[(Vec<u32>, Vec<u32>)], progress: &dyn Progress) -> Result<Vec<Likelihood>> {
         on_backend!(&self.engine, runner => runner.loglikelihood(requests, progress))
     }
 
@@ -310,7 +306,7 @@ impl Model {
         start: Option<&RequestStates>,
         keep: &[usize],
         progress: &dyn Progress,
-    ) -> Result<(Vec<(f64, bool)>, Vec<RequestStates>)> {
+    ) -> Result<(Vec<Likelihood>, Vec<RequestStates>)> {
         on_backend!(&self.engine, runner => runner.loglikelihood_from(requests, start, keep, progress))
     }
 

@@ -37,6 +37,9 @@ impl RequestStates {
     }
 }
 
+/// The log-likelihood of a continuation, and whether greedy decoding gives it.
+pub type Likelihood = (f64, bool);
+
 /// A piece of a sequence is not cut shorter than this to fill up a pass.
 const SHORTEST_PIECE: usize = 32;
 
@@ -80,7 +83,7 @@ struct Walk<'a, B: Backend> {
 
 impl<B: Backend> Runner<B> {
     /// The log-likelihood of every continuation, and whether greedy decoding gives it.
-    pub(crate) fn loglikelihood(&self, requests: &[Request], progress: &dyn Progress) -> Result<Vec<(f64, bool)>> {
+    pub(crate) fn loglikelihood(&self, requests: &[Request], progress: &dyn Progress) -> Result<Vec<Likelihood>> {
         Ok(self.loglikelihood_from(requests, None, &[], progress)?.0)
     }
 
@@ -92,7 +95,7 @@ impl<B: Backend> Runner<B> {
         start: Option<&RequestStates>,
         keep: &[usize],
         progress: &dyn Progress,
-    ) -> Result<(Vec<(f64, bool)>, Vec<RequestStates>)> {
+    ) -> Result<(Vec<Likelihood>, Vec<RequestStates>)> {
         let (first, layers) = (start.map_or(0, |start| start.layer_idx), self.decoder.layers.len());
         if let Some(layer) = keep.iter().find(|layer| !(first..layers).contains(*layer)) {
             let detail = format!("must be layers from {first} to {}; found {layer}", layers - 1);
@@ -156,7 +159,7 @@ impl<B: Backend> Walk<'_, B> {
         previous: &[u32],
         first_wanted: usize,
         progressing: &Progressing<'_>,
-        results: &mut [(f64, bool)],
+        results: &mut [Likelihood],
     ) -> Result<()> {
         let length = ids.len() - 1; // the last token is only predicted
         let shared = ids.iter().zip(previous).take_while(|(a, b)| a == b).count();
@@ -206,7 +209,7 @@ impl<B: Backend> Walk<'_, B> {
     }
 
     /// Runs the pass that has been put together, and adds up what it gives.
-    fn run(&mut self, progressing: &Progressing<'_>, results: &mut [(f64, bool)]) -> Result<()> {
+    fn run(&mut self, progressing: &Progressing<'_>, results: &mut [Likelihood]) -> Result<()> {
         progressing.tell()?;
         let (decoder, session) = (&self.runner.decoder, &mut *self.session);
         if session.batch.rows() > 0 {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mqadapt_checkpoint::{Checkpoint, Content};
 use mqadapt_kernels::Precision;
-use mqadapt_model::{Device, GenerateOptions, LoadOptions, WeightFormat};
+use mqadapt_model::{Device, GenerateOptions, Likelihood, LoadOptions, WeightFormat};
 use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
@@ -281,7 +281,7 @@ impl Model {
         py: Python<'_>,
         requests: Vec<(Bound<'_, PyAny>, Bound<'_, PyAny>)>,
         progress: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<Vec<(f64, bool)>> {
+    ) -> PyResult<Vec<Likelihood>> {
         let requests: PyResult<Vec<_>> = requests
             .iter()
             .map(|(context, continuation)| Ok((token_ids(context)?, token_ids(continuation)?)))
@@ -299,7 +299,7 @@ impl Model {
         start: Option<&Bound<'_, RequestStates>>,
         keep: Vec<usize>,
         progress: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<(Vec<(f64, bool)>, Vec<RequestStates>)> {
+    ) -> PyResult<(Vec<Likelihood>, Vec<RequestStates>)> {
         let requests: PyResult<Vec<_>> = requests
             .iter()
             .map(|(context, continuation)| Ok((token_ids(context)?, token_ids(continuation)?)))
