@@ -3,6 +3,10 @@
 //! The vocabulary is cut into tiles whose bounds depend on nothing but its size; each thread turns tiles of logits into a
 //! few numbers per row, which are combined in the order of the tiles.
 
+mod divergence;
+
+pub use divergence::DivergenceHead;
+
 use crate::{
     Cpu, Precision, Store, WeightsRef,
     act::softcap,

@@ -55,7 +55,7 @@ mod weights;
 pub use act::Activation;
 pub use attention::{AttentionParams, KvMut, KvRef, Segment, Span};
 pub use cpu::Cpu;
-pub use head::{RowScore, ScoreHead};
+pub use head::{DivergenceHead, RowScore, ScoreHead};
 pub use isa::Isa;
 pub use matmul::{MatmulOut, Store};
 pub use rope::RopeTables;

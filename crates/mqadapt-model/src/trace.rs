@@ -1,23 +1,18 @@
 //! Looking inside: logits of every position, residual streams between layers, what each layer saw, divergences.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 use mqadapt_core::Progress;
-use mqadapt_kernels::{Cpu, Span};
+use mqadapt_kernels::Span;
 
 use crate::backend::{Backend, Wanted};
 use crate::decoder::{Moment, Workspace};
-use crate::divergence::divergence;
 use crate::error::{Error, Result};
 use crate::session::{Progressing, Runner, Session};
 use crate::states::{HiddenStates, LayerTrace};
 
 /// Rows whose logits are held at a time.
 const LOGIT_ROWS: usize = 32;
-
-/// Rows of two models whose logits are held at a time to compare them: enough that `lm_head` is read seldom.
-const DIVERGENCE_ROWS: usize = 64;
 
 /// What a run of layers starts from.
 enum Input<'a> {
@@ -226,15 +221,11 @@ impl<B: Backend> Runner<B> {
         Ok(())
     }
 
-    /// Rows behind the last layer, normed, a few at a time: `take(first row, session)`.
-    fn finished_rows(&self, hidden: &HiddenStates, rows: Range<usize>, session: &mut Session<B>) -> Result<()> {
+    /// Rows behind the last layer, `[rows, hidden_size]`, through the final norm.
+    fn finish_rows(&self, values: &[f32], session: &mut Session<B>) -> Result<()> {
         let width = self.decoder.config.hidden_size;
-        self.decoder.backend.upload(
-            &hidden.values[rows.start * width..rows.end * width],
-            width,
-            &mut session.ws.hidden,
-        )?;
-        self.decoder.finish(&(0..rows.len()).collect::<Vec<_>>(), &mut session.ws)
+        self.decoder.backend.upload(values, width, &mut session.ws.hidden)?;
+        self.decoder.finish(&(0..values.len() / width).collect::<Vec<_>>(), &mut session.ws)
     }
 
     fn check_finished(&self, name: &'static str, hidden: &HiddenStates) -> Result<()> {
@@ -264,12 +255,12 @@ impl<B: Backend> Runner<B> {
             wanted.extend(sequence.iter().skip(1).enumerate().map(|(i, &token)| Wanted { row: first + i, token }));
             first += sequence.len();
         }
-        let mut session = self.session();
+        let (width, mut session) = (self.decoder.config.hidden_size, self.session());
         let (mut out, mut scored) = (Vec::with_capacity(wanted.len()), Vec::new());
         for start in (0..first).step_by(self.max_tokens_in_flight) {
             Progressing { progress, phase: "tokens", done: start as u64, total: first as u64 }.tell()?;
             let end = first.min(start + self.max_tokens_in_flight);
-            self.finished_rows(hidden, start..end, &mut session)?;
+            self.finish_rows(&hidden.values[start * width..end * width], &mut session)?;
             let mine = wanted.partition_point(|w| w.row < start)..wanted.partition_point(|w| w.row < end);
             let mine: Vec<_> = wanted[mine].iter().map(|w| Wanted { row: w.row - start, ..*w }).collect();
             self.decoder.backend.score(&session.ws.normed, &self.decoder.lm_head, &mine, &mut scored)?;
@@ -292,27 +283,20 @@ impl<B: Backend> Runner<B> {
                 return Err(wrong("hidden", "must have the lengths of the reference".to_owned()));
             }
         }
-        let total: usize = reference.lengths.iter().sum();
-        let (backend, vocab_size) = (&self.decoder.backend, self.decoder.config.vocab_size);
-        let (mut p, mut q) = (Vec::new(), Vec::new());
+        let (total, width) = (reference.lengths.iter().sum::<usize>(), self.decoder.config.hidden_size);
         let mut session = self.session();
-        let mut out = vec![vec![0.0; total]; hidden.len()];
-        for first in (0..total).step_by(DIVERGENCE_ROWS) {
+        let (mut out, mut values, mut found) = (vec![vec![0.0; total]; hidden.len()], Vec::new(), Vec::new());
+        for first in (0..total).step_by(B::DIVERGENCE_ROWS) {
             Progressing { progress, phase: "tokens", done: first as u64, total: total as u64 }.tell()?;
-            let rows = first..total.min(first + DIVERGENCE_ROWS);
-            self.finished_rows(reference, rows.clone(), &mut session)?;
-            backend.logits(&session.ws.normed, &self.decoder.lm_head, &mut p)?;
-            for (states, out) in hidden.iter().zip(&mut out) {
-                self.finished_rows(states, rows.clone(), &mut session)?;
-                backend.logits(&session.ws.normed, &self.decoder.lm_head, &mut q)?;
-                let pairs = p.chunks_exact(vocab_size).zip(q.chunks_exact(vocab_size));
-                let work: Mutex<Vec<_>> = Mutex::new(pairs.zip(&mut out[rows.clone()]).collect());
-                Cpu::global().parallel(rows.len(), |_| {
-                    let next = work.lock().unwrap_or_else(PoisonError::into_inner).pop();
-                    if let Some(((p, q), out)) = next {
-                        *out = divergence(p, q);
-                    }
-                });
+            let rows = first..total.min(first + B::DIVERGENCE_ROWS);
+            values.clear();
+            for states in std::iter::once(&reference).chain(hidden) {
+                values.extend_from_slice(&states.values[rows.start * width..rows.end * width]);
+            }
+            self.finish_rows(&values, &mut session)?;
+            self.decoder.backend.divergences(&session.ws.normed, &self.decoder.lm_head, rows.len(), &mut found)?;
+            for (out, found) in out.iter_mut().zip(found.chunks_exact(rows.len())) {
+                out[rows.clone()].copy_from_slice(found);
             }
         }
         Ok(out)

@@ -4,8 +4,8 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 
 use mqadapt_core::{Activation, DType};
 use mqadapt_kernels::{
-    AttentionParams, Cpu, KvMut, KvRef, Linear as LinearRef, MatmulOut, Precision, RopeTables, RowScore, ScoreHead,
-    Segment, Store, WeightsRef,
+    AttentionParams, Cpu, DivergenceHead, KvMut, KvRef, Linear as LinearRef, MatmulOut, Precision, RopeTables,
+    RowScore, ScoreHead, Segment, Store, WeightsRef,
 };
 
 use super::{Backend, Heads, HostMatrix, Linear, Scored, Wanted};
@@ -101,6 +101,8 @@ impl Kernels {
 }
 
 impl Backend for Kernels {
+    /// As many as a tile of the output head has.
+    const DIVERGENCE_ROWS: usize = 96;
     type Matrix = KernelMatrix;
     type Vector = Vec<f32>;
     type Buffer = Vec<f32>;
@@ -297,6 +299,18 @@ impl Backend for Kernels {
             let logprob = f64::from(*logit) - f64::from(row.log_sum_exp);
             Scored { logprob, is_greedy: row.argmax == wanted.token }
         }));
+        Ok(())
+    }
+
+    fn divergences(&self, x: &Vec<f32>, lm_head: &KernelMatrix, rows: usize, out: &mut Vec<f64>) -> Result<()> {
+        let head = DivergenceHead {
+            lm_head: lm_head.weights(),
+            hidden_size: lm_head.in_features,
+            softcap: None,
+            precision: self.precision,
+        };
+        out.resize(self::rows(x, lm_head.in_features) - rows, 0.0);
+        self.cpu.divergence_head(&head, x, rows, out);
         Ok(())
     }
 

@@ -64,6 +64,8 @@ pub(crate) struct Scored {
 
 /// The operations of the forward pass. Results are written to `out`, whatever it held before.
 pub(crate) trait Backend: Sized + Send + Sync + 'static {
+    /// Rows of a model that are best compared at a time, see [`Self::divergences`].
+    const DIVERGENCE_ROWS: usize;
     /// A weight matrix.
     type Matrix: Send + Sync;
     /// A norm's weight or a bias.
@@ -127,6 +129,9 @@ pub(crate) trait Backend: Sized + Send + Sync + 'static {
     fn logits(&self, x: &Self::Buffer, lm_head: &Self::Matrix, out: &mut Vec<f32>) -> Result<()>;
     /// Log-likelihoods; `wanted` ascends by row.
     fn score(&self, x: &Self::Buffer, lm_head: &Self::Matrix, wanted: &[Wanted], out: &mut Vec<Scored>) -> Result<()>;
+    /// `KL(reference | other)` of every row of every other model, in nats, `[others, rows]`. `x` (behind the final norm):
+    /// `rows` rows of the reference, then as many of each other model.
+    fn divergences(&self, x: &Self::Buffer, lm_head: &Self::Matrix, rows: usize, out: &mut Vec<f64>) -> Result<()>;
     /// The most likely token of every row (the first of equals).
     fn argmax(&self, x: &Self::Buffer, lm_head: &Self::Matrix, out: &mut Vec<u32>) -> Result<()>;
 }

@@ -9,6 +9,7 @@ use mqadapt_kernels::{FloatsRef, Span};
 
 use super::{Backend, Heads, HostMatrix, Linear, Scored, Wanted};
 use crate::batch::{Batch, Segment};
+use crate::divergence::divergence;
 use crate::error::{Error, Result};
 use crate::rope::RopeTable;
 
@@ -121,6 +122,8 @@ impl Stock {
 }
 
 impl Backend for Stock {
+    /// Their logits are stored, of all models.
+    const DIVERGENCE_ROWS: usize = 8;
     type Matrix = Tensor;
     type Vector = Tensor;
     type Buffer = Buffer;
@@ -302,6 +305,18 @@ impl Backend for Stock {
             }
             Ok(())
         })
+    }
+
+    fn divergences(&self, x: &Buffer, lm_head: &Tensor, rows: usize, out: &mut Vec<f64>) -> Result<()> {
+        let (mut logits, vocab_size) = (Vec::new(), lm_head.dim(0)?);
+        self.logits(x, lm_head, &mut logits)?;
+        let (reference, others) = logits.split_at(rows * vocab_size);
+        out.clear();
+        for q in others.chunks_exact(rows * vocab_size) {
+            let pairs = reference.chunks_exact(vocab_size).zip(q.chunks_exact(vocab_size));
+            out.extend(pairs.map(|(p, q)| divergence(p, q)));
+        }
+        Ok(())
     }
 
     fn argmax(&self, x: &Buffer, lm_head: &Tensor, out: &mut Vec<u32>) -> Result<()> {
