@@ -11,8 +11,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from mqadapt_rs import Model
     from mqadapt_rs.search.conduct import SearchResult
     from mqadapt_rs.search.evaluation import Evaluation
+
+
+VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a stored value, by dtype."""
 
 
 class Run:
@@ -38,6 +43,23 @@ class Run:
         """Final values: results, plan, K/V bytes, size on disk."""
         self._run.summary.update(dict(values))
 
+    def results(self, results: Mapping[str, Mapping[str, Any]], model: Model) -> None:
+        """The metrics of lm-eval's tasks (`task/metric`), and what the model costs."""
+        values = {
+            f"{task}/{key.partition(',')[0]}": value
+            for task, metrics in results.items()
+            for key, value in metrics.items()
+            if isinstance(value, (int, float))
+        }
+        self._run.log(values)
+        self.summary({
+            **values,
+            "fingerprint": model.fingerprint,
+            "num_key_value_heads": list(model.plan.num_key_value_heads),
+            "kv_bytes_per_token": model.kv_bytes_per_token,
+            "bytes_on_disk": model.config.parameters * VALUE_BYTES[model.dtype],
+        })  # fmt: skip
+
     def files(self, folder: Path, names: list[str]) -> None:
         """Keeps files with the run."""
         for name in names:
@@ -45,7 +67,7 @@ class Run:
                 self._run.save(str(folder / name), base_path=str(folder), policy="now")
 
     def result(self, result: SearchResult, bytes_on_disk: int | None) -> None:
-        """What a search found."""
+        """What a search found. `bytes_on_disk`: of the winner, converted."""
         winner = result.winner
         self.summary({
             "verdict": result.verdict,

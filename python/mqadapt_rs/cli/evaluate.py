@@ -64,12 +64,17 @@ def evaluate(
             "--output-path", help="Folder or .json file that lm-eval writes its results to.", show_default=False
         ),
     ] = None,
+    wandb: Annotated[
+        str | None,
+        typer.Option("--wandb", help="Log to this Weights & Biases project.", show_default=False),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Evaluate with lm-eval's tasks, under a plan if one is given."""
     from mqadapt_rs import harness
     from mqadapt_rs.cli import output
+    from mqadapt_rs.tracking import tracked
 
     text_or_stats = calibration_of(
         src,
@@ -82,14 +87,27 @@ def evaluate(
         sequential,
         seed,
     )
-    results = harness.evaluate(
-        harness.MqadaptLM(src, plan=plan, method=method, seed=seed, dtype=dtype, calibration=text_or_stats),
-        [name.strip() for name in tasks.split(",") if name.strip()],
-        include_path=include_path,
-        output_path=output_path,
-        limit=limit,
-        num_fewshot=num_fewshot,
-    )
+    settings = {
+        "source": src,
+        "plan": plan,
+        "method": method,
+        "seed": seed,
+        "tasks": tasks,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+    }
+    with tracked(wandb, name=f"eval {plan} {method}", config=settings) as run:
+        lm = harness.MqadaptLM(src, plan=plan, method=method, seed=seed, dtype=dtype, calibration=text_or_stats)
+        results = harness.evaluate(
+            lm,
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            include_path=include_path,
+            output_path=output_path,
+            limit=limit,
+            num_fewshot=num_fewshot,
+        )
+        if run is not None:
+            run.results(results["results"], lm.model)
     if json:
         output.print_json({key: results[key] for key in _KEPT if key in results})
         return
