@@ -1,6 +1,8 @@
 """What the reuse of hidden states saves: a sensitivity study by `kl` against as many full forward passes, in one run.
 
-python benches/search_reuse.py SRC --text FILE --context 512 --windows 16
+    python benches/search_reuse.py SRC --text FILE --context 512 --windows 16
+
+A full pass is what `Model.perplexity` runs: all layers, final norm, `lm_head`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src")
     parser.add_argument("--text", required=True)
+    parser.add_argument("--field", default="text")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--passes", type=int, default=4, help="full passes that are measured and multiplied")
@@ -27,7 +30,7 @@ def main() -> None:
     from mqadapt_rs.search import search
     from mqadapt_rs.search.spec import Data, read_windows
 
-    data = Data(text=arguments.text, context=arguments.context, windows=arguments.windows)
+    data = Data(text=arguments.text, field=arguments.field, context=arguments.context, windows=arguments.windows)
     windows = read_windows(arguments.src, data, 0)
     model = Model.load(arguments.src)
     layers = model.config.num_hidden_layers
@@ -49,6 +52,7 @@ def main() -> None:
             metric="kl",
             counts=[1],
             text=arguments.text,
+            field=arguments.field,
             context=arguments.context,
             windows=arguments.windows,
             out=out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,9 @@ def tracked(
         import wandb
     except ImportError:
         raise ArgumentError("--wandb needs Weights & Biases: pip install 'mqadapt-rs[wandb]'") from None
-    run = wandb.init(project=project, name=name, config=dict(config), dir=None if folder is None else str(folder))
+    # as wandb itself decides, but each time anew: it keeps what it found when it was first used
+    place = os.environ.get("WANDB_DIR") or "." if folder is None else str(folder)
+    run = wandb.init(project=project, name=name, config=dict(config), dir=place)
     try:
         yield Run(run)
     except BaseException:

@@ -53,7 +53,8 @@ def test_a_journal_cut_anywhere_resumes_to_the_same_end(whole: Path, tmp_path: P
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_every_strategy_resumes_to_the_same_end(strategy: str, tmp_path: Path) -> None:
-    options = OPTIONS if strategy == "budget" else Options()
+    given = Options(plans=(SPACE.last(3, 1), SPACE.alternate(2, 2), SPACE.last(5, 1)))
+    options = {"budget": OPTIONS, "given": given}.get(strategy, Options())
     conduct(SPEC, SPACE, strategy, options, tmp_path / "whole", seed=2)
     journal = (tmp_path / "whole" / "journal.jsonl").read_bytes()
     for cut in (len(journal) // 3, 2 * len(journal) // 3):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def some_plans(number: int) -> list[tuple[int, ...]]:
 
 
 def evaluator(checkpoint: Path, windows: list[list[int]], metric: str, most: int) -> WindowEvaluator:
-    return WindowEvaluator(PlanOverlays(Model.load(checkpoint), "mean", 0), windows, metric, SOURCE, Prefixes(most))
+    return WindowEvaluator(PlanOverlays(Model.load(checkpoint), "mean", 0), windows, metric, Prefixes(most, SOURCE))
 
 
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])
@@ -108,10 +109,11 @@ def test_reuse_changes_no_bit(checkpoint: Path, text: Path, metric: str) -> None
     windows = read_windows(str(checkpoint), Data(text=str(text), context=20, windows=5), seed=0)
     plans = in_order(some_plans(25))
     results = []
-    for most in (0, 1, 2, 100):
+    for most in (0, 1, 2, 14, 100):
         instance = evaluator(checkpoint, windows, metric, most)
         results.append(list(instance.losses(plans, branches(plans), range(5))))
-        assert len(instance.prefixes._states) <= most
+        assert len(instance.prefixes._states) + len(instance.prefixes.trunk) <= most
+        assert len(instance.prefixes.trunk) == min(LAYERS - 1, max(0, most - 12))
     # one at a time, as workers get them
     instance, depths = evaluator(checkpoint, windows, metric, 100), branches(plans)
     results.append([next(instance.losses([p], [d], range(5))) for p, d in zip(plans, depths, strict=True)])
@@ -266,6 +268,20 @@ def test_wrong_arguments(
     with pytest.raises(ArgumentError, match=message):
         search(checkpoint, **arguments)  # type: ignore[arg-type]
     assert not (tmp_path / "best.plan.json").exists()
+
+
+def test_named_plans_on_the_calibration_text(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """What `--strategy given` measures is what the same plans cost in any other search; plans come in every form."""
+    common: dict[str, Any] = {"context": 24, "windows": 5, "metric": "perplexity"}
+    whole = search(checkpoint, strategy="alternate", text=text, out=tmp_path / "whole", **common)
+    (tmp_path / "plan.json").write_text(json.dumps({"num_key_value_heads": [4, 4, 1, 4, 1]}))
+    plans = [str(tmp_path / "plan.json"), "mqa:0,2,4", [4, 4, 4, 4, 4]]
+    result = search(checkpoint, strategy="given", calibration=text, plans=plans, out=tmp_path / "given", **common)
+    expected = {e.plan: e.losses for e in whole.evaluations}
+    assert {e.plan: e.losses for e in result.evaluations} == expected
+    command = json.loads((tmp_path / "given" / "summary.json").read_text())["command"]
+    assert "--strategy given" in command
+    assert "--plan mqa:2,4 --plan mqa:0,2,4" in command
 
 
 def test_options_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -157,6 +157,8 @@ def test_every_strategy(strategy: str, tmp_path: Path) -> None:
                 yield [float(space.kv_bytes(space.source) - space.kv_bytes(plan))] * len(documents)
 
     options = Options(kv_budget=space.kv_bytes(space.source) * 0.6) if strategy == "budget" else Options()
+    if strategy == "given":
+        options = Options(plans=(space.last(2, 1), space.source, space.alternate(2, 1)))
     result = conduct(Spec(), space, strategy, options, tmp_path)
     assert result.winner is not None
     assert all(own in space.choices(layer) for e in result.evaluations for layer, own in enumerate(e.plan))
@@ -169,6 +171,7 @@ def test_every_strategy(strategy: str, tmp_path: Path) -> None:
     [
         ("best", Options(), "no strategy 'best'"),
         ("sensitivity", Options(kv_budget=4.0), "does nothing for the strategy 'sensitivity'"),
+        ("given", Options(), "needs --plan"),
         ("greedy", Options(trials=3), "it is for random"),
         ("budget", Options(), "needs --kv-budget"),
         ("budget", Options(kv_budget=FULL / 5), "no plan fits"),

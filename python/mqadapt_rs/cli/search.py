@@ -26,7 +26,7 @@ Strategy = Annotated[
     str,
     typer.Option(
         "--strategy",
-        help="sensitivity, from-end, alternate, greedy, budget, pareto or random.",
+        help="sensitivity, from-end, alternate, greedy, budget, pareto, given or random.",
         show_default=False,
     ),
 ]
@@ -63,7 +63,13 @@ def search(
     target_context: TargetContext = "512,2048",
     stats: Stats = None,
     text: Annotated[
-        Path | None, _option("text", "For kl and perplexity: plain text, or .jsonl[.gz].", exists=True, dir_okay=False)
+        Path | None,
+        _option(
+            "text",
+            "For kl and perplexity, where it is not --calibration: plain, or .jsonl[.gz].",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     field: Annotated[str, typer.Option("--field", help="The field of a .jsonl file that holds the text.")] = "text",
     context: Annotated[int, typer.Option("--context", min=2, help="Tokens of a window.")] = 512,
@@ -87,6 +93,9 @@ def search(
         int | None, _option("swaps", "Neighbours that each round of local search measures.", min=0)
     ] = None,
     trials: Annotated[int | None, _option("trials", "Random plans.", min=1)] = None,
+    plan: Annotated[
+        list[str] | None, _option("plan", "A plan that the strategy 'given' measures; repeat it for more.")
+    ] = None,
     seed: Seed = 0,
     error_rate: Annotated[
         float, typer.Option("--error-rate", min=0, max=0.49, help="Of early stopping; 0 stops nothing early.")
@@ -140,6 +149,7 @@ def search(
             points=points,
             swaps=swaps,
             trials=trials,
+            plans=plan,
             seed=seed,
             error_rate=error_rate or None,
             dtype=dtype,

@@ -15,16 +15,19 @@ from . import latency
 from .conduct import SearchResult, check, conduct
 from .executors import forget, in_process, processes, ray_cluster
 from .limit import Limit
-from .space import parse_budget
-from .spec import CalibrationData, Data, ModelSpec, prepare
+from .space import describe, parse_budget
+from .spec import CALIBRATED, METRICS, CalibrationData, Data, ModelSpec, prepare
 from .study import Options
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
+    from mqadapt_rs import Plan
+
     from .evaluation import Evaluation
     from .executors import Pool
+    from .space import Heads
     from .study import Watcher
 
 
@@ -56,6 +59,7 @@ def search(
     points: int | None = None,
     swaps: int | None = None,
     trials: int | None = None,
+    plans: Sequence[Plan | str | Sequence[int]] | None = None,
     seed: int = 0,
     error_rate: float | None = 0.05,
     dtype: str | None = None,
@@ -76,13 +80,14 @@ def search(
         metric: `kl` (exact divergence from the source's next-token distribution), `perplexity`, or
             `task:NAME/METRIC` of lm-eval.
         method: how heads are merged.
-        calibration: text of the methods that merge from it, `closed-form` and `prune`; best another one than `text`.
+        calibration: text of the methods that merge from it, `closed-form` and `prune`; also what plans are evaluated on
+            where no `text` is given.
         calibration_field: the field of a `.jsonl` file that holds it.
         calibration_tokens: tokens drawn from it.
         calibration_context: tokens of a drawn window.
         target_context: contexts that the converted model is for.
         stats: file of the statistics; used where it exists, written where not (`out/statistics.safetensors`).
-        text: for `kl` and `perplexity`: plain text or `.jsonl[.gz]`.
+        text: for `kl` and `perplexity`: plain text or `.jsonl[.gz]`; best another one than `calibration`.
         field: the field of a `.jsonl` file that holds the text.
         context: tokens of a window.
         windows: the first windows of the text; `None`: all.
@@ -97,6 +102,7 @@ def search(
         points: points of the Pareto front.
         swaps: neighbours that local search measures in a round.
         trials: random plans.
+        plans: the plans that the strategy `given` measures.
         seed: of everything that is drawn by chance.
         error_rate: probability that early stopping of hopeless plans changes a winner; `None` stops nothing.
         dtype: of the weights; as stored by default.
@@ -125,8 +131,11 @@ def search(
         points=points,
         swaps=swaps,
         trials=trials,
+        plans=None if plans is None else (),
     )
     check(strategy, options)
+    if text is None and metric in METRICS:
+        text, field = calibration, calibration_field
     data = Data(
         text=None if text is None else str(text),
         field=field,
@@ -137,7 +146,7 @@ def search(
         num_fewshot=num_fewshot,
     )
     spec = ModelSpec(str(src), metric, data, method, seed, dtype, device, max_memory)
-    if calibration is not None or stats is not None:
+    if method in CALIBRATED and (calibration is not None or stats is not None):
         saved = Path(out) / "statistics.safetensors" if stats is None else Path(stats)
         saved.parent.mkdir(parents=True, exist_ok=True)
         file = None if calibration is None else str(calibration)
@@ -146,6 +155,8 @@ def search(
         spec = replace(spec, calibration=drawn)
     try:
         spec, space = prepare(spec, options.counts, keep=workers is None and ray is None)
+        if plans is not None:
+            options = replace(options, plans=tuple(heads_of(src, plan) for plan in plans))
         if kv_budget is not None:
             options = replace(options, kv_budget=parse_budget(kv_budget, space.kv_bytes(space.source)))
         if latency_budget is not None:
@@ -181,14 +192,22 @@ def search(
                     "calibration_arguments": in_words(calibration_options(spec.calibration))
                     if spec.calibration
                     else "",
-                    "command": command(src, strategy, Path(out), data, spec, budgets, options),
+                    "command": command(src, strategy, Path(out), data, spec, budgets, options, space.source),
                 },
             )
             if run is not None:
-                run.result(result, _bytes_on_disk(src))
+                run.result(result, _bytes_on_disk(src, result))
             return result
     finally:
         forget()
+
+
+def heads_of(src: str | os.PathLike[str], plan: Plan | str | Sequence[int]) -> Heads:
+    """K/V heads of every layer under a plan for a model, in whatever form it is given."""
+    from mqadapt_rs import ModelConfig, Plan
+
+    parsed = plan if isinstance(plan, Plan) else Plan.parse(plan, ModelConfig.load(src))
+    return tuple(parsed.num_key_value_heads)
 
 
 def _pool(workers: int | None, ray: str | None) -> Pool:
@@ -206,10 +225,15 @@ def _run(wandb: str | None, strategy: str, spec: ModelSpec, folder: Path) -> Any
     return tracked(wandb, name=f"{strategy} {spec.method}", config=config, folder=folder)
 
 
-def _bytes_on_disk(src: str | os.PathLike[str]) -> int | None:
-    from mqadapt_rs import inspect
+def _bytes_on_disk(src: str | os.PathLike[str], result: SearchResult) -> int | None:
+    """Of the winner's tensors, in the source's dtype."""
+    from mqadapt_rs import ModelConfig, Plan, inspect
+    from mqadapt_rs.tracking import VALUE_BYTES
 
-    return int(inspect(src)["bytes"])
+    if result.plan is None:
+        return None
+    config = ModelConfig.load(src)
+    return Plan.parse(list(result.plan), config).parameters(config) * VALUE_BYTES[str(inspect(src)["dtype"])]
 
 
 def command(
@@ -220,6 +244,7 @@ def command(
     spec: ModelSpec,
     budgets: dict[str, str | float | None],
     options: Options,
+    source: Heads,
 ) -> str:
     """The command line that does this search."""
     words = [
@@ -250,6 +275,7 @@ def command(
         "points": options.points,
         "swaps": options.swaps,
         "trials": options.trials,
+        "plan": [describe(plan, source) for plan in options.plans or ()],
         "seed": spec.seed or None,
         "dtype": spec.dtype,
         "out": out,
@@ -258,8 +284,13 @@ def command(
 
 
 def in_words(options: dict[str, Any]) -> str:
-    """Options as on the command line, a space before each."""
-    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
+    """Options as on the command line, a space before each; those with several values are repeated."""
+    words = ""
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                words += f" --{name} {shlex.quote(str(one))}"
+    return words
 
 
 def calibration_options(data: CalibrationData) -> dict[str, Any]:

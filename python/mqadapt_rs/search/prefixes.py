@@ -1,6 +1,8 @@
 """Hidden states that later plans go on from.
 
 In: plans in the order of `in_order`, with their `branches`. Out: for each, where to start and what to keep.
+States of two kinds are kept: on the way of a plan, those that later plans branch off from; and on the way of the source,
+which runs anyway, as many as there is room for, since most plans begin as the source does.
 """
 
 from __future__ import annotations
@@ -8,10 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .order import shared
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .space import Heads
+
+BRANCHES = 12
+"""States that the walk through a tree of plans holds at most, up to 2**12 plans."""
 
 
 @dataclass
@@ -20,30 +27,47 @@ class Prefixes:
 
     most: int
     """States that are kept at a time."""
+    source: Heads
+    """K/V heads of the source."""
+    trunk: dict[int, Any] = field(default_factory=dict)
+    """States of the source, by their layer."""
     _states: dict[Heads, Any] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forgets all, because the documents change."""
         self._states.clear()
+        self.trunk.clear()
 
-    def start(self, plan: Heads, depths: Sequence[int]) -> tuple[int, Any]:
-        """The deepest kept state that a plan can go on from, with its layer; `(0, None)` if there is none.
+    def trunk_layers(self) -> list[int]:
+        """The layers before which the source's states are kept: as many as there is room for, evenly spread."""
+        layers, room = len(self.source), max(0, self.most - BRANCHES)
+        number = min(layers - 1, room)
+        return sorted({layers * (step + 1) // (number + 1) for step in range(number)})
+
+    def way(self, plan: Heads, depths: Sequence[int]) -> tuple[int, Any, list[int]]:
+        """The layer from which a plan runs, the kept state there, and the layers before which it should keep states.
+
+        The state is the deepest that the plan can go on from; layer 0 and `None` if there is none.
 
         States that neither this plan nor a later one (`depths`: its branches) can use are dropped.
         """
+        if plan == self.source and not self.trunk:
+            return 0, None, self.trunk_layers()
         usable = {prefix: state for prefix, state in self._states.items() if plan[: len(prefix)] == prefix}
         self._states = {prefix: state for prefix, state in usable.items() if len(prefix) in depths}
-        if not usable:
-            return 0, None
-        deepest = max(usable, key=len)
-        return len(deepest), usable[deepest]
-
-    def wanted(self, start: int, depths: Sequence[int]) -> list[int]:
-        """The layers whose entrance should be kept by a run from `start`, ascending: the deepest that there is room for."""
-        return sorted(depth for depth in depths if depth > start)[-self.most :] if self.most else []
+        common = shared(plan, self.source)
+        found = [(depth, state) for depth, state in self.trunk.items() if depth <= common]
+        found += [(len(prefix), state) for prefix, state in usable.items()]
+        start, state = max(found, key=lambda kept: kept[0], default=(0, None))
+        room = self.most - len(self.trunk)
+        # the deepest, which save most
+        return start, state, sorted(depth for depth in depths if depth > start)[-room:] if room > 0 else []
 
     def keep(self, plan: Heads, depth: int, state: Any) -> None:
-        """Keeps a state of a plan; of too many the shallowest go, which save least."""
-        self._states[plan[:depth]] = state
-        while len(self._states) > self.most:
+        """Keeps a state of a plan; of too many the shallowest go."""
+        if plan == self.source and depth in self.trunk_layers():
+            self.trunk[depth] = state
+        else:
+            self._states[plan[:depth]] = state
+        while self._states and len(self._states) > self.most - len(self.trunk):
             del self._states[min(self._states, key=len)]

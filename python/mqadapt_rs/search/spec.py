@@ -31,6 +31,8 @@ METRICS = {
     "kl": Metric("kl", "nats per token", "nats per token"),
     "perplexity": Metric("perplexity", "perplexity", "nats per token of log-perplexity", "exp"),
 }
+CALIBRATED = ("closed-form", "prune")
+"""Methods that merge from text."""
 GROUP = 8
 """Most plans whose final hidden states are held at a time, so that the source's logits are computed once for them."""
 VALUE_BYTES = 2
@@ -142,7 +144,7 @@ class ModelSpec:
             )
         group = max(1, min(GROUP, held // 2)) if self.metric_name == "kl" else 1
         source = tuple(model.plan.num_key_value_heads)
-        evaluator = WindowEvaluator(overlays, windows, self.metric_name, source, Prefixes(held - group))
+        evaluator = WindowEvaluator(overlays, windows, self.metric_name, Prefixes(held - group, source))
         spec = replace(
             self,
             metric=METRICS[self.metric_name],
@@ -207,7 +209,7 @@ def read_windows(src: str, data: Data, seed: int) -> list[list[int]]:
     from mqadapt_rs import text
 
     if data.text is None:
-        raise ArgumentError("the metrics kl and perplexity need a text: --text FILE")
+        raise ArgumentError("the metrics kl and perplexity need a text: --text FILE, or --calibration FILE")
     ids = text.token_ids(text.load_tokenizer(src), "".join(text.read_documents(data.text, data.field)))
     ids = text.first_windows(ids, data.context, data.windows)
     found = [list(ids[start : start + data.context]) for start in range(0, len(ids), data.context)]

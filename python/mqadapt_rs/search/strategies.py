@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from . import alternate, budget, from_end, greedy, pareto, random_plans, sensitivity
+from . import alternate, budget, from_end, given, greedy, pareto, random_plans, sensitivity
 
 if TYPE_CHECKING:
     from .study import Run
@@ -38,5 +38,6 @@ STRATEGIES: dict[str, Strategy] = {
     "pareto": Strategy(
         "the front of K/V bytes against damage", pareto.run, frozenset({"points", "swaps", "max_damage"})
     ),
+    "given": Strategy("the plans that --plan names, side by side", given.run, frozenset({"plans"})),
     "random": Strategy("plans by chance: the control", random_plans.run, frozenset({"kv_budget", "trials"})),
 }

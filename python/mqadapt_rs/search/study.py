@@ -270,3 +270,5 @@ class Options:
     """Neighbours that local search measures in each round."""
     trials: int | None = None
     """Random plans."""
+    plans: tuple[Heads, ...] | None = None
+    """The plans to measure."""

@@ -114,7 +114,7 @@ class TaskEvaluator:
         """`lm`: lm-eval's view of the model, lent to each plan in turn."""
         self.overlays = overlays
         self.max_memory = max_memory
-        self.prefixes = Prefixes(0)
+        self.prefixes = Prefixes(0, tuple(overlays.source.plan.num_key_value_heads))
         self._documents = range(0)
         self.lm = lm
         self.task = task
@@ -142,9 +142,9 @@ class TaskEvaluator:
             self._documents = documents
             # at most these tokens; what requests share takes room once, so more may fit than is planned for
             states = sum(len(context) + len(tokens) for context, tokens in pairs) * self.lm.model.config.hidden_size * 4
-            self.prefixes = Prefixes(self.max_memory // max(1, states))
-        start, state = self.prefixes.start(plan, depths)
-        scores, kept = model.loglikelihood_from(pairs, state, self.prefixes.wanted(start, depths))
+            self.prefixes = Prefixes(self.max_memory // max(1, states), self.prefixes.source)
+        _, state, layers = self.prefixes.way(plan, depths)
+        scores, kept = model.loglikelihood_from(pairs, state, layers)
         for states in kept:
             self.prefixes.keep(plan, states.layer_idx, states)
         return list(scores)

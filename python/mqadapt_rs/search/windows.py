@@ -28,8 +28,6 @@ class WindowEvaluator:
     """Token ids; every window has the same length."""
     metric: str
     """`kl` or `perplexity`."""
-    source: Heads
-    """K/V heads of the source."""
     prefixes: Prefixes
     _documents: range = range(0)
     _reference: Any = None
@@ -47,20 +45,21 @@ class WindowEvaluator:
                 nll = self.overlays.source.nll(self._final(plan, depths, windows), windows)
                 yield _means(nll.tolist(), len(windows))
             return
-        changed = [(plan, depths) for plan, depths in zip(plans, branches, strict=True) if plan != self.source]
+        source = self.prefixes.source
+        changed = [(plan, depths) for plan, depths in zip(plans, branches, strict=True) if plan != source]
         if changed and self._reference is None:
-            self._reference = self.overlays.source.hidden_before(len(self.source), windows)
+            self._reference = self._final(source, (), windows)
         finals = [self._final(plan, depths, windows) for plan, depths in changed]
         divergences = iter(self.overlays.source.kl_divergences(self._reference, finals) if finals else ())
         for plan in plans:
             # the source does not diverge from itself, exactly
-            yield [0.0] * len(windows) if plan == self.source else _means(next(divergences).tolist(), len(windows))
+            yield [0.0] * len(windows) if plan == source else _means(next(divergences).tolist(), len(windows))
 
     def _final(self, plan: Heads, depths: Sequence[int], windows: list[list[int]]) -> Any:
         """Hidden states of a plan behind the last layer, keeping those at `depths` on the way."""
         model = self.overlays.model(plan)
-        start, states = self.prefixes.start(plan, depths)
-        for depth in [*self.prefixes.wanted(start, depths), len(plan)]:
+        _, states, kept = self.prefixes.way(plan, depths)
+        for depth in [*kept, len(plan)]:
             states = model.hidden_before(depth, windows) if states is None else model.forward_from(states, depth)
             if depth < len(plan):
                 self.prefixes.keep(plan, depth, states)
