@@ -29,8 +29,9 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # what goes along with the weights: configuration, tokenizer, chat template, licence, model card; no other weight format
 _COMPANIONS = ["*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*"]
-_TOKENIZER = ["config.json", "tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*"]
-_SUBFOLDERS = ["*/*"]  # `original/`, `onnx/` and the like hold the same weights once more
+_TOKENIZER = ["config.json", "tokenizer*", "special_tokens_map.json", "generation_config.json", "*chat_template*"]
+# `original/`, `onnx/` and the like hold the same weights once more; every folder but `additional_chat_templates/`
+_SUBFOLDERS = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*"]
 
 
 class HubId(NamedTuple):

@@ -51,14 +51,14 @@ class Shards:
 
     Args:
         src: the hub id.
-        dst: the folder that is written; downloads go beside it.
+        dst: the folder that is written; downloads go beside it. Without one only the headers can be looked at.
 
     Raises:
         ArgumentError: `src` is here already.
         FileNotFoundError, PermissionError, ConnectionError: as `hub.fetch`.
     """
 
-    def __init__(self, src: hub.Source, dst: str | os.PathLike[str]) -> None:
+    def __init__(self, src: hub.Source, dst: str | os.PathLike[str] | None = None) -> None:
         place = hub.parse(src)
         if isinstance(place, Path):
             raise ArgumentError(
@@ -67,7 +67,7 @@ class Shards:
         self.folder = hub.fetch_companions(place)
         # the commit is fixed now: whatever is asked for later belongs to it
         self._place = hub.HubId(place.repo_id, self.folder.name)
-        self._scratch = Path(f"{Path(dst)}.mqadapt-download")
+        self._scratch = None if dst is None else Path(f"{Path(dst)}.mqadapt-download")
         self._stop = threading.Event()
         with hub.readable_errors(place):
             self.heads = [self._retry(name, partial(self._head, name)) for name in hub.weight_files(self.folder)]
@@ -78,13 +78,16 @@ class Shards:
         Raises:
             OSError: the hub did not deliver it, or delivered something else.
         """
+        if self._scratch is None:
+            raise OSError(f"{self._place}: only its headers were fetched")
         head = next(head for head in self.heads if head.name == name)
         with hub.readable_errors(self._place):
-            return str(self._retry(name, partial(self._download, head)))
+            return str(self._retry(name, partial(self._download, head, self._scratch)))
 
     def release(self, name: str) -> None:
         """The file is not needed any more."""
-        (self._scratch / name).unlink(missing_ok=True)
+        if self._scratch is not None:
+            (self._scratch / name).unlink(missing_ok=True)
 
     def stop(self) -> None:
         """Ends a download that is under way."""
@@ -92,7 +95,7 @@ class Shards:
 
     def close(self, keep: bool) -> None:
         """Removes what was downloaded; `keep` leaves it for the next attempt."""
-        if not keep:
+        if not keep and self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _retry(self, name: str, work: Callable[[], _T]) -> _T:
@@ -124,17 +127,17 @@ class Shards:
             head = _range(url, needed)
         return Head(name, about.size, head, about.etag)
 
-    def _download(self, head: Head) -> Path:
+    def _download(self, head: Head, folder: Path) -> Path:
         from huggingface_hub import hf_hub_download
 
         stop = self._stop
-        self._scratch.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         download = partial(
             hf_hub_download,
             self._place.repo_id,
             head.name,
             revision=self._place.revision,
-            local_dir=self._scratch,
+            local_dir=folder,
             library_name="mqadapt-rs",
         )
         path = Path(_until(stop, download))
@@ -146,6 +149,21 @@ class Shards:
             path.unlink()
             raise _WrongContentError(f"{head.name}: what came has SHA-256 {sha256}, the hub announced {head.tag}")
         return path
+
+
+def headers(src: hub.Source) -> Shards | None:
+    """The headers of a hub model whose weights are not on this machine; `None` of any other.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: as `hub.fetch`.
+    """
+    place = hub.parse(src)
+    if isinstance(place, Path):
+        return None
+    folder = hub.fetch_companions(place)
+    if all((folder / name).exists() for name in hub.weight_files(folder)):
+        return None
+    return Shards(src)
 
 
 class _WrongContentError(OSError):

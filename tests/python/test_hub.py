@@ -38,7 +38,9 @@ def folder(tmp_path: Path) -> Path:
         "model.safetensors": "weights" * 1000,
         "consolidated.safetensors": "the same weights",
         "pytorch_model.bin": "the same weights",
+        "additional_chat_templates/tool_use.jinja": "{{ tools }}",
         "original/model.safetensors": "the same weights",
+        "onnx/config.json": "{}",
         "model.q4.gguf": "the same weights",
     }.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -49,8 +51,9 @@ def folder(tmp_path: Path) -> Path:
 def test_fetch_brings_what_is_needed_and_no_more(hub: FakeHub, folder: Path) -> None:
     hub.add("org/model", folder)
     path = sources.fetch("org/model")
-    found = {file.name for file in path.iterdir()}
+    found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     assert found == {
+        "additional_chat_templates/tool_use.jinja",
         "config.json",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -154,3 +154,20 @@ def test_a_local_model_is_refused(sharded: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="is on this machine already"):
         mq.convert(sharded, tmp_path / "out", stream_download=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_fetches_headers_only(hub: FakeHub, sharded: Path) -> None:
+    hub.add("org/model", sharded)
+    assert mq.inspect("org/model") == mq.inspect(sharded)
+    weights = [request for request in hub.requests_of() if request.path.endswith(".safetensors")]
+    assert len(weights) == SHARDS
+    assert all(request.range for request in weights)
+    assert not any(stream.hub.fetch_companions(stream.hub.HubId("org/model", None)).glob("*.safetensors"))
+
+
+def test_inspect_of_what_is_here_asks_for_no_weights(hub: FakeHub, sharded: Path) -> None:
+    hub.add("org/model", sharded)
+    stream.hub.fetch("org/model")
+    hub.requests.clear()
+    assert mq.inspect("org/model") == mq.inspect(sharded)
+    assert hub.asked_for("GET") == []

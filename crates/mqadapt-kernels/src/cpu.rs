@@ -40,12 +40,20 @@ impl Cpu {
 
     /// The process-wide handle, made by [`Cpu::from_env`] at first use.
     ///
+    /// # Errors
+    /// As [`Cpu::from_env`].
+    pub fn try_global() -> Result<&'static Self, String> {
+        static GLOBAL: LazyLock<Result<Cpu, String>> = LazyLock::new(Cpu::from_env);
+        GLOBAL.as_ref().map_err(Clone::clone)
+    }
+
+    /// [`Cpu::try_global`], for those who know that the environment was checked.
+    ///
     /// # Panics
-    /// If the environment asks for what cannot be had; call [`Cpu::from_env`] first to report that as an error.
+    /// If the environment asks for what cannot be had.
     #[must_use]
     pub fn global() -> &'static Self {
-        static GLOBAL: LazyLock<Cpu> = LazyLock::new(|| Cpu::from_env().unwrap_or_else(|message| panic!("{message}")));
-        &GLOBAL
+        Self::try_global().unwrap_or_else(|message| panic!("{message}"))
     }
 
     /// The instruction set in use.

@@ -1,6 +1,8 @@
 //! Weights and caches in main memory: floats of a dtype chosen at run time, aligned to cache lines, so that no vector
 //! load crosses two of them.
 
+use std::alloc::{Layout, alloc_zeroed};
+
 use half::{bf16, f16};
 use mqadapt_core::DType;
 use mqadapt_kernels::{FloatsMut, FloatsRef, WeightsRef};
@@ -39,9 +41,22 @@ unsafe impl Plain for f16 {}
 unsafe impl Plain for bf16 {}
 
 impl Lines {
-    /// Zeros; untouched memory until they are written.
+    /// Zeros, in memory that is taken when it is first written.
     pub(crate) fn zeros(bytes: usize) -> Self {
-        Self(vec![Line([0; 64]); bytes.div_ceil(size_of::<Line>())])
+        Self::try_zeros(bytes).unwrap_or_else(|| panic!("no memory for {bytes} bytes"))
+    }
+
+    /// [`Self::zeros`]; `None` if there is not that much memory.
+    fn try_zeros(bytes: usize) -> Option<Self> {
+        let lines = bytes.div_ceil(size_of::<Line>());
+        if lines == 0 {
+            return Some(Self(Vec::new()));
+        }
+        let layout = Layout::array::<Line>(lines).ok()?;
+        // SAFETY: the layout is not of size zero.
+        let start = unsafe { alloc_zeroed(layout) }.cast::<Line>();
+        // SAFETY: the allocator that `Vec` uses gave it, with the layout of so many lines, and zeros are a line.
+        (!start.is_null()).then(|| Self(unsafe { Vec::from_raw_parts(start, lines, lines) }))
     }
 
     /// The first `len` values.
@@ -62,6 +77,11 @@ impl Lines {
 impl Floats {
     pub(crate) fn zeros(len: usize, dtype: DType) -> Self {
         Self { lines: Lines::zeros(len * dtype.bytes()), len, dtype }
+    }
+
+    /// [`Self::zeros`]; `None` if there is not that much memory.
+    pub(crate) fn try_zeros(len: usize, dtype: DType) -> Option<Self> {
+        Some(Self { lines: Lines::try_zeros(len.checked_mul(dtype.bytes())?)?, len, dtype })
     }
 
     /// Each value rounded once, ties to even.

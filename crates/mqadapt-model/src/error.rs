@@ -53,6 +53,20 @@ pub enum Error {
         /// What was expected and what was found.
         detail: String,
     },
+    /// No room for the weights in main memory.
+    #[error("there is no memory for the weights: '{tensor}' of {values} values could not be allocated")]
+    Weights {
+        /// The tensor.
+        tensor: String,
+        /// Its number of values.
+        values: usize,
+    },
+    /// No room for a K/V cache of so many tokens.
+    #[error("there is no memory for a K/V cache of {tokens} tokens; ask for fewer (max_new_tokens, a shorter context)")]
+    Cache {
+        /// Tokens that it was to hold.
+        tokens: usize,
+    },
     /// The device is not there, or this build cannot use it.
     #[error("device '{device}' is not available: {detail}")]
     Device {

@@ -155,10 +155,11 @@ impl<B: Backend> Runner<B> {
         let mut order: Vec<usize> = (0..prompts.len()).collect();
         order.sort_by(|&a, &b| prompts[b].cmp(&prompts[a])); // the next is taken from the end
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-        let each: usize = prompts.iter().map(|prompt| prompt.len() + options.max_new_tokens).sum();
+        let new = options.max_new_tokens;
+        let each = prompts.iter().fold(0, |sum: usize, prompt| sum.saturating_add(prompt.len().saturating_add(new)));
         // room for one sequence and the latest prompt always, for several in proportion to what may be in flight
-        let capacity = (longest + options.max_new_tokens).max(each.min(4 * self.max_tokens_in_flight));
-        let mut session = self.session_with(capacity + longest)?;
+        let capacity = longest.saturating_add(new).max(each.min(4 * self.max_tokens_in_flight));
+        let mut session = self.session_with(capacity.saturating_add(longest))?;
         let mut schedule = Schedule {
             runner: self,
             session: &mut session,

@@ -70,7 +70,9 @@ pub(crate) fn read(
             }
             _ => info.len(),
         };
-        wanted.push(Wanted { info, merge, floats: Floats::zeros(len, dtype) });
+        let floats = Floats::try_zeros(len, dtype);
+        let floats = floats.ok_or_else(|| Error::Weights { tensor: name.clone(), values: len })?;
+        wanted.push(Wanted { info, merge, floats });
     }
     fill(checkpoint, &mut wanted, overlay, progress)?;
     Ok(names.iter().cloned().zip(wanted.into_iter().map(|wanted| wanted.floats)).collect())

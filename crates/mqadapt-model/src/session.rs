@@ -80,7 +80,7 @@ impl<B: Backend> Runner<B> {
         if session.capacity < slots {
             session.caches.clear(); // gone before the new ones come
             session.capacity = 0;
-            let capacity = slots.next_multiple_of(SLOTS);
+            let capacity = slots.checked_next_multiple_of(SLOTS).ok_or(Error::Cache { tokens: slots })?;
             let caches = self.decoder.layers.iter();
             let caches: Result<Vec<_>> = caches
                 .map(|block| self.decoder.backend.cache(&block.self_attn.heads, capacity, self.kv_dtype))

@@ -9,12 +9,17 @@ use pyo3::types::{PyBytes, PyDict};
 
 use crate::errors::OrRaise;
 use crate::source::local_path;
+use crate::stream::Shards;
 
 /// What a model is: its shape, size and K/V heads.
 #[pyfunction]
 pub(crate) fn inspect<'py>(py: Python<'py>, src: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyDict>> {
-    let path = local_path(src, false)?;
-    let checkpoint = py.detach(|| Checkpoint::open(&path)).or_raise()?;
+    let checkpoint = if let Some(checkpoint) = Shards::headers(src)? {
+        checkpoint
+    } else {
+        let path = local_path(src, false)?;
+        py.detach(|| Checkpoint::open(&path)).or_raise()?
+    };
     let config = checkpoint.config();
     let keep = Plan::keep(config);
     let out = PyDict::new(py);

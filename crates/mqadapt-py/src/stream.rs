@@ -29,7 +29,17 @@ impl Shards {
     /// A checkpoint of the hub whose weight files come when they are needed, and who brings them.
     pub(crate) fn open(src: &Bound<'_, PyAny>, dst: &Path) -> PyResult<(Checkpoint, Arc<Self>)> {
         let py = src.py();
-        let shards = py.import("mqadapt_rs.stream")?.call_method1("Shards", (src, dst))?;
+        Self::lend(py.import("mqadapt_rs.stream")?.call_method1("Shards", (src, dst))?)
+    }
+
+    /// A checkpoint of the hub of which only the headers are fetched, to be looked at; `None` if its weights are here.
+    pub(crate) fn headers(src: &Bound<'_, PyAny>) -> PyResult<Option<Checkpoint>> {
+        let shards = src.py().import("mqadapt_rs.stream")?.call_method1("headers", (src,))?;
+        if shards.is_none() { Ok(None) } else { Ok(Some(Self::lend(shards)?.0)) }
+    }
+
+    fn lend(shards: Bound<'_, PyAny>) -> PyResult<(Checkpoint, Arc<Self>)> {
+        let py = shards.py();
         let folder: PathBuf = shards.getattr("folder")?.extract()?;
         let heads: Vec<(String, u64, Vec<u8>, String)> = shards.getattr("heads")?.extract()?;
         let heads = heads.into_iter().map(|(name, bytes, head, tag)| ShardHead { name, bytes, head, tag }).collect();

@@ -1,6 +1,6 @@
 //! The forward pass on the processor, by the kernels of `mqadapt-kernels`, on buffers that are reused.
 
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use mqadapt_core::{Activation, DType};
 use mqadapt_kernels::{
@@ -73,11 +73,8 @@ fn rows(x: &[f32], width: usize) -> usize {
 impl Kernels {
     /// The kernels as the environment asks for them.
     pub(crate) fn new(precision: Precision, format: WeightFormat) -> Result<Self> {
-        static CHECKED: LazyLock<std::result::Result<(), String>> = LazyLock::new(|| Cpu::from_env().map(drop));
-        match &*CHECKED {
-            Ok(()) => Ok(Self { cpu: Cpu::global(), precision, format, lists: Mutex::default() }),
-            Err(detail) => Err(Error::Device { device: "cpu".to_owned(), detail: detail.clone() }),
-        }
+        let cpu = Cpu::try_global().map_err(|detail| Error::Device { device: "cpu".to_owned(), detail })?;
+        Ok(Self { cpu, precision, format, lists: Mutex::default() })
     }
 
     fn score_rows(&self, x: &[f32], lm_head: &KernelMatrix, lists: &mut Lists) {
@@ -126,8 +123,9 @@ impl Backend for Kernels {
     }
 
     fn cache(&self, heads: &Heads, slots: usize, dtype: DType) -> Result<KernelCache> {
-        let len = heads.num_key_value_heads * slots * heads.head_dim;
-        Ok(KernelCache { k: Floats::zeros(len, dtype), v: Floats::zeros(len, dtype), slots })
+        let len = (heads.num_key_value_heads * heads.head_dim).saturating_mul(slots);
+        let zeros = || Floats::try_zeros(len, dtype).ok_or(Error::Cache { tokens: slots });
+        Ok(KernelCache { k: zeros()?, v: zeros()?, slots })
     }
 
     fn cache_bytes(&self, cache: &KernelCache) -> u64 {
