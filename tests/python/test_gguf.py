@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import mqadapt_rs
+import tiny
 from models import gemma3_270m_gguf, smollm2_gguf
 from real import once
 
@@ -132,27 +133,8 @@ def test_sentencepiece_gives_the_ids_of_its_own_rule(tmp_path: Path, shared: Pat
     special = ["<unk>", "<s>", "</s>"]
     texts = special + [f"<0x{byte:02X}>" for byte in range(256)]
     texts += [token.decode().replace(" ", "▁") for token in tokens[259:]]
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(8)
-    writer.add_feed_forward_length(8)
-    writer.add_head_count(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(texts)
-    writer.add_token_scores(scores)
-    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (len(texts) - 259))
-    writer.add_tensor("token_embd.weight", np.zeros((len(texts), 8), np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
-    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-        writer.add_tensor(f"blk.0.{name}.weight", np.zeros((8, 8), np.float32))
-    for name in ("attn_norm", "ffn_norm"):
-        writer.add_tensor(f"blk.0.{name}.weight", np.ones(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    kinds = [2, 3, 3] + [6] * 256 + [1] * (len(texts) - 259)
+    tiny.write_gguf(tmp_path / "tiny.gguf", texts, scores, kinds)
     mqadapt_rs.convert(tmp_path / "tiny.gguf", tmp_path / "out", plan="keep", sync=False)
 
     tokenizer = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))

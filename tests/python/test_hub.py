@@ -111,7 +111,8 @@ def test_only_the_configuration(hub: FakeHub, folder: Path) -> None:
 def test_only_the_tokenizer(hub: FakeHub, folder: Path) -> None:
     hub.add("org/model", folder)
     sources.fetch_tokenizer("org/model")
-    assert set(hub.asked_for()) == {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    templates = {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
+    assert set(hub.asked_for()) == {"config.json", "tokenizer.json", "tokenizer_config.json"} | templates
 
 
 def test_revision(hub: FakeHub, folder: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from mqadapt_rs import Model, MqadaptError, convert
+from mqadapt_rs import Model, MqadaptError, convert, inspect
 
 Break = Callable[[Path], object]
 
@@ -167,6 +167,69 @@ def test_broken_sources_are_not_loaded(broken: tuple[Path, str]) -> None:
     with pytest.raises((MqadaptError, OSError)) as caught:
         Model.load(folder)
     assert_readable(caught.value, word)
+
+
+def change_gguf(at: int, content: bytes) -> Break:
+    def apply(path: Path) -> None:
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(content)
+
+    return apply
+
+
+def rename_in_gguf(old: bytes, new: bytes) -> Break:
+    """Another name, or a type number behind it, of the same length."""
+
+    def apply(path: Path) -> None:
+        raw = path.read_bytes()
+        assert raw.count(old) == 1 and len(old) == len(new)
+        path.write_bytes(raw.replace(old, new))
+
+    return apply
+
+
+def cut_gguf(keep: float) -> Break:
+    return lambda path: os.truncate(path, int(path.stat().st_size * keep))
+
+
+SHAPE_OF_K = b"blk.0.attn_k.weight" + struct.pack("<IQQI", 2, 8, 8, 0)
+
+# (what breaks it, a word that the message must have beside the file's name); offsets: 4 version, 8 tensors, 16 keys
+BROKEN_GGUF: dict[str, tuple[Break, str]] = {
+    "empty": (cut_gguf(0), ""),
+    "magic_only": (lambda path: os.truncate(path, 4), ""),
+    "other_magic": (change_gguf(0, b"GGML"), ""),
+    "other_byte_order": (change_gguf(4, struct.pack(">I", 3)), "big-endian"),
+    "future_version": (change_gguf(4, struct.pack("<I", 99)), "99"),
+    "tensors_beyond_memory": (change_gguf(8, struct.pack("<Q", 2**60)), ""),
+    "keys_beyond_memory": (change_gguf(16, struct.pack("<Q", 2**60)), ""),
+    "cut_in_the_keys": (cut_gguf(0.1), ""),
+    "cut_in_the_weights": (cut_gguf(0.9), ""),
+    "no_such_type": (rename_in_gguf(SHAPE_OF_K, SHAPE_OF_K[:-4] + struct.pack("<I", 4711)), "4711"),
+    "wrong_shape": (
+        rename_in_gguf(SHAPE_OF_K, SHAPE_OF_K[:-12] + struct.pack("<QI", 4, 0)), "attn_k"),
+    "zero_rows": (rename_in_gguf(SHAPE_OF_K, SHAPE_OF_K[:-12] + struct.pack("<QI", 0, 0)), ""),
+    "missing_tensor": (rename_in_gguf(b"blk.0.attn_k.weight", b"blk.0.attn_x.weight"), "attn_x"),
+    "missing_key": (rename_in_gguf(b"llama.attention.head_count", b"llama.attention.heads_here"), "head_count"),
+    "name_not_utf8": (rename_in_gguf(b"blk.0.attn_k.weight", b"blk.0.attn_\xff.weight"), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN_GGUF)
+def test_broken_gguf(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the package gguf (extra `test`) is not installed")
+    path, out = tmp_path / "tiny.gguf", tmp_path / "out"
+    texts = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", "a"]
+    tiny.write_gguf(path, texts, [0.0] * len(texts), [2, 3, 3] + [6] * 256 + [1, 1])
+    convert(path, tmp_path / "whole", plan="keep", sync=False)
+    damage, word = BROKEN_GGUF[case]
+    damage(path)
+    for call in (lambda: convert(path, out, plan="keep"), lambda: Model.load(path), lambda: inspect(path)):
+        with pytest.raises((MqadaptError, OSError)) as caught:
+            call()
+        assert_readable(caught.value, "tiny.gguf", word)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["tiny.gguf", "whole"]
 
 
 def test_missing_folder(tmp_path: Path) -> None:

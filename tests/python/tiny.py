@@ -269,3 +269,31 @@ def stories_decode(tokenizer: Path, tokens: list[int]) -> str:
             piece = bytes([int(piece[3:5], 16)])
         text += piece
     return text.decode()
+
+
+def write_gguf(path: Path, tokens: list[str], scores: list[float], kinds: list[int]) -> None:
+    """A Llama of one layer, 8 values wide, all weights zero, with a SentencePiece vocabulary."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(8)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    tensors = {"token_embd": (len(tokens), 8), "output_norm": (8,)}
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        tensors[f"blk.0.{name}"] = (8, 8)
+    for name in ("attn_norm", "ffn_norm"):
+        tensors[f"blk.0.{name}"] = (8,)
+    for name, shape in tensors.items():
+        writer.add_tensor(f"{name}.weight", np.full(shape, float(len(shape) == 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
