@@ -7,13 +7,14 @@ use mqadapt_checkpoint::{Checkpoint, Content, SideFile, StoredType};
 use mqadapt_core::{DType, ModelConfig, Plan, Progress, cost};
 use serde_json::{Map, Value, json};
 
-use crate::engine::{Engine, LayerNotes, Moved};
-use crate::follower::Follower;
+use crate::engine::{Engine, Moved};
 use crate::journal::{JOURNAL_FILE, Journal};
 use crate::layout::{INDEX_FILE, Layout, Request};
 use crate::manifest::{MANIFEST_FILE, Manifest, PlanRecord, SourceRecord};
 use crate::options::peak_rss_bytes;
 use crate::output::Output;
+use crate::whole_layers::LayerNotes;
+use crate::writer::Writer;
 use crate::{ConversionReport, ConvertOptions, Error, LayerMerge, Result};
 
 /// The modelling file of checkpoints whose layers differ, without `.py`.
@@ -87,7 +88,7 @@ fn run(
         }
         None => LayerNotes::default(),
     };
-    let moved = engine.run(&layout, &past, Follower::start(journal, options.sync))?;
+    let moved = engine.run(&layout, &past, Writer::start(journal, options.sync))?;
     let bytes_read = moved.bytes_read;
 
     let mut bytes_written = layout.bytes();

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Error, Result};
+use crate::{Error, Result, ShardRecord};
 
 /// Its name in the working folder.
 pub(crate) const JOURNAL_FILE: &str = "mqadapt.journal.jsonl";
@@ -31,6 +31,13 @@ pub(crate) struct Mark {
     pub samples: Vec<(usize, String)>,
     /// The merged tensors that end in these bytes, after the mark before.
     pub merged: Vec<MergedTensor>,
+}
+
+impl Mark {
+    /// What the manifest says of a complete shard.
+    pub fn record(&self) -> ShardRecord {
+        ShardRecord { name: self.shard.clone(), bytes: self.bytes, xxh3_128: self.xxh3_128.clone() }
+    }
 }
 
 /// What was learnt between two marks.
