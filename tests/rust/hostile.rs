@@ -1,12 +1,11 @@
-//! Every parser on bytes that nobody would write on purpose: the fuzz targets' corpus, mutated. Quick and repeatable; the fuzz
-//! targets in `tests/fuzz` look further.
+//! Every parser on bytes that nobody would write on purpose: the checks of the fuzz targets on their corpus, as it is and
+//! mutated. Quick and repeatable; the fuzz targets in `tests/fuzz`, guided by coverage, look further.
 
 use std::fs;
 use std::path::Path;
 
-use mqadapt_checkpoint::{Header, check_gguf_bytes, index_shards};
-use mqadapt_convert::Manifest;
-use mqadapt_core::{ModelConfig, Plan};
+#[path = "../fuzz/checks.rs"]
+mod checks;
 
 /// Mutations of each seed.
 const ROUNDS: u64 = 2_000;
@@ -57,61 +56,30 @@ fn mutated(seed: &[u8], random: &mut u64) -> Vec<u8> {
 
 #[test]
 fn safetensors_headers() {
-    survives("safetensors", |file| {
-        let Some((prefix, rest)) = file.split_first_chunk::<8>() else { return };
-        let len = usize::try_from(u64::from_le_bytes(*prefix)).unwrap_or(usize::MAX);
-        if let Some(Ok(header)) = rest.get(..len).map(|json| Header::parse(json, file.len() as u64)) {
-            let end = header.entries.iter().fold(header.data_start, |end, entry| end + entry.bytes);
-            assert_eq!(end, file.len() as u64);
-        }
-    });
+    survives("safetensors", checks::safetensors);
 }
 
 #[test]
 fn indices() {
-    survives("index", |json| {
-        for shard in index_shards(json).unwrap_or_default() {
-            assert!(!shard.contains('/') && shard != "..", "{shard:?}");
-        }
-    });
+    survives("index", checks::index);
 }
 
 #[test]
 fn configurations() {
-    survives("config", |json| {
-        if let Ok(config) = ModelConfig::from_json(&String::from_utf8_lossy(json)) {
-            let _ = config.with_num_key_value_heads(&config.num_key_value_heads, "modeling_mqadapt");
-        }
-    });
+    survives("config", checks::config);
 }
 
 #[test]
 fn plans() {
-    let config = ModelConfig::from_json(
-        r#"{"model_type": "llama", "hidden_size": 48, "intermediate_size": 8, "vocab_size": 9,
-            "num_hidden_layers": 30, "num_attention_heads": 12}"#,
-    )
-    .unwrap();
-    survives("plan", |bytes| {
-        let text = String::from_utf8_lossy(bytes);
-        for plan in [Plan::parse(&text, &config), Plan::from_document(&text, &config)].into_iter().flatten() {
-            assert!(plan.num_key_value_heads().iter().all(|heads| 12 % heads == 0));
-        }
-    });
+    survives("plan", checks::plan);
 }
 
 #[test]
 fn manifests() {
-    survives("manifest", |json| {
-        if let Ok(manifest) = Manifest::parse(json) {
-            assert!(manifest.shards.iter().all(|shard| !shard.name.contains('/')));
-        }
-    });
+    survives("manifest", checks::manifest);
 }
 
 #[test]
 fn gguf_files() {
-    survives("gguf", |file| {
-        let _ = check_gguf_bytes(file);
-    });
+    survives("gguf", checks::gguf);
 }
