@@ -5,6 +5,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -189,5 +190,48 @@ fn a_place_that_cannot_be_written_is_one_error() {
         let error = run(source.path(), Path::new(dst), &options(false), &NoProgress).unwrap_err();
         assert!(matches!(error, Error::Io { .. }), "{dst}: {error}");
         assert!(error.to_string().contains("cannot create"), "{error}");
+    }
+}
+
+/// Does something to the source once, in the middle of the conversion.
+struct Meanwhile<F: Fn() + Sync>(F, AtomicBool);
+
+impl<F: Fn() + Sync> Progress for Meanwhile<F> {
+    fn advance(&self, _: &str, done: u64, total: u64) -> Result<(), Interrupted> {
+        if done > total / 3 && done < total && !self.1.swap(true, Ordering::Relaxed) {
+            (self.0)();
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_source_that_changes_while_it_is_read_is_one_error() {
+    let last = "model-00007-of-00007.safetensors";
+    let write_to = |path: &Path| {
+        let mut bytes = fs::read(path).unwrap();
+        let at = bytes.len() - 1;
+        bytes[at] ^= 1;
+        fs::write(path, bytes).unwrap();
+    };
+    let shrink = |path: &Path| {
+        let len = fs::metadata(path).unwrap().len();
+        fs::OpenOptions::new().write(true).open(path).unwrap().set_len(len - 100).unwrap();
+    };
+    let swap = |path: &Path| {
+        let bytes = fs::read(path).unwrap();
+        fs::remove_file(path).unwrap();
+        fs::write(path, bytes).unwrap();
+    };
+    let changes: [fn(&Path); 3] = [write_to, shrink, swap];
+    for (change, words) in changes.into_iter().zip(["was changed while", "changed", "was changed while"]) {
+        let ((source, _), out) = (source(), TempDir::new().unwrap());
+        let path = source.path().join(last);
+        let dst = out.path().join("dst");
+        let meanwhile = Meanwhile(|| change(&path), AtomicBool::new(false));
+        let error = run(source.path(), &dst, &options(false), &meanwhile).unwrap_err();
+        assert!(meanwhile.1.into_inner(), "nothing was changed");
+        assert!(error.to_string().contains(words) && error.to_string().contains(last), "{error}");
+        assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
     }
 }

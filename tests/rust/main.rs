@@ -3,6 +3,7 @@
 mod convert;
 mod fault;
 mod hostile;
+mod injected;
 mod lent;
 mod synthetic;
 mod verify;
