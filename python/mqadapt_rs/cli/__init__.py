@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from mqadapt_rs.errors import ArgumentError, MqadaptError
 
 
+# progress bars of the libraries that we call, which heed these when they are imported
+_BARS = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
+
+
 def main() -> None:
     """The console script."""
+    if not sys.stderr.isatty():
+        for switch in _BARS:
+            os.environ.setdefault(switch, "1")
     from mqadapt_rs.cli.app import app
     from mqadapt_rs.cli.options import debug_wanted
 
