@@ -12,7 +12,7 @@ use crate::Error;
 use crate::algebra::count;
 use crate::attention::{Probabilities, ROWS, product, rotate, view};
 use crate::layer::{LayerGeometry, check_len};
-use crate::statistics::{HeadMoments, LayerStatistics, Moment, StatisticsShape};
+use crate::statistics::{HeadMoments, LayerStatistics, Moment, StatisticsShape, triangle};
 
 /// Rows whose products are summed in f32 before they go to f64.
 const SUM_ROWS: usize = 512;
@@ -196,7 +196,7 @@ fn add_head(
     output
 }
 
-/// `sum += sign * xT diag(root)^2 x`, symmetric.
+/// `sum += sign * xT diag(root)^2 x`, the lower triangle.
 fn add_gram(sum: &mut [f64], x: MatRef<'_, f32>, root: Option<&[f32]>, sign: f64) {
     let n = x.ncols();
     let mut scaled = Vec::new();
@@ -226,11 +226,7 @@ fn add_gram(sum: &mut [f64], x: MatRef<'_, f32>, root: Option<&[f32]>, sign: f64
         );
         for j in 0..n {
             for i in j..n {
-                let value = sign * f64::from(gram[(i, j)]);
-                sum[i * n + j] += value;
-                if i != j {
-                    sum[j * n + i] += value;
-                }
+                sum[triangle(i, j)] += sign * f64::from(gram[(i, j)]);
             }
         }
     }

@@ -37,6 +37,15 @@ pub(crate) fn project(x: &[f32], weight: &[f32], bias: Option<&[f32]>, width: us
 
 /// Rotates every head of `x` in place; row `t` is position `t`.
 pub(crate) fn rotate(x: &mut [f32], heads: usize, geometry: &LayerGeometry) {
+    turn(x, heads, geometry, 1.0);
+}
+
+/// The inverse of [`rotate`].
+pub(crate) fn rotate_back(x: &mut [f32], heads: usize, geometry: &LayerGeometry) {
+    turn(x, heads, geometry, -1.0);
+}
+
+fn turn(x: &mut [f32], heads: usize, geometry: &LayerGeometry, sign: f64) {
     let (d, pairs) = (geometry.head_dim, geometry.rotary_pairs());
     if pairs == 0 {
         return;
@@ -44,7 +53,7 @@ pub(crate) fn rotate(x: &mut [f32], heads: usize, geometry: &LayerGeometry) {
     let mut table = vec![(0.0f32, 0.0f32); pairs];
     for (t, row) in x.chunks_exact_mut(heads * d).enumerate() {
         for (entry, freq) in table.iter_mut().zip(&geometry.inv_freq) {
-            let (sin, cos) = (crate::algebra::count(t) * freq).sin_cos();
+            let (sin, cos) = (sign * crate::algebra::count(t) * freq).sin_cos();
             *entry = (cos as f32, sin as f32);
         }
         for head in row.chunks_exact_mut(d) {

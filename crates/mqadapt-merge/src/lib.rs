@@ -28,6 +28,7 @@ mod method;
 mod piecewise;
 mod prune;
 mod random;
+mod refine;
 mod refit;
 mod statistics;
 
@@ -38,5 +39,6 @@ pub use layer::{LayerGeometry, LayerWeights};
 pub use method::{KvTensor, METHODS, MergeOptions, Method, RowMerge, RowsAt, merge_tensor, method};
 pub use piecewise::KvMerge;
 pub use prune::prune;
+pub use refine::{RefineOptions, Target, refine};
 pub use refit::{REFIT_LAMBDA, Refit, Refitted};
 pub use statistics::{HeadMoments, LayerStatistics, Moment, NamedTensors, StatisticsShape};

@@ -10,7 +10,8 @@ use crate::Error;
 use crate::layer::LayerGeometry;
 
 /// The moments kept per query head. `p` are the attention probabilities of the
-/// original model, `k_n`, `v_n` the stacked heads of a block (`N = block_heads * head_dim`).
+/// original model, `k_n`, `v_n` the stacked heads of a block (`N = block_heads * head_dim`). Symmetric ones are kept as
+/// the rows of their lower triangle, `[n (n + 1) / 2]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Moment {
     /// `sum_m q_m q_mT` as queries enter the rotary embedding, `[head_dim, head_dim]`.
@@ -88,12 +89,12 @@ impl StatisticsShape {
         self.block_heads * self.head_dim
     }
 
-    /// Shape of a moment of one query head.
+    /// Shape of a moment of one query head, as it is kept.
     #[must_use]
     pub fn of(&self, moment: Moment) -> Vec<usize> {
         match moment {
-            Moment::Query | Moment::ValueSecond => vec![self.head_dim; 2],
-            Moment::KeyCentred | Moment::ValueOutput => vec![self.width(); 2],
+            Moment::Query | Moment::ValueSecond => vec![triangle(self.head_dim, 0)],
+            Moment::KeyCentred | Moment::ValueOutput => vec![triangle(self.width(), 0)],
             Moment::KeyRotated => vec![self.rotary_pairs, self.block_heads, self.block_heads, 2],
         }
     }
@@ -135,6 +136,11 @@ impl HeadMoments {
     pub(crate) fn get_mut(&mut self, moment: Moment) -> &mut [f64] {
         &mut self.sums[moment as usize]
     }
+}
+
+/// Place of row `i`, column `j <= i` in the rows of a lower triangle, one after the other.
+pub(crate) fn triangle(i: usize, j: usize) -> usize {
+    i * (i + 1) / 2 + j
 }
 
 /// Tensors by name: shape and row-major values.
@@ -269,18 +275,23 @@ impl LayerStatistics {
 
     /// A `[head_dim, head_dim]` moment of a query head, per token.
     pub(crate) fn own(&self, moment: Moment, head: usize) -> Mat<f64> {
-        let (d, scale) = (self.shape.head_dim, self.per_token());
-        let sums = &self.heads[head].sums[moment as usize];
-        Mat::from_fn(d, d, |i, j| sums[i * d + j] * scale)
+        let all: Vec<usize> = (0..self.shape.head_dim).collect();
+        self.gathered(moment, head, &all)
     }
 
-    /// An `[N, N]` moment of a query head, per token, restricted to the K/V
-    /// heads `members` (of one block) stacked in that order.
-    pub(crate) fn stacked(&self, moment: Moment, head: usize, members: &[usize]) -> Mat<f64> {
-        let (d, width, scale) = (self.shape.head_dim, self.shape.width(), self.per_token());
+    /// An `[N, N]` moment of a query head, per token, restricted to some dims of the K/V heads `members` (of one
+    /// block) stacked in that order.
+    pub(crate) fn stacked(&self, moment: Moment, head: usize, members: &[usize], dims: &[usize]) -> Mat<f64> {
+        let (d, block) = (self.shape.head_dim, self.shape.block_heads);
+        let at: Vec<usize> = members.iter().flat_map(|g| dims.iter().map(move |i| (g % block) * d + i)).collect();
+        self.gathered(moment, head, &at)
+    }
+
+    /// Rows and columns `at` of a symmetric moment, per token.
+    fn gathered(&self, moment: Moment, head: usize, at: &[usize]) -> Mat<f64> {
+        let scale = self.per_token();
         let sums = &self.heads[head].sums[moment as usize];
-        let at = |i: usize| (members[i / d] % self.shape.block_heads) * d + i % d;
-        Mat::from_fn(members.len() * d, members.len() * d, |i, j| sums[at(i) * width + at(j)] * scale)
+        Mat::from_fn(at.len(), at.len(), |i, j| sums[triangle(at[i].max(at[j]), at[i].min(at[j]))] * scale)
     }
 
     /// `E[z zH]` of the rotated keys of `members` at pair `pair`.

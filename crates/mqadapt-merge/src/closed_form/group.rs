@@ -1,6 +1,6 @@
 //! One target head: the source K/V heads it replaces and their query heads.
 
-use faer::Mat;
+use faer::{Mat, MatRef};
 
 use crate::algebra::dot;
 use crate::layer::{LayerGeometry, LayerWeights, output_head};
@@ -37,26 +37,73 @@ impl Group<'_> {
             .collect()
     }
 
-    /// Sum of `weights[i] * stacked(moment, i)`, divided by the sum of weights.
-    pub(crate) fn pooled(stacked: &[Mat<f64>], weights: &[f64]) -> Mat<f64> {
-        let n = stacked.first().map_or(0, Mat::nrows);
-        let total: f64 = weights.iter().sum::<f64>().max(1e-300);
-        let mut sum = Mat::<f64>::zeros(n, n);
-        for (matrix, weight) in stacked.iter().zip(weights) {
-            sum += faer::Scale(weight / total) * matrix;
+    /// A stacked moment of every query head, of these dims of each member.
+    pub(crate) fn stacked(&self, moment: Moment, dims: Vec<usize>) -> Stacked<'_> {
+        let n = self.members.len() * dims.len();
+        let heads = self.query_heads();
+        let mut stacked = Stacked { group: self, moment, dims, heads, held: Vec::new() };
+        if 8 * n * n * stacked.len() <= HELD_BYTES {
+            stacked.held = (0..stacked.len()).map(|i| stacked.make(i)).collect();
         }
-        sum
+        stacked
     }
 
-    /// A stacked moment of every query head.
-    pub(crate) fn stacked(&self, moment: Moment) -> Vec<Mat<f64>> {
-        self.query_heads().into_iter().map(|h| self.statistics.stacked(moment, h, self.members)).collect()
+    /// All dims of a head.
+    pub(crate) fn all_dims(&self) -> Vec<usize> {
+        (0..self.geometry.head_dim).collect()
+    }
+
+    /// The block of a stacked moment that is the own K/V head's of the `i`-th query head.
+    pub(crate) fn own_block(&self, moment: Moment, i: usize) -> Mat<f64> {
+        let head = self.query_heads()[i];
+        self.statistics.stacked(moment, head, &self.members[self.slot(i)..=self.slot(i)], &self.all_dims())
     }
 
     /// `E |s_h|^2` in the metric of `o_proj`: the energy of each query head's output.
-    pub(crate) fn output_energy(&self, metrics: &[Mat<f64>], outputs: &[Mat<f64>]) -> Vec<f64> {
-        let d = self.geometry.head_dim;
-        let own = |i: usize| outputs[i].submatrix(self.slot(i) * d, self.slot(i) * d, d, d);
-        (0..metrics.len()).map(|i| dot(metrics[i].as_ref(), own(i)).max(0.0)).collect()
+    pub(crate) fn output_energy(&self, metrics: &[Mat<f64>]) -> Vec<f64> {
+        let energy = |i: usize| dot(metrics[i].as_ref(), self.own_block(Moment::ValueOutput, i).as_ref()).max(0.0);
+        (0..metrics.len()).map(energy).collect()
+    }
+}
+
+/// Most bytes of one group's moments that are unfolded at a time.
+const HELD_BYTES: usize = 256 << 20;
+
+/// A stacked moment of every query head of a group: unfolded all at once where that is little, one by one where not.
+pub(crate) struct Stacked<'a> {
+    group: &'a Group<'a>,
+    moment: Moment,
+    dims: Vec<usize>,
+    heads: Vec<usize>,
+    held: Vec<Mat<f64>>,
+}
+
+impl Stacked<'_> {
+    /// Query heads.
+    pub(crate) fn len(&self) -> usize {
+        self.heads.len()
+    }
+
+    fn make(&self, i: usize) -> Mat<f64> {
+        self.group.statistics.stacked(self.moment, self.heads[i], self.group.members, &self.dims)
+    }
+
+    /// Hands out the moment of the `i`-th query head.
+    pub(crate) fn with<T>(&self, i: usize, f: impl FnOnce(MatRef<'_, f64>) -> T) -> T {
+        match self.held.get(i) {
+            Some(held) => f(held.as_ref()),
+            None => f(self.make(i).as_ref()),
+        }
+    }
+
+    /// Sum of the moments by their weights, divided by the sum of weights.
+    pub(crate) fn pooled(&self, weights: &[f64]) -> Mat<f64> {
+        let n = self.group.members.len() * self.dims.len();
+        let total: f64 = weights.iter().sum::<f64>().max(1e-300);
+        let mut sum = Mat::<f64>::zeros(n, n);
+        for (i, weight) in weights.iter().enumerate() {
+            self.with(i, |moment| sum += faer::Scale(weight / total) * moment);
+        }
+        sum
     }
 }

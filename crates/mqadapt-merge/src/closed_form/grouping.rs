@@ -41,7 +41,7 @@ pub(crate) fn choose(
         let group = Group { geometry, statistics, members };
         let metrics = group.output_metrics(weights);
         let values = solve_values(&group, &metrics, 0)?;
-        let keys = if geometry.qk_norm { None } else { Some(solve_keys(&group, cut, 0)?) };
+        let keys = if geometry.qk_norm { None } else { Some(solve_keys(&group, cut)?) };
         Ok(predict(&group, &metrics, keys.as_ref().map(|k| (k, cut)), &values).output_lost)
     };
     let pairs: Vec<(usize, usize)> = (0..heads).flat_map(|a| (a + 1..heads).map(move |b| (a, b))).collect();

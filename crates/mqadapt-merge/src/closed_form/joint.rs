@@ -5,6 +5,7 @@
 use faer::{Mat, MatRef};
 use rayon::prelude::*;
 
+use super::group::Stacked;
 use super::lbfgs::minimise;
 use super::slow::{right_solve_lower, whiten};
 use crate::Error;
@@ -15,8 +16,9 @@ use crate::algebra::{cholesky, dot, solve_factored};
 pub(crate) struct JointHead<'a> {
     /// `M`, `[d, d]`: `O_hT O_h` for values, `E[q qT]` for keys.
     pub(crate) metric: &'a Mat<f64>,
-    /// `C`, `[stacked, stacked]`.
-    pub(crate) moment: &'a Mat<f64>,
+    /// `C`, `[stacked, stacked]`, and which of them.
+    pub(crate) moments: &'a Stacked<'a>,
+    pub(crate) index: usize,
     /// First dim of the head's own member.
     pub(crate) select: usize,
 }
@@ -25,26 +27,22 @@ pub(crate) struct JointHead<'a> {
 const JITTER: f64 = 1e-9;
 
 impl JointHead<'_> {
-    fn own(&self) -> MatRef<'_, f64> {
-        let d = self.metric.nrows();
-        self.moment.submatrix(self.select, self.select, d, d)
-    }
-
     /// The energy if nothing is lost.
-    fn total(&self) -> f64 {
-        dot(self.metric.as_ref(), self.own())
+    fn total(&self, moment: MatRef<'_, f64>) -> f64 {
+        let d = self.metric.nrows();
+        dot(self.metric.as_ref(), moment.submatrix(self.select, self.select, d, d))
     }
 
     /// Loss and its gradient by `p`, `[n, stacked]`.
-    fn loss(&self, p: MatRef<'_, f64>) -> Result<(f64, Mat<f64>), Error> {
+    fn loss(&self, p: MatRef<'_, f64>, moment: MatRef<'_, f64>) -> Result<(f64, Mat<f64>), Error> {
         let d = self.metric.nrows();
-        let projected = p * self.moment; // [n, stacked]
+        let projected = p * moment; // [n, stacked]
         let factor = cholesky((&projected * p.transpose()).as_ref(), JITTER)?;
         let own = projected.subcols(self.select, d);
         let w = solve_factored(factor.as_ref(), own.to_owned()); // [n, d]
         let weighted = &w * self.metric; // [n, d]
-        let loss = self.total() - dot(weighted.as_ref(), own);
-        let residual = self.moment.subrows(self.select, d) - w.transpose() * &projected; // [d, stacked]
+        let loss = self.total(moment) - dot(weighted.as_ref(), own);
+        let residual = moment.subrows(self.select, d) - w.transpose() * &projected; // [d, stacked]
         Ok((loss, faer::Scale(-2.0) * (&weighted * residual)))
     }
 }
@@ -58,7 +56,7 @@ pub(crate) fn joint_rows(
     rows: Mat<f64>,
     iterations: usize,
 ) -> Result<Mat<f64>, Error> {
-    let total: f64 = heads.iter().map(JointHead::total).sum();
+    let total: f64 = heads.iter().map(|head| head.moments.with(head.index, |moment| head.total(moment))).sum();
     let (n, stacked) = (rows.nrows(), rows.ncols());
     let root = cholesky(mean.as_ref(), JITTER)?;
     let start = whiten(rows.to_owned(), mean.as_ref(), JITTER)?;
@@ -86,7 +84,8 @@ pub(crate) fn joint_rows(
 
 /// Sum over heads, in their order.
 fn objective(heads: &[JointHead<'_>], p: MatRef<'_, f64>) -> Result<(f64, Mat<f64>), Error> {
-    let parts: Vec<_> = heads.par_iter().map(|head| head.loss(p)).collect();
+    let parts: Vec<_> =
+        heads.par_iter().map(|head| head.moments.with(head.index, |moment| head.loss(p, moment))).collect();
     let mut loss = 0.0;
     let mut gradient = Mat::<f64>::zeros(p.nrows(), p.ncols());
     for part in parts {

@@ -17,7 +17,7 @@ pub(crate) struct KeySolution {
 }
 
 /// Solves a group with `cut` fast pairs.
-pub(crate) fn solve_keys(group: &Group<'_>, cut: usize, iterations: usize) -> Result<KeySolution, Error> {
+pub(crate) fn solve_keys(group: &Group<'_>, cut: usize) -> Result<KeySolution, Error> {
     let (d, pairs) = (group.geometry.head_dim, group.geometry.rotary_pairs());
     let r = group.geometry.num_key_value_groups();
     let heads = group.query_heads();
@@ -41,7 +41,7 @@ pub(crate) fn solve_keys(group: &Group<'_>, cut: usize, iterations: usize) -> Re
     let dims = slow_dims(cut, pairs, d);
     if !dims.is_empty() {
         let n = dims.len();
-        let slow = solve_slow(group, cut, iterations)?;
+        let slow = solve_slow(group, cut)?;
         for (i, &slot) in dims.iter().enumerate() {
             for j in 0..slow.rows.ncols() {
                 rows[(slot, j / n * d + dims[j % n])] = slow.rows[(i, j)];

@@ -176,7 +176,7 @@ impl<'a> Solver<'a> {
     }
 
     fn keys(&self, cut: usize) -> Result<Vec<KeySolution>, Error> {
-        self.groups().map(|g| solve_keys(&g, cut, 0)).collect()
+        self.groups().map(|g| solve_keys(&g, cut)).collect()
     }
 
     /// The mean of each group, queries as they are.

@@ -1,6 +1,6 @@
 //! The damage that the statistics predict for any merge of one group.
 
-use faer::Mat;
+use faer::{Mat, MatRef};
 
 use super::group::Group;
 use super::keys::KeySolution;
@@ -40,17 +40,20 @@ pub(crate) fn predict(
     values: &ValueSolution,
 ) -> Loss {
     let d = group.geometry.head_dim;
-    let outputs = group.stacked(Moment::ValueOutput);
-    let energy = group.output_energy(metrics, &outputs);
+    let outputs = group.stacked(Moment::ValueOutput, group.all_dims());
+    let energy = group.output_energy(metrics);
     let mut loss = Loss::default();
     for (i, head) in group.query_heads().into_iter().enumerate() {
         let at = group.slot(i) * d;
-        let rest = unexplained(values.rows.as_ref(), values.maps[i].as_ref(), outputs[i].as_ref(), at);
+        let unexplained = |moment: MatRef<'_, f64>| {
+            unexplained(values.rows.as_ref(), values.maps[i].as_ref(), moment, at)
+        };
+        let rest = outputs.with(i, unexplained);
         loss.output_lost += dot(metrics[i].as_ref(), rest.as_ref()).max(0.0);
         loss.output_total += energy[i];
         if let Some((keys, cut)) = keys {
             let (lost, total) = logits(group, keys, cut, i, head);
-            let spread = group.statistics.own(Moment::ValueSecond, head) - outputs[i].submatrix(at, at, d, d);
+            let spread = group.statistics.own(Moment::ValueSecond, head) - group.own_block(Moment::ValueOutput, i);
             let per_logit = dot(metrics[i].as_ref(), spread.as_ref()).max(0.0) / count(d);
             loss.logit_lost += lost;
             loss.logit_total += total;
@@ -89,8 +92,7 @@ fn logits(group: &Group<'_>, keys: &KeySolution, cut: usize, i: usize, head: usi
     if !dims.is_empty() {
         let n = dims.len();
         let stacked: Vec<usize> = (0..group.members.len() * n).map(|s| s / n * d + dims[s % n]).collect();
-        let moment = group.statistics.stacked(Moment::KeyCentred, head, group.members);
-        let moment = gather(moment.as_ref(), &stacked, &stacked);
+        let moment = group.statistics.stacked(Moment::KeyCentred, head, group.members, &dims);
         let metric = gather(query.as_ref(), &dims, &dims);
         let rows = gather(keys.rows.as_ref(), &dims, &stacked);
         let read_out = gather(map.as_ref(), &dims, &dims).transpose().to_owned();

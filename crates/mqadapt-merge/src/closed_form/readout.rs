@@ -2,6 +2,7 @@
 
 use faer::{Mat, MatRef};
 
+use super::group::Stacked;
 use crate::Error;
 use crate::algebra::{cholesky, solve_factored};
 
@@ -15,11 +16,11 @@ const HEAD_JITTER: f64 = 1e-6;
 /// regressed towards the group's pooled read-out, not towards zero, so that
 /// heads that are equal merge without loss whatever the jitter.
 ///
-/// `moments[i]`, `select[i]` (first dim of its own head) per query head;
+/// Of each query head its moment and `select[i]` (first dim of its own head);
 /// `pooled` their weighted mean; `d` dims per head.
 pub(crate) fn read_outs(
     p: MatRef<'_, f64>,
-    moments: &[Mat<f64>],
+    moments: &Stacked<'_>,
     pooled: MatRef<'_, f64>,
     select: &[usize],
     d: usize,
@@ -27,12 +28,12 @@ pub(crate) fn read_outs(
     let projected = p * pooled; // [n, stacked]
     let factor = cholesky((&projected * p.transpose()).as_ref(), POOLED_JITTER)?;
     let all = solve_factored(factor.as_ref(), projected); // pooled read-outs of every member, transposed
-    moments
+    select
         .iter()
-        .zip(select)
-        .map(|(moment, &at)| {
+        .enumerate()
+        .map(|(i, &at)| {
             let base = all.subcols(at, d); // [n, d]
-            let own = p * moment; // [n, stacked]
+            let own = moments.with(i, |moment| p * moment); // [n, stacked]
             let gram = &own * p.transpose();
             let rest = own.subcols(at, d) - &gram * base;
             let step = solve_factored(cholesky(gram.as_ref(), HEAD_JITTER)?.as_ref(), rest);

@@ -1,10 +1,9 @@
 //! Slow dims: rotary pairs that hardly turn within the context, and dims that
 //! are not rotated. Any linear mix of them is allowed.
 
-use faer::{Mat, c64};
+use faer::{Mat, MatRef, c64};
 
-use super::group::Group;
-use super::joint::{JointHead, joint_rows};
+use super::group::{Group, Stacked};
 use super::pairs::PairMix;
 use super::readout::read_outs;
 use crate::Error;
@@ -25,35 +24,26 @@ pub(crate) struct SlowKeys {
 }
 
 /// Moments of a group restricted to the slow dims.
-struct SlowMoments {
+struct SlowMoments<'a> {
     query: Vec<Mat<f64>>,
-    key: Vec<Mat<f64>>,
+    key: Stacked<'a>,
     pooled: Mat<f64>,
 }
 
-/// Solves the slow dims of a group; `iterations` of joint refinement.
-pub(crate) fn solve_slow(group: &Group<'_>, cut: usize, iterations: usize) -> Result<SlowKeys, Error> {
+/// Solves the slow dims of a group.
+pub(crate) fn solve_slow(group: &Group<'_>, cut: usize) -> Result<SlowKeys, Error> {
     let (d, pairs) = (group.geometry.head_dim, group.geometry.rotary_pairs());
     let dims = slow_dims(cut, pairs, d);
     let n = dims.len();
-    let stacked: Vec<usize> =
-        (0..group.members.len()).flat_map(|g| dims.iter().map(move |i| g * d + i).collect::<Vec<_>>()).collect();
     let heads = group.query_heads();
     let query: Vec<Mat<f64>> =
         heads.iter().map(|h| gather(group.statistics.own(Moment::Query, *h).as_ref(), &dims, &dims)).collect();
-    let key: Vec<Mat<f64>> =
-        group.stacked(Moment::KeyCentred).iter().map(|c| gather(c.as_ref(), &stacked, &stacked)).collect();
+    let key = group.stacked(Moment::KeyCentred, dims);
     let energy: Vec<f64> = query.iter().map(trace).collect();
-    let pooled = Group::pooled(&key, &energy);
+    let pooled = key.pooled(&energy);
     let moments = SlowMoments { query, key, pooled };
     let mut rows = principal_rows(group, &moments)?;
     let select: Vec<usize> = (0..heads.len()).map(|i| group.slot(i) * n).collect();
-    if iterations > 0 {
-        let joint: Vec<JointHead<'_>> = (0..heads.len())
-            .map(|i| JointHead { metric: &moments.query[i], moment: &moments.key[i], select: select[i] })
-            .collect();
-        rows = joint_rows(&joint, &Group::pooled(&moments.key, &vec![1.0; heads.len()]), rows, iterations)?;
-    }
     if cut < pairs {
         rows = align(group, &moments, rows, cut)?;
     }
@@ -66,7 +56,7 @@ fn trace(a: &Mat<f64>) -> f64 {
 }
 
 /// `P = UT RT`: top eigenvectors of `RT Cbar R`, `R = blockdiag chol(sum Q_h)`.
-fn principal_rows(group: &Group<'_>, moments: &SlowMoments) -> Result<Mat<f64>, Error> {
+fn principal_rows(group: &Group<'_>, moments: &SlowMoments<'_>) -> Result<Mat<f64>, Error> {
     let n = moments.query[0].nrows();
     let blocks = (0..group.members.len()).map(|g| {
         let mut sum = Mat::<f64>::zeros(n, n);
@@ -83,7 +73,7 @@ fn principal_rows(group: &Group<'_>, moments: &SlowMoments) -> Result<Mat<f64>, 
 /// The `keep` leading rows of `UT RT` for `R = blockdiag chol(metrics)`.
 pub(crate) fn weighted_principal_rows(
     metrics: impl Iterator<Item = Mat<f64>>,
-    pooled: faer::MatRef<'_, f64>,
+    pooled: MatRef<'_, f64>,
     keep: usize,
     jitter: f64,
 ) -> Result<Mat<f64>, Error> {
@@ -104,7 +94,7 @@ pub(crate) fn weighted_principal_rows(
 /// solution as closely as an invertible map can: every row then lives at the
 /// frequency it came from. `P <- L_t A BT L_k^-1 P`, `A s BT` the SVD of the
 /// correlation between the two, `L_t`, `L_k` their Cholesky factors.
-fn align(group: &Group<'_>, moments: &SlowMoments, rows: Mat<f64>, cut: usize) -> Result<Mat<f64>, Error> {
+fn align(group: &Group<'_>, moments: &SlowMoments<'_>, rows: Mat<f64>, cut: usize) -> Result<Mat<f64>, Error> {
     let target = native_rows(group, moments, group.geometry.rotary_pairs() - cut)?;
     let scale = |p: &Mat<f64>| cholesky((p * &moments.pooled * p.transpose()).as_ref(), 1e-12);
     let (target_root, root) = (scale(&target)?, scale(&rows)?);
@@ -115,21 +105,25 @@ fn align(group: &Group<'_>, moments: &SlowMoments, rows: Mat<f64>, cut: usize) -
 }
 
 /// The solution that mixes heads only at the same pair, or the same unrotated dim.
-fn native_rows(group: &Group<'_>, moments: &SlowMoments, slow: usize) -> Result<Mat<f64>, Error> {
+fn native_rows(group: &Group<'_>, moments: &SlowMoments<'_>, slow: usize) -> Result<Mat<f64>, Error> {
     let r = group.geometry.num_key_value_groups();
     let n = moments.query[0].nrows();
+    let pairs = group.geometry.rotary_pairs();
+    let (heads, dims) = (group.query_heads(), slow_dims(pairs - slow, pairs, group.geometry.head_dim));
+    let of = |head: usize, dims: &[usize]| group.statistics.stacked(Moment::KeyCentred, head, group.members, dims);
     let mut target = Mat::<f64>::zeros(n, group.members.len() * n);
     for a in 0..slow {
         let energy: Vec<f64> = moments.query.iter().map(|q| (q[(a, a)] + q[(a + slow, a + slow)]).max(0.0)).collect();
-        let blocks: Vec<_> = moments.key.iter().map(|c| hermitian(c, a, slow, n)).collect();
+        let blocks: Vec<_> = heads.iter().map(|h| hermitian(&of(*h, &[dims[a], dims[slow + a]]))).collect();
         PairMix::solve(&energy, &blocks, r)?.store(&mut target, a, slow + a, a, slow, n);
     }
     for a in 2 * slow..n {
         let energy: Vec<f64> = moments.query.iter().map(|q| q[(a, a)].max(0.0)).collect();
-        let real = |c: &Mat<f64>| {
-            Mat::from_fn(group.members.len(), group.members.len(), |i, j| c64::new(c[(i * n + a, j * n + a)], 0.0))
+        let real = |h: &usize| {
+            let c = of(*h, &[dims[a]]);
+            Mat::from_fn(c.nrows(), c.nrows(), |i, j| c64::new(c[(i, j)], 0.0))
         };
-        let blocks: Vec<_> = moments.key.iter().map(real).collect();
+        let blocks: Vec<_> = heads.iter().map(real).collect();
         for (g, u) in PairMix::solve(&energy, &blocks, r)?.u.iter().enumerate() {
             target[(a, g * n + a)] = u.re;
         }
@@ -137,22 +131,21 @@ fn native_rows(group: &Group<'_>, moments: &SlowMoments, slow: usize) -> Result<
     Ok(target)
 }
 
-/// `E[z zH]` of pair `(a, a + half)` of every member from a real covariance with `stride` dims a member.
-fn hermitian(c: &Mat<f64>, a: usize, half: usize, stride: usize) -> Mat<c64> {
-    let members = c.nrows() / stride;
-    Mat::from_fn(members, members, |i, j| {
-        let (i, j) = (i * stride + a, j * stride + a);
-        c64::new(c[(i, j)] + c[(i + half, j + half)], c[(i + half, j)] - c[(i, j + half)])
+/// `E[z zH]` of one pair of every member from the real covariance of its two dims, member by member.
+fn hermitian(c: &Mat<f64>) -> Mat<c64> {
+    Mat::from_fn(c.nrows() / 2, c.nrows() / 2, |i, j| {
+        let (i, j) = (2 * i, 2 * j);
+        c64::new(c[(i, j)] + c[(i + 1, j + 1)], c[(i + 1, j)] - c[(i, j + 1)])
     })
 }
 
 /// `p` with rows made white in `moment`.
-pub(crate) fn whiten(p: Mat<f64>, moment: faer::MatRef<'_, f64>, jitter: f64) -> Result<Mat<f64>, Error> {
+pub(crate) fn whiten(p: Mat<f64>, moment: MatRef<'_, f64>, jitter: f64) -> Result<Mat<f64>, Error> {
     let factor = cholesky((&p * moment * p.transpose()).as_ref(), jitter)?;
     Ok(solve_lower(factor.as_ref(), p))
 }
 
 /// `X L^-1` for lower `L`.
-pub(crate) fn right_solve_lower(x: &Mat<f64>, l: faer::MatRef<'_, f64>) -> Mat<f64> {
+pub(crate) fn right_solve_lower(x: &Mat<f64>, l: MatRef<'_, f64>) -> Mat<f64> {
     solve_lower_transposed(l, x.transpose().to_owned()).transpose().to_owned()
 }
