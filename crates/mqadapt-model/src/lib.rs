@@ -34,6 +34,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod activations;
 mod aligned;
 mod backend;
 mod batch;
@@ -58,6 +59,7 @@ mod statistics_file;
 mod stream;
 mod trace;
 
+pub use activations::Spill;
 pub use calibrate::{
     CalibratedLayer, CalibratedMerge, CalibratedMethod, Calibration, LayerSample, attention_weights, layer_geometry,
     layer_weights,

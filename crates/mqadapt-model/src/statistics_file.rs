@@ -15,12 +15,13 @@ use mqadapt_merge::{LayerGeometry, LayerStatistics, NamedTensors, StatisticsShap
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::activations::Spill;
 use crate::calibrate::{Calibration, Collector, LayerSample, block_heads, layer_geometry};
 use crate::stream::{StreamedLayer, embed};
 use crate::{Error, Result};
 
 /// `format` of the metadata; the number changes when the meaning of a tensor does.
-const FORMAT: &str = "mqadapt-statistics-1";
+const FORMAT: &str = "mqadapt-statistics-2";
 
 /// Saved statistics, opened and checked.
 #[derive(Debug)]
@@ -33,7 +34,7 @@ pub struct StatisticsFile {
 }
 
 impl Calibration {
-    /// Names the text: its token ids, windows and target contexts, as 16 hexadecimal digits.
+    /// Names the text: its token ids and windows, as 16 hexadecimal digits. Target contexts are no part of it.
     #[must_use]
     pub fn fingerprint(&self) -> String {
         let mut hash = Xxh3::new();
@@ -43,9 +44,6 @@ impl Calibration {
                 hash.update(&id.to_le_bytes());
             }
         }
-        for context in &self.target_contexts {
-            hash.update(&(*context as u64).to_le_bytes());
-        }
         format!("{:016x}", hash.digest())
     }
 }
@@ -54,7 +52,8 @@ fn failed(path: &Path) -> impl Fn(std::io::Error) -> Error + '_ {
     move |source| Error::Io { path: path.to_owned(), source }
 }
 
-/// One pass over the text: the statistics of every layer, written to `path`. Progress: layers, phase `calibrate`.
+/// One pass over the text: the statistics of every layer, written to `path`. The residual stream goes to a file where it is
+/// more than `spill` allows. Progress: layers, phase `calibrate`.
 ///
 /// # Errors
 /// [`Error::Io`] where the file cannot be written; as running the model.
@@ -62,6 +61,7 @@ pub fn collect_statistics(
     checkpoint: &Checkpoint,
     calibration: &Calibration,
     path: &Path,
+    spill: Option<&Spill>,
     progress: &dyn Progress,
 ) -> Result<StatisticsFile> {
     let config = checkpoint.config();
@@ -70,7 +70,9 @@ pub fn collect_statistics(
         let (header, _) = layout(checkpoint, calibration)?;
         let mut out = BufWriter::with_capacity(1 << 20, File::create(&partial).map_err(failed(&partial))?);
         out.write_all(&header).map_err(failed(&partial))?;
-        let mut hidden = embed(checkpoint, &calibration.sequences)?;
+        let bytes = 4 * config.hidden_size * calibration.sequences.iter().map(Vec::len).sum::<usize>();
+        let folder = spill.filter(|spill| bytes as u64 > spill.max_memory).map(|spill| spill.folder.as_path());
+        let mut hidden = embed(checkpoint, &calibration.sequences, folder)?;
         for layer_idx in 0..config.num_hidden_layers {
             let layer = StreamedLayer::load(checkpoint, layer_idx, &NoProgress)?;
             let geometry = layer_geometry(config, layer_idx);

@@ -1,8 +1,9 @@
-//! A checkpoint's layers one after the other over a few sequences: the residual stream stays in memory, the weights of
-//! one layer at a time. In: a checkpoint of any size and token ids. Out: what every layer saw of them.
+//! A checkpoint's layers one after the other over a few sequences: the weights of one layer and the activations of one
+//! sequence at a time. In: a checkpoint of any size and token ids. Out: what every layer saw of them.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::path::Path;
 use std::sync::Arc;
 
 use mqadapt_checkpoint::Checkpoint;
@@ -10,6 +11,7 @@ use mqadapt_core::family::{EMBED_TOKENS, LayerTensor, Module};
 use mqadapt_core::{DType, ModelConfig, Progress};
 use mqadapt_kernels::Precision;
 
+use crate::activations::Activations;
 use crate::aligned::Floats;
 use crate::backend::{Backend, HostMatrix, Kernels};
 use crate::decoder::Decoder;
@@ -19,18 +21,19 @@ use crate::session::{Progressing, Runner};
 use crate::states::{HiddenStates, LayerTrace};
 use crate::{Error, Result, WeightFormat};
 
-/// The residual stream entering the first layer. Reads only the rows of the embedding that the sequences need.
+/// The residual stream entering the first layer, in a file of `folder` where there is one. Reads only the rows of the embedding that the sequences need.
 ///
 /// # Errors
 /// [`Error::Token`], [`Error::Missing`], [`Error::Checkpoint`].
-pub(crate) fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>]) -> Result<HiddenStates> {
+pub(crate) fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>], folder: Option<&Path>) -> Result<Activations> {
     let config = checkpoint.config();
     let (width, vocab_size) = (config.hidden_size, config.vocab_size);
     let table = checkpoint.tensor(EMBED_TOKENS).ok_or_else(|| Error::Missing { tensor: EMBED_TOKENS.to_owned() })?;
     let scale = load::embedding_scale(config, table.dtype.float().unwrap_or(checkpoint.dtype()));
     let mut rows: HashMap<u32, Vec<f32>> = HashMap::new();
-    let mut values = Vec::with_capacity(sequences.iter().map(Vec::len).sum::<usize>() * width);
+    let mut out = Activations::new(sequences.iter().map(Vec::len).collect(), width, folder)?;
     for (sequence, ids) in sequences.iter().enumerate() {
+        let mut values = Vec::with_capacity(ids.len() * width);
         for (position, &id) in ids.iter().enumerate() {
             if id as usize >= vocab_size {
                 return Err(Error::Token { found: id, vocab_size, sequence, position });
@@ -45,8 +48,9 @@ pub(crate) fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>]) -> Result<H
             }
             values.extend_from_slice(&rows[&id]);
         }
+        out.write(sequence, values)?;
     }
-    Ok(HiddenStates { layer_idx: 0, lengths: sequences.iter().map(Vec::len).collect(), values })
+    Ok(out)
 }
 
 /// One layer of a checkpoint, ready to run.
@@ -115,33 +119,44 @@ impl StreamedLayer {
     /// Takes all sequences through the layer, and shows what it saw of each.
     pub(crate) fn run(
         &self,
-        hidden: &mut HiddenStates,
+        stream: &mut Activations,
         visitor: &mut dyn FnMut(&LayerTrace<'_>) -> Result<()>,
         progress: &dyn Progress,
     ) -> Result<()> {
-        let progressing =
-            Progressing { progress, phase: "calibrate", done: self.layer_idx as u64, total: self.of_layers as u64 };
-        self.runner.trace_layer(0, self.layer_idx, hidden, visitor, &progressing)?;
-        hidden.layer_idx = self.layer_idx + 1;
+        for sequence in 0..stream.lengths().len() {
+            let behind = self.behind(stream, sequence, visitor, progress)?;
+            stream.write(sequence, behind)?;
+        }
         Ok(())
     }
 
-    /// What `o_proj` reads, of every sequence; `hidden` stays where it is.
-    pub(crate) fn attention(
+    /// As [`Self::run`], but the stream stays where it is.
+    pub(crate) fn look(
         &self,
-        hidden: &HiddenStates,
-        visitor: &mut dyn FnMut(&[f32]) -> Result<()>,
+        stream: &Activations,
+        visitor: &mut dyn FnMut(&LayerTrace<'_>) -> Result<()>,
         progress: &dyn Progress,
     ) -> Result<()> {
-        let width = self.runner.decoder.config.hidden_size;
-        let mut first = 0;
-        for &length in &hidden.lengths {
-            let values = hidden.values[first..first + length * width].to_vec();
-            first += values.len();
-            let mut one = HiddenStates { layer_idx: hidden.layer_idx, lengths: vec![length], values };
-            self.run(&mut one, &mut |trace| visitor(trace.attention), progress)?;
-        }
-        Ok(())
+        (0..stream.lengths().len())
+            .try_for_each(|sequence| self.behind(stream, sequence, visitor, progress).map(|_behind| ()))
+    }
+
+    /// The residual stream of one sequence behind the layer.
+    fn behind(
+        &self,
+        stream: &Activations,
+        sequence: usize,
+        visitor: &mut dyn FnMut(&LayerTrace<'_>) -> Result<()>,
+        progress: &dyn Progress,
+    ) -> Result<Vec<f32>> {
+        let progressing =
+            Progressing { progress, phase: "calibrate", done: self.layer_idx as u64, total: self.of_layers as u64 };
+        let values = stream.read(sequence)?.into_owned();
+        let lengths = stream.lengths().get(sequence).copied().into_iter().collect();
+        let mut one = HiddenStates { layer_idx: self.layer_idx, lengths, values };
+        let mut named = |trace: &LayerTrace<'_>| visitor(&LayerTrace { sequence, ..*trace });
+        self.runner.trace_layer(0, self.layer_idx, &mut one, &mut named, &progressing)?;
+        Ok(one.values)
     }
 }
 

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_core::{DType, Progress};
-use mqadapt_merge::Method;
+use mqadapt_merge::{Method, RefineOptions};
 use mqadapt_merge::closed_form::{ClosedFormOptions, Cut};
-use mqadapt_model::{CalibratedMerge, CalibratedMethod, Error, StatisticsFile, collect_statistics};
+use mqadapt_model::{CalibratedMerge, CalibratedMethod, Error, Spill, StatisticsFile, collect_statistics};
 use pyo3::prelude::*;
 use serde_json::{Map, Value, json};
 
@@ -19,6 +19,7 @@ pub(crate) struct Calibration {
     text: mqadapt_model::Calibration,
     stats: Option<PathBuf>,
     sequential: bool,
+    refine: Option<RefineOptions>,
     options: ClosedFormOptions,
 }
 
@@ -27,12 +28,13 @@ impl Calibration {
     /// Token sequences, each of them from position 0.
     #[new]
     #[pyo3(signature = (sequences = None, *, target_context = vec![512, 2048], stats = None, sequential = false,
-        fast_pairs = None, regroup = true))]
+        refine = 0, fast_pairs = None, regroup = true))]
     fn new(
         sequences: Option<&Bound<'_, PyAny>>,
         target_context: Vec<usize>,
         stats: Option<PathBuf>,
         sequential: bool,
+        refine: usize,
         fast_pairs: Option<usize>,
         regroup: bool,
     ) -> PyResult<Self> {
@@ -43,7 +45,8 @@ impl Calibration {
         let cut = fast_pairs.map_or(Cut::Measured, Cut::Pairs);
         let options = ClosedFormOptions { cut, regroup, ..ClosedFormOptions::default() };
         let text = mqadapt_model::Calibration { sequences, target_contexts: target_context };
-        Ok(Self { text, stats, sequential, options })
+        let refine = (refine > 0).then(|| RefineOptions { steps: refine, ..RefineOptions::default() });
+        Ok(Self { text, stats, sequential: sequential || refine.is_some(), refine, options })
     }
 
     /// Tokens of the text.
@@ -82,17 +85,22 @@ pub(crate) fn needed<'a>(
 }
 
 impl Calibration {
-    /// The merge of a checkpoint; collects the statistics first where they are to be saved and are not there yet.
+    /// The merge of a checkpoint, its activations in memory unless `spill` says otherwise; collects the statistics first where they are to be saved and are not there yet.
     pub(crate) fn merge<'a>(
         &self,
         checkpoint: &'a Checkpoint,
         method: &Method,
         dtype: DType,
+        spill: Option<Spill>,
         progress: &dyn Progress,
     ) -> Result<CalibratedMerge<'a>, Error> {
         let method = match method.name {
             "prune" => CalibratedMethod::Prune,
-            _ => CalibratedMethod::ClosedForm { options: self.options.clone(), sequential: self.sequential },
+            _ => CalibratedMethod::ClosedForm {
+                options: self.options.clone(),
+                sequential: self.sequential,
+                refine: self.refine,
+            },
         };
         let saved = match &self.stats {
             None => None,
@@ -103,10 +111,14 @@ impl Calibration {
                         format!("is needed to write the statistics file {}, which does not exist", path.display());
                     return Err(Error::Argument { name: "calibration", detail });
                 }
-                Some(collect_statistics(checkpoint, &self.text, path, progress)?)
+                Some(collect_statistics(checkpoint, &self.text, path, spill.as_ref(), progress)?)
             }
         };
-        CalibratedMerge::new(checkpoint, self.text.clone(), method, saved, dtype)
+        let merge = CalibratedMerge::new(checkpoint, self.text.clone(), method, saved, dtype)?;
+        Ok(match spill {
+            Some(spill) => merge.with_spill(spill),
+            None => merge,
+        })
     }
 
     /// A file that was collected from this text, where there is one.
@@ -115,8 +127,8 @@ impl Calibration {
         if self.tokens() == 0 || saved.text() == fingerprint {
             return Ok(saved);
         }
-        let detail = "was collected from another text, other windows or other target contexts than were given; \
-                      leave the text out to use it, or name a new file";
+        let detail = "was collected from another text or other windows than were given; leave the text out to use it, or \
+                      name a new file";
         Err(Error::Argument { name: "stats", detail: detail.to_owned() })
     }
 
@@ -127,6 +139,9 @@ impl Calibration {
         out.insert("calibration_fingerprint".to_owned(), json!(self.text.fingerprint()));
         out.insert("target_context".to_owned(), json!(self.text.target_contexts));
         out.insert("sequential".to_owned(), json!(self.sequential));
+        if let Some(refine) = self.refine {
+            out.insert("refine".to_owned(), json!(refine.steps));
+        }
         if let Cut::Pairs(pairs) = self.options.cut {
             out.insert("fast_pairs".to_owned(), json!(pairs));
         }

@@ -1,10 +1,11 @@
 //! `convert` and its report.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_convert::{CalibratedLayers, ConvertOptions};
 use mqadapt_core::Progress;
+use mqadapt_model::Spill;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -128,7 +129,8 @@ pub(crate) fn convert(
         let Some(calibration) = calibration else {
             return mqadapt_convert::convert(&checkpoint, &dst, &plan, &options, progress).map_err(Failed::Convert);
         };
-        let merge = calibration.merge(&checkpoint, method, written, progress).map_err(Failed::Model)?;
+        let spill = Spill { max_memory, folder: folder_of(&dst) };
+        let merge = calibration.merge(&checkpoint, method, written, Some(spill), progress).map_err(Failed::Model)?;
         let mut layers = CalibratedLayers::new(merge, progress);
         mqadapt_convert::convert_layers(&checkpoint, &dst, &plan, &options, &mut layers, progress)
             .map_err(Failed::Convert)
@@ -139,6 +141,12 @@ pub(crate) fn convert(
         shards.close(py, resume && outcome.is_err())?;
     }
     outcome.map(ConversionReport)
+}
+
+/// Where `dst` is going to be: a place with room for what does not fit into memory.
+fn folder_of(dst: &Path) -> PathBuf {
+    let there = dst.ancestors().skip(1).find(|folder| folder.is_dir());
+    there.map_or_else(|| PathBuf::from("."), Path::to_owned)
 }
 
 /// A conversion that began with statistics can fail in either.

@@ -124,7 +124,7 @@ impl Model {
             None => mqadapt_model::Model::load(&checkpoint, &options, progress),
             Some(calibration) => {
                 let dtype = dtype.unwrap_or(checkpoint.dtype());
-                let mut merge = calibration.merge(&checkpoint, parsed, dtype, progress)?;
+                let mut merge = calibration.merge(&checkpoint, parsed, dtype, None, progress)?;
                 mqadapt_model::Model::load_calibrated(&checkpoint, &options, &mut merge, progress)
             }
         })?;
@@ -153,7 +153,7 @@ impl Model {
             None if plan.is_keep() => self.inner.with_plan(&self.checkpoint, &plan, "mean", &merge),
             None => self.inner.with_plan(&self.checkpoint, &plan, method.name, &merge),
             Some(calibration) => {
-                let mut layers = calibration.merge(&self.checkpoint, method, self.dtype, progress)?;
+                let mut layers = calibration.merge(&self.checkpoint, method, self.dtype, None, progress)?;
                 self.inner.with_merged_layers(&self.checkpoint, &plan, &mut layers, progress)
             }
         })?;

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::fixtures::{Tiny, config, difference, ids};
 use crate::{
-    CalibratedMerge, CalibratedMethod, Calibration, Error, LoadOptions, Model, Precision, StatisticsFile,
+    CalibratedMerge, CalibratedMethod, Calibration, Error, LoadOptions, Model, Precision, Spill, StatisticsFile,
     collect_statistics, layer_geometry, layer_weights,
 };
 
@@ -17,7 +17,7 @@ fn calibration() -> Calibration {
 
 fn closed_form(sequential: bool) -> CalibratedMethod {
     let options = ClosedFormOptions { cut: Cut::Measured, ..ClosedFormOptions::default() };
-    CalibratedMethod::ClosedForm { options, sequential }
+    CalibratedMethod::ClosedForm { options, sequential, refine: None }
 }
 
 fn exact() -> LoadOptions {
@@ -88,7 +88,7 @@ fn saved_statistics_are_those_of_the_model_and_merge_alike() {
     let tiny = Tiny::random(&json, DType::BF16);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tiny.stats");
-    let saved = collect_statistics(&tiny.checkpoint, &calibration(), &path, &NoProgress).unwrap();
+    let saved = collect_statistics(&tiny.checkpoint, &calibration(), &path, None, &NoProgress).unwrap();
     assert_eq!((saved.tokens(), saved.text()), (240, calibration().fingerprint().as_str()));
     // the whole model at once gives the same sums
     let config = tiny.checkpoint.config();
@@ -117,12 +117,32 @@ fn saved_statistics_are_those_of_the_model_and_merge_alike() {
 }
 
 #[test]
+fn activations_in_files_change_nothing() {
+    let tiny = Tiny::random(&config("llama", &json!({ "num_key_value_heads": 3 })), DType::BF16);
+    let folder = tempfile::tempdir().unwrap();
+    let spill = |max_memory| Spill { max_memory, folder: folder.path().to_owned() };
+    let merged = |max_memory: u64| {
+        let merge = CalibratedMerge::new(&tiny.checkpoint, calibration(), closed_form(true), None, DType::BF16);
+        let mut merge = merge.unwrap().with_spill(spill(max_memory));
+        let layer = |layer_idx| layer_weights(&tiny.checkpoint, layer_idx).unwrap();
+        [0, 2].map(|layer_idx| merge.merge_layer(layer_idx, 1, &layer(layer_idx), &NoProgress).unwrap())
+    };
+    assert_eq!(merged(0), merged(u64::MAX));
+    let collected = |max_memory: u64, name: &str| {
+        let path = folder.path().join(name);
+        collect_statistics(&tiny.checkpoint, &calibration(), &path, Some(&spill(max_memory)), &NoProgress).unwrap();
+        std::fs::read(path).unwrap()
+    };
+    assert_eq!(collected(0, "a"), collected(u64::MAX, "b"));
+}
+
+#[test]
 fn files_of_other_models_and_broken_ones_are_refused() {
     let tiny = Tiny::random(&config("llama", &json!({})), DType::F32);
     let other = Tiny::random(&config("llama", &json!({ "rope_theta": 500.0 })), DType::F32);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tiny.stats");
-    let saved = collect_statistics(&tiny.checkpoint, &calibration(), &path, &NoProgress).unwrap();
+    let saved = collect_statistics(&tiny.checkpoint, &calibration(), &path, None, &NoProgress).unwrap();
     let refused = CalibratedMerge::new(&other.checkpoint, calibration(), closed_form(false), Some(saved), DType::F32);
     let message = refused.err().unwrap().to_string();
     assert!(message.contains("collect them again"), "{message}");

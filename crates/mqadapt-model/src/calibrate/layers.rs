@@ -1,0 +1,338 @@
+//! The layers of a checkpoint merged one by one, while the original and the converted residual stream run along.
+
+use std::path::PathBuf;
+
+use mqadapt_checkpoint::Checkpoint;
+use mqadapt_core::{DType, Progress};
+use mqadapt_merge::closed_form::{self, ClosedFormOptions, Cut, LayerReport, Measurement};
+use mqadapt_merge::{LayerGeometry, LayerWeights, REFIT_LAMBDA, RefineOptions, Refit, Target, prune, refine};
+
+use super::collect::{Collector, block_heads};
+use super::text::{Calibration, LayerSample};
+use super::weights::{attention_weights, layer_geometry};
+use crate::activations::{Activations, Spill};
+use crate::statistics_file::StatisticsFile;
+use crate::stream::{StreamedLayer, embed};
+use crate::{Error, Result};
+
+/// How a layer is merged from what is known of it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum CalibratedMethod {
+    /// `closed-form`: [`closed_form::merge`], and what is done to its layers on the converted stream.
+    ClosedForm {
+        /// What the merge is told.
+        options: ClosedFormOptions,
+        /// Refit `o_proj` of every merged layer.
+        sequential: bool,
+        /// Before that, gradient steps on its projections; they make the merge sequential too.
+        refine: Option<RefineOptions>,
+    },
+    /// `prune`: [`prune`].
+    Prune,
+}
+
+impl CalibratedMethod {
+    /// Whether it needs the converted residual stream.
+    fn sequential(&self) -> bool {
+        matches!(self, Self::ClosedForm { sequential: true, .. } | Self::ClosedForm { refine: Some(_), .. })
+    }
+}
+
+/// A merged layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CalibratedLayer {
+    /// Its weights.
+    pub weights: LayerWeights,
+    /// What was done, and the damage predicted.
+    pub report: LayerReport,
+    /// Relative error of the attention output on the converted stream, before and after the refit.
+    pub refit: Option<(f64, f64)>,
+    /// Kept heads, where the method prunes.
+    pub kept: Option<Vec<usize>>,
+}
+
+/// Runs the original layer, and the converted one beside it, over the calibration text.
+struct Streams {
+    /// The layer they are about to enter.
+    layer_idx: usize,
+    original: Activations,
+    /// None while nothing has been converted.
+    converted: Option<Activations>,
+}
+
+/// Merges the layers of a checkpoint, one by one in ascending order.
+pub struct CalibratedMerge<'a> {
+    checkpoint: &'a Checkpoint,
+    calibration: Calibration,
+    method: CalibratedMethod,
+    /// Saved statistics; they replace the pass over the text unless the method is sequential.
+    saved: Option<StatisticsFile>,
+    /// Type that converted weights will be written in.
+    dtype: DType,
+    spill: Option<Spill>,
+    streams: Option<Streams>,
+}
+
+impl<'a> CalibratedMerge<'a> {
+    /// Without `saved` statistics the text has to have tokens; `dtype` is that of the converted weights.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where there is neither text nor statistics; [`Error::Statistics`] where these are of another model.
+    pub fn new(
+        checkpoint: &'a Checkpoint,
+        calibration: Calibration,
+        method: CalibratedMethod,
+        saved: Option<StatisticsFile>,
+        dtype: DType,
+    ) -> Result<Self> {
+        let sequential = method.sequential();
+        let empty = calibration.sequences.iter().all(Vec::is_empty);
+        if empty && (saved.is_none() || sequential) {
+            let detail = "has no tokens; give a text of a few thousand".to_owned();
+            return Err(Error::Argument { name: "calibration", detail });
+        }
+        if let Some(saved) = &saved {
+            saved.check_model(&checkpoint.fingerprint()?)?;
+        }
+        Ok(Self { checkpoint, calibration, method, saved, dtype, spill: None, streams: None })
+    }
+
+    fn sequential(&self) -> bool {
+        self.method.sequential()
+    }
+
+    /// Lets activations go to a file where they are more than some memory holds.
+    #[must_use]
+    pub fn with_spill(self, spill: Spill) -> Self {
+        Self { spill: Some(spill), ..self }
+    }
+
+    /// Merges layer `layer_idx`, whose weights these are, into `heads` K/V heads. Layers must ascend from call to call.
+    ///
+    /// # Errors
+    /// [`Error::Merge`], and what reading and running the layers before gives.
+    pub fn merge_layer(
+        &mut self,
+        layer_idx: usize,
+        heads: usize,
+        weights: &LayerWeights,
+        progress: &dyn Progress,
+    ) -> Result<CalibratedLayer> {
+        let geometry = layer_geometry(self.checkpoint.config(), layer_idx);
+        let failed = |source| Error::Merge { layer_idx, source };
+        let sequential = self.sequential();
+        let mut run = None;
+        if self.saved.is_none() || sequential {
+            let block = block_heads(&geometry, geometry.num_key_value_heads / heads.max(1));
+            self.advance(layer_idx, progress)?;
+            run = Some(self.visit(layer_idx, &geometry, weights, block, progress)?);
+        }
+        let sample = match (&self.saved, run.as_mut().and_then(|run| run.sample.take())) {
+            (Some(saved), _) => saved.layer(layer_idx, &geometry)?,
+            (None, Some(sample)) => sample,
+            (None, None) => {
+                return Err(Error::Argument { name: "calibration", detail: "gave no statistics".to_owned() });
+            }
+        };
+        let mut merged = match &self.method {
+            CalibratedMethod::Prune => {
+                let (weights, kept) = prune(weights, &geometry, heads, &sample.statistics).map_err(failed)?;
+                let report = LayerReport { num_key_value_heads: heads, ..LayerReport::default() };
+                CalibratedLayer { weights, report, refit: None, kept: Some(kept) }
+            }
+            CalibratedMethod::ClosedForm { options, .. } => {
+                let (measurement, options) =
+                    measurement(weights, &geometry, &sample, options, &self.calibration).map_err(failed)?;
+                let merged =
+                    closed_form::merge(weights, &geometry, heads, &sample.statistics, &options, measurement.as_ref());
+                let (weights, report) = merged.map_err(failed)?;
+                CalibratedLayer { weights, report, refit: None, kept: None }
+            }
+        };
+        drop(sample);
+        if let (true, Some(run)) = (sequential, run) {
+            self.refit(&run, &geometry, weights, &mut merged, progress)?;
+        }
+        Ok(merged)
+    }
+
+    /// The folder for activations, where they are more than may be held: the two streams and what `o_proj` reads.
+    fn folder(&self) -> Option<PathBuf> {
+        let spill = self.spill.as_ref()?;
+        let config = self.checkpoint.config();
+        let streams = if self.sequential() { 2 } else { 1 };
+        let read = if self.sequential() { config.num_attention_heads * config.head_dim } else { 0 };
+        let tokens: usize = self.calibration.sequences.iter().map(Vec::len).sum();
+        let bytes = (4 * tokens * (streams * config.hidden_size + read)) as u64;
+        (bytes > spill.max_memory).then(|| spill.folder.clone())
+    }
+
+    /// Takes the streams through the layers before `layer_idx`.
+    fn advance(&mut self, layer_idx: usize, progress: &dyn Progress) -> Result<()> {
+        let mut streams = match self.streams.take() {
+            Some(streams) if streams.layer_idx <= layer_idx => streams,
+            Some(streams) => {
+                let detail = format!("was asked for after layer {}; layers must ascend", streams.layer_idx);
+                return Err(Error::Argument { name: "layer_idx", detail });
+            }
+            None => {
+                let original = embed(self.checkpoint, &self.calibration.sequences, self.folder().as_deref())?;
+                Streams { layer_idx: 0, original, converted: None }
+            }
+        };
+        while streams.layer_idx < layer_idx {
+            let layer = StreamedLayer::load(self.checkpoint, streams.layer_idx, &mqadapt_core::NoProgress)?;
+            layer.run(&mut streams.original, &mut |_| Ok(()), progress)?;
+            if let Some(converted) = &mut streams.converted {
+                layer.run(converted, &mut |_| Ok(()), progress)?;
+            }
+            streams.layer_idx += 1;
+        }
+        self.streams = Some(streams);
+        Ok(())
+    }
+
+    /// Takes the original stream through the layer, collecting what is not saved.
+    fn visit(
+        &mut self,
+        layer_idx: usize,
+        geometry: &LayerGeometry,
+        weights: &LayerWeights,
+        block: usize,
+        progress: &dyn Progress,
+    ) -> Result<Visit> {
+        let layer = StreamedLayer::load(self.checkpoint, layer_idx, &mqadapt_core::NoProgress)?;
+        let (sequential, folder) = (self.sequential(), self.folder());
+        let Some(streams) = &mut self.streams else {
+            return Err(Error::Argument { name: "layer_idx", detail: "has no residual stream".to_owned() });
+        };
+        if sequential && streams.converted.is_none() {
+            streams.converted = Some(streams.original.duplicate()?);
+        }
+        let features = geometry.num_attention_heads * geometry.head_dim;
+        let lengths = if sequential { streams.original.lengths().to_vec() } else { Vec::new() };
+        let mut attention = Activations::new(lengths, features, folder.as_deref())?;
+        let mut collector = match self.saved {
+            Some(_) => None,
+            None => Some(Collector::new(geometry, &weights.o_proj, &self.calibration, layer_idx, block)?),
+        };
+        layer.run(
+            &mut streams.original,
+            &mut |trace| {
+                if sequential {
+                    attention.write(trace.sequence, trace.attention.to_vec())?;
+                }
+                collector.as_mut().map_or(Ok(()), |collector| collector.add(trace))
+            },
+            progress,
+        )?;
+        streams.layer_idx += 1;
+        Ok(Visit { layer, sample: collector.map(Collector::finish), attention })
+    }
+
+    /// Refits `o_proj` on the converted stream, and takes it through the converted layer.
+    fn refit(
+        &mut self,
+        run: &Visit,
+        geometry: &LayerGeometry,
+        original: &LayerWeights,
+        merged: &mut CalibratedLayer,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let layer_idx = run.layer.layer_idx();
+        let failed = |source| Error::Merge { layer_idx, source };
+        let Some(stream) = self.streams.as_mut().and_then(|streams| streams.converted.as_mut()) else { return Ok(()) };
+        let features = geometry.num_attention_heads * geometry.head_dim;
+        if let (CalibratedMethod::ClosedForm { refine: Some(refine), .. }, false) = (&self.method, geometry.qk_norm) {
+            merged.weights = refined(run, stream, geometry, original, merged, refine, progress)?;
+        }
+        let mut sums =
+            Refit::new(&merged.weights.o_proj, &original.o_proj, features, geometry.hidden_size).map_err(failed)?;
+        let heads = merged.report.num_key_value_heads;
+        let converted = run.layer.with_attention(&attention_weights(&merged.weights, heads), self.dtype)?;
+        let mut add = |trace: &crate::LayerTrace<'_>| {
+            let original = run.attention.read(trace.sequence)?;
+            sums.add_sequence(trace.attention, &original).map_err(failed)
+        };
+        converted.look(stream, &mut add, progress)?;
+        let refitted = sums.solve(REFIT_LAMBDA).map_err(failed)?;
+        merged.weights.o_proj = refitted.o_proj;
+        merged.refit = Some((refitted.error_before, refitted.error_after));
+        let converted = run.layer.with_attention(&attention_weights(&merged.weights, heads), self.dtype)?;
+        converted.run(stream, &mut |_| Ok(()), progress)
+    }
+}
+
+/// What a pass of the original stream through a layer left.
+struct Visit {
+    layer: StreamedLayer,
+    /// None where statistics are saved.
+    sample: Option<LayerSample>,
+    /// What `o_proj` read of every sequence, for the refit; nothing where there is none.
+    attention: Activations,
+}
+
+/// A merged layer after some gradient steps on its converted stream, towards the output of the original.
+fn refined(
+    run: &Visit,
+    stream: &Activations,
+    geometry: &LayerGeometry,
+    original: &LayerWeights,
+    merged: &CalibratedLayer,
+    options: &RefineOptions,
+    progress: &dyn Progress,
+) -> Result<LayerWeights> {
+    let layer_idx = run.layer.layer_idx();
+    let features = geometry.num_attention_heads * geometry.head_dim;
+    let mut inputs = run.attention.like(geometry.hidden_size)?;
+    let mut keep = |trace: &crate::LayerTrace<'_>| inputs.write(trace.sequence, trace.attention_input.to_vec());
+    run.layer.look(stream, &mut keep, progress)?;
+    let sequences: Vec<usize> = (0..stream.lengths().len()).filter(|s| stream.lengths()[*s] > 0).collect();
+    let target = |step: usize| -> std::result::Result<Target, RefineFailed> {
+        let sequence = sequences[step % sequences.len()];
+        let (x, attention) = (inputs.read(sequence)?.into_owned(), run.attention.read(sequence)?);
+        Ok(Target::of_original(x, &attention, &original.o_proj, features))
+    };
+    let heads = merged.report.num_key_value_heads;
+    refine(&merged.weights, geometry, heads, options, target).map_err(|error| match error {
+        RefineFailed::Reading(error) => error,
+        RefineFailed::Merging(source) => Error::Merge { layer_idx, source },
+    })
+}
+
+/// What can go wrong between the steps, and in them.
+enum RefineFailed {
+    Reading(Error),
+    Merging(mqadapt_merge::Error),
+}
+
+impl From<Error> for RefineFailed {
+    fn from(error: Error) -> Self {
+        Self::Reading(error)
+    }
+}
+
+impl From<mqadapt_merge::Error> for RefineFailed {
+    fn from(error: mqadapt_merge::Error) -> Self {
+        Self::Merging(error)
+    }
+}
+
+/// The measurement for a measured cut. Where there is nothing to measure on, the cut follows from the target contexts.
+fn measurement(
+    weights: &LayerWeights,
+    geometry: &LayerGeometry,
+    sample: &LayerSample,
+    options: &ClosedFormOptions,
+    calibration: &Calibration,
+) -> std::result::Result<(Option<Measurement>, ClosedFormOptions), mqadapt_merge::Error> {
+    if options.cut != Cut::Measured || geometry.qk_norm {
+        return Ok((None, options.clone()));
+    }
+    let inputs = sample.inputs_for(&calibration.target_contexts, geometry.hidden_size);
+    if inputs.iter().all(Vec::is_empty) {
+        let cut = Cut::Context(calibration.target_contexts.clone());
+        return Ok((None, ClosedFormOptions { cut, ..options.clone() }));
+    }
+    Ok((Some(Measurement::new(weights, geometry, inputs)?), options.clone()))
+}

@@ -1,0 +1,92 @@
+//! Calibration text, and what is known of a layer from it.
+
+use mqadapt_merge::LayerStatistics;
+
+/// Tokens of each target context on which cuts are measured.
+const MEASURED_TOKENS: usize = 1536;
+
+/// Calibration text, and the contexts that the converted model is for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Calibration {
+    /// Token ids, each sequence from position 0.
+    pub sequences: Vec<Vec<u32>>,
+    /// Contexts in tokens that decide between fast and slow rotary pairs.
+    pub target_contexts: Vec<usize>,
+}
+
+impl Calibration {
+    /// Sequences by index and the tokens of each that serve to measure a layer's cut: of every target context about
+    /// [`MEASURED_TOKENS`], one sequence at least.
+    pub(crate) fn measured(&self) -> Vec<(usize, usize)> {
+        let mut out = Vec::new();
+        let mut next = 0;
+        for &context in &self.target_contexts {
+            let fitting: Vec<usize> =
+                (0..self.sequences.len()).filter(|i| self.sequences[*i].len() >= context).collect();
+            if context == 0 || fitting.is_empty() {
+                continue;
+            }
+            let wanted = (MEASURED_TOKENS / context).clamp(1, fitting.len());
+            for _ in 0..wanted {
+                out.push((fitting[next % fitting.len()], context));
+                next += 1;
+            }
+        }
+        out
+    }
+}
+
+/// What is known of one layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerSample {
+    /// Sums over the calibration text.
+    pub statistics: LayerStatistics,
+    /// Inputs on which cuts are measured, `[tokens, hidden_size]` each.
+    pub inputs: Vec<Vec<f32>>,
+}
+
+impl LayerSample {
+    /// The inputs for some target contexts: those of that length, or else longer ones cut short.
+    pub(crate) fn inputs_for(&self, target_contexts: &[usize], hidden_size: usize) -> Vec<Vec<f32>> {
+        let mut out = Vec::new();
+        for context in target_contexts {
+            let values = context * hidden_size;
+            let exact = self.inputs.iter().filter(|input| input.len() == values).count();
+            let fits = |input: &&Vec<f32>| if exact > 0 { input.len() == values } else { input.len() > values };
+            out.extend(self.inputs.iter().filter(fits).map(|input| input[..values].to_vec()));
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mqadapt_merge::{LayerGeometry, LayerStatistics, StatisticsShape};
+
+    use super::LayerSample;
+
+    #[test]
+    fn inputs_serve_shorter_contexts_than_they_were_taken_for() {
+        let geometry = LayerGeometry {
+            num_attention_heads: 2,
+            num_key_value_heads: 2,
+            head_dim: 2,
+            hidden_size: 4,
+            inv_freq: vec![1.0],
+            scaling: 1.0,
+            qk_norm: false,
+            sliding_window: None,
+            attn_logit_softcapping: None,
+        };
+        let statistics = LayerStatistics::zeros(StatisticsShape::new(&geometry, None).unwrap());
+        let sample = LayerSample { statistics, inputs: vec![vec![1.0; 8], vec![2.0; 8], vec![3.0; 20]] };
+        let lengths = |contexts: &[usize]| -> Vec<usize> {
+            sample.inputs_for(contexts, 4).iter().map(|input| input.len() / 4).collect()
+        };
+        assert_eq!(lengths(&[2]), [2, 2]);
+        assert_eq!(lengths(&[2, 5]), [2, 2, 5]);
+        assert_eq!(lengths(&[3]), [3]);
+        assert_eq!(lengths(&[1]), [1, 1, 1]);
+        assert!(lengths(&[6]).is_empty());
+    }
+}
