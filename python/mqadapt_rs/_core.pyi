@@ -120,6 +120,7 @@ class Calibration:
         target_context: Sequence[int] = ...,
         stats: _Path | None = None,
         sequential: bool = False,
+        refine: int = 0,
         fast_pairs: int | None = None,
         regroup: bool = True,
     ) -> Calibration:
@@ -132,6 +133,8 @@ class Calibration:
             stats: a file of statistics of the whole model. It is used where it exists (and is of this model and text)
                 and written where it does not, so that many plans are merged from one pass.
             sequential: refit `o_proj` of every merged layer on the converted model's own stream.
+            refine: gradient steps on the projections of every merged layer, one sequence each, before that; they imply
+                `sequential`.
             fast_pairs: fast rotary pairs of every layer, instead of measuring.
             regroup: may let heads share that are not neighbours, where that is predicted to cost less.
 

@@ -1,9 +1,11 @@
-"""Calibration text for the merge methods that need it: windows of tokens, drawn from a file."""
+"""Calibration text for the merge methods that need it: windows of tokens, drawn from a file or a data set of the hub."""
 
 from __future__ import annotations
 
 import random
 import warnings
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mqadapt_rs._core import Calibration
@@ -11,17 +13,21 @@ from mqadapt_rs.errors import ArgumentError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from mqadapt_rs.hub import Source
 
 ENOUGH_TOKENS = 8192
 """Below this many, the merge visibly follows its own calibration text (see docs/merge-methods.md)."""
 
+_CHARACTERS_PER_TOKEN = 5
+_CHOICE = 8
+"""Of a data set, this many times the tokens are read, for the seed to choose from."""
+
 
 def load_calibration(
     src: Source,
-    file: str | os.PathLike[str] | None,
+    text: str | os.PathLike[str] | None,
     *,
     field: str = "text",
     tokens: int = 16384,
@@ -30,23 +36,30 @@ def load_calibration(
     target_context: Sequence[int] = (512, 2048),
     stats: str | os.PathLike[str] | None = None,
     sequential: bool = False,
+    refine: int = 0,
 ) -> Calibration:
-    """Calibration from a text file, a `.jsonl` or a `.jsonl.gz`, tokenised as the model does.
+    """Calibration from a text file, a `.jsonl`, a `.jsonl.gz` or a data set of the hub, tokenised as the model does.
 
     The documents are concatenated and cut into windows of `context` tokens, of which as many as make `tokens` are
-    drawn with `seed`; a text with no more than that is taken whole. Without a file, `stats` names saved statistics.
+    drawn with `seed`; a text with no more than that is taken whole. A file is read whole; of a data set
+    (`org/name[@revision][:folder or file]`) no more than some times `tokens`. Without a text, `stats` names saved
+    statistics.
 
     Raises:
         ArgumentError: the text is shorter than one window, or there is neither text nor statistics.
-        OSError, MqadaptError: the file or the tokenizer cannot be read.
+        OSError, MqadaptError: the text or the tokenizer cannot be read.
     """
-    if file is None:
+    calibration = partial(
+        Calibration, target_context=list(target_context), stats=stats, sequential=sequential, refine=refine
+    )
+    if text is None:
         if stats is None:
-            raise ArgumentError("calibration needs a text file, or a file of saved statistics (--stats)")
-        return Calibration(target_context=list(target_context), stats=stats, sequential=sequential)
-    from mqadapt_rs import text
+            raise ArgumentError("calibration needs a text, or a file of saved statistics (--stats)")
+        return calibration()
+    from mqadapt_rs import text as texts
 
-    ids = text.token_ids(text.load_tokenizer(src), "".join(text.read_documents(file, field)))
+    words = "".join(_documents(text, field, tokens))
+    ids = texts.token_ids(texts.load_tokenizer(src), words)
     windows = draw_windows(ids, tokens=tokens, context=context, seed=seed)
     found = sum(map(len, windows))
     if found < ENOUGH_TOKENS:
@@ -55,7 +68,24 @@ def load_calibration(
             f"{ENOUGH_TOKENS} or more would do",
             stacklevel=2,
         )
-    return Calibration(windows, target_context=list(target_context), stats=stats, sequential=sequential)
+    return calibration(windows)
+
+
+def _documents(text: str | os.PathLike[str], field: str, tokens: int) -> Iterator[str]:
+    from mqadapt_rs import dataset
+    from mqadapt_rs import text as texts
+
+    named = dataset.parse(text) if isinstance(text, str) and not Path(text).exists() else None
+    if named is None:
+        yield from texts.read_documents(text, field)
+        return
+    characters = 0
+    for document in dataset.documents(named, field):
+        # rows of a data set often come without the line that separates them
+        yield document if document.endswith("\n") else document + "\n"
+        characters += len(document)
+        if characters > _CHARACTERS_PER_TOKEN * _CHOICE * tokens:
+            return
 
 
 def draw_windows(ids: Sequence[int], *, tokens: int, context: int, seed: int) -> list[list[int]]:

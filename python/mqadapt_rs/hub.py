@@ -174,8 +174,8 @@ def _snapshot(place: HubId, patterns: Sequence[str]) -> Path:
 
 
 @contextmanager
-def readable_errors(place: HubId) -> Iterator[None]:
-    """The hub client's errors in one line, as `OSError`s."""
+def readable_errors(place: HubId, what: str = "model") -> Iterator[None]:
+    """The hub client's errors in one line, as `OSError`s; `what` is in the place."""
     from huggingface_hub import errors
 
     try:
@@ -184,10 +184,10 @@ def readable_errors(place: HubId) -> Iterator[None]:
         message = f"{place}: access must be granted on the hub first; then log in or set HF_TOKEN"
         raise PermissionError(message) from error
     except errors.RepositoryNotFoundError as error:
-        message = f"{place}: the hub has no such model (or it is private: log in or set HF_TOKEN)"
+        message = f"{place}: the hub has no such {what} (or it is private: log in or set HF_TOKEN)"
         raise FileNotFoundError(message) from error
     except errors.RevisionNotFoundError as error:
-        message = f"{place}: the model has no such revision"
+        message = f"{place}: the {what} has no such revision"
         raise FileNotFoundError(message) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         message = f"{place}: not in the local cache, and the hub cannot be reached (offline, or no network)"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from mqadapt_rs.errors import ArgumentError, MqadaptError
 
@@ -26,15 +27,39 @@ def read_documents(file: str | os.PathLike[str], field: str = "text") -> Iterato
         MqadaptError: a line is not an object with that field, or the file is not UTF-8.
     """
     path = Path(file)
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        yield from read_records(path, field, path.name.endswith(".gz"))
+    else:
+        yield read_plain(path, False)
+
+
+def read_plain(path: Path, gzipped: bool) -> str:
+    """A plain text, as one document.
+
+    Raises:
+        OSError, MqadaptError: as `read_documents`.
+    """
+    with _open(path, gzipped) as file:
+        return file.read()
+
+
+def read_records(path: Path, field: str, gzipped: bool) -> Iterator[str]:
+    """The texts of a file that holds a record a line.
+
+    Raises:
+        OSError, MqadaptError: as `read_documents`.
+    """
+    with _open(path, gzipped) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _document(line, field, f"{path}, line {number}")
+
+
+@contextmanager
+def _open(path: Path, gzipped: bool) -> Iterator[IO[str]]:
     try:
-        if not path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield path.read_text(encoding="utf-8")
-            return
-        opener = gzip.open if path.name.endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _document(line, field, f"{path}, line {number}")
+        with gzip.open(path, "rt", encoding="utf-8") if gzipped else path.open(encoding="utf-8") as file:
+            yield file
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise MqadaptError(f"{path}: {error}") from error
 

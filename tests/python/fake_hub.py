@@ -1,8 +1,8 @@
 """A model hub on loopback for the tests, which can also fail.
 
-It answers what huggingface_hub asks: a model's revision, its tree, HEAD and ranged GET of a file, with the commit, ETag,
-size and SHA-256 (of large files) that the real one sends. `fail` makes the next answers for a file go wrong. Every request
-is recorded in `requests`. Use the `hub` fixture of conftest.py, or `FakeHub` as a context manager.
+It answers what huggingface_hub asks of a model or a data set: its revision, its tree, HEAD and ranged GET of a file, with the
+commit, ETag, size and SHA-256 (of large files) that the real one sends. `fail` makes the next answers for a file go wrong.
+Every request is recorded in `requests`. Use the `hub` fixture of conftest.py, or `FakeHub` as a context manager.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LFS = (".safetensors", ".gguf", ".model")
 
 @dataclass
 class Repo:
-    """One model. `revisions`: name (branch, tag) to commit; every commit has the same files."""
+    """One repository. `revisions`: name (branch, tag) to commit; every commit has the same files."""
 
     folder: Path
     revisions: dict[str, str]
@@ -57,7 +57,7 @@ class FakeHub:
     """Seconds between the first and the second half of a weight file."""
 
     def add(self, repo_id: str, folder: Path, *revisions: str, gated: bool = False) -> Repo:
-        """Publishes a folder as a model."""
+        """Publishes a folder, as a model and as a data set."""
         names = revisions or ("main",)
         commit = {name: hashlib.sha1(f"{repo_id}@{name}".encode()).hexdigest() for name in names}  # noqa: S324
         self.repos[repo_id] = Repo(folder, commit, gated)
@@ -109,9 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization")
         self.hub.requests.append(Request(self.command, path, self.headers.get("Range"), token))
         for pattern, answer in (
-            (r"/api/models/([^/]+/[^/]+)/(?:revision|tree)/(.+)", self._about),
-            (r"/api/models/([^/]+/[^/]+)()", self._about),
-            (r"/([^/]+/[^/]+)/resolve/([^/]+|refs/pr/\d+)/(.+)", self._file),
+            (r"/api/(?:models|datasets)/([^/]+/[^/]+)/(?:revision|tree)/(.+)", self._about),
+            (r"/api/(?:models|datasets)/([^/]+/[^/]+)()", self._about),
+            (r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+|refs/pr/\d+)/(.+)", self._file),
         ):
             if match := re.fullmatch(pattern, path):
                 repo = self.hub.repos.get(match[1])
@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
             tree.append(entry)
         if "/tree/" in self.path:
             return self._json(tree)
-        siblings = [{"rfilename": entry["path"]} for entry in tree]
+        siblings = [{"rfilename": entry["path"], "size": entry["size"]} for entry in tree]
         about = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": commit, "private": False}
         return self._json({**about, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
 

@@ -99,3 +99,25 @@ def test_the_command_line_takes_the_same(tmp_path: Path) -> None:
         overlay = runner.invoke(app, ["perplexity", str(tmp_path / "src"), *shared, *measure])
     converted = runner.invoke(app, ["perplexity", str(tmp_path / "dst"), *measure])
     assert json.loads(overlay.stdout)["perplexity"] == json.loads(converted.stdout)["perplexity"]
+    written = ["--prompt", "the lazy dog", "--max-new-tokens", "4", "--json"]
+    with pytest.warns(UserWarning, match="are few"):
+        here = runner.invoke(app, ["generate", str(tmp_path / "src"), *shared, *written])
+    there = runner.invoke(app, ["generate", str(tmp_path / "dst"), *written])
+    assert json.loads(here.stdout)["ids"] == json.loads(there.stdout)["ids"]
+
+
+def test_gradient_steps_bring_the_converted_stream_nearer(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "src", "qwen2")
+
+    def errors(**options: int) -> list[float]:
+        calibration = Calibration(TEXT, target_context=[96], sequential=True, **options)
+        report = convert(
+            tmp_path / "src", tmp_path / "dst", "mqa:all", "closed-form",
+            calibration=calibration, sync=False, overwrite=True,
+        )  # fmt: skip
+        manifest = report.manifest
+        assert manifest["options"].get("refine") == options.get("refine")
+        return [layer["output_error_after_refit"] for layer in manifest["layers"].values()]
+
+    # the first layer alone: what follows reads another stream
+    assert errors(refine=60)[0] < 0.98 * errors()[0]

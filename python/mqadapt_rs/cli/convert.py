@@ -7,26 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from mqadapt_rs.cli.options import (
-    CalibrationContext,
-    CalibrationField,
-    CalibrationText,
-    CalibrationTokens,
-    Debug,
-    DType,
-    Json,
-    Method,
-    PlanText,
-    Seed,
-    Sequential,
-    Src,
-    Stats,
-    TargetContext,
-    byte_count,
-    calibration_of,
-)
+from mqadapt_rs.cli.calibrated import Calibrated, calibrated
+from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src, byte_count
 
 
+@calibrated
 def convert(
     src: Src,
     dst: Annotated[Path, typer.Argument(help="The new folder.", show_default=False)],
@@ -34,13 +19,8 @@ def convert(
     method: Method = "mean",
     seed: Seed = 0,
     dtype: DType = None,
-    calibration: CalibrationText = None,
-    calibration_field: CalibrationField = "text",
-    calibration_tokens: CalibrationTokens = 16384,
-    calibration_context: CalibrationContext = 2048,
-    target_context: TargetContext = "512,2048",
-    stats: Stats = None,
-    sequential: Sequential = False,
+    *,
+    calibration: Calibrated,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DST if it is a converted checkpoint.")
     ] = False,
@@ -77,17 +57,7 @@ def convert(
     import mqadapt_rs
     from mqadapt_rs.cli import output
 
-    text_or_stats = calibration_of(
-        src,
-        calibration,
-        calibration_field,
-        calibration_tokens,
-        calibration_context,
-        target_context,
-        stats,
-        sequential,
-        seed,
-    )
+    text_or_stats = calibration.load(src, seed)
     with output.progress_bars("bytes" if text_or_stats is None else "layers or bytes") as progress:
         report = mqadapt_rs.convert(
             src,

@@ -7,28 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from mqadapt_rs.cli.options import (
-    CalibrationContext,
-    CalibrationField,
-    CalibrationText,
-    CalibrationTokens,
-    Debug,
-    DType,
-    Json,
-    Method,
-    PlanText,
-    Seed,
-    Sequential,
-    Src,
-    Stats,
-    TargetContext,
-    calibration_of,
-)
+from mqadapt_rs.cli.calibrated import Calibrated, calibrated
+from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src
 
 # of what lm-eval returns; the rest repeats the tasks' own definitions
 _KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
+@calibrated
 def evaluate(
     src: Src,
     tasks: Annotated[
@@ -38,13 +24,8 @@ def evaluate(
     method: Method = "mean",
     seed: Seed = 0,
     dtype: DType = None,
-    calibration: CalibrationText = None,
-    calibration_field: CalibrationField = "text",
-    calibration_tokens: CalibrationTokens = 16384,
-    calibration_context: CalibrationContext = 2048,
-    target_context: TargetContext = "512,2048",
-    stats: Stats = None,
-    sequential: Sequential = False,
+    *,
+    calibration: Calibrated,
     include_path: Annotated[
         Path | None,
         typer.Option("--include-path", exists=True, file_okay=False, help="A folder of own tasks.", show_default=False),
@@ -76,17 +57,7 @@ def evaluate(
     from mqadapt_rs.cli import output
     from mqadapt_rs.tracking import tracked
 
-    text_or_stats = calibration_of(
-        src,
-        calibration,
-        calibration_field,
-        calibration_tokens,
-        calibration_context,
-        target_context,
-        stats,
-        sequential,
-        seed,
-    )
+    text_or_stats = calibration.load(src, seed)
     settings = {
         "source": src,
         "plan": plan,

@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from mqadapt_rs.cli.calibrated import Calibrated, calibrated
 from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src
 
 
+@calibrated
 def generate(
     src: Src,
     prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.", show_default=False)],
@@ -20,6 +22,8 @@ def generate(
     plan: PlanText = "keep",
     method: Method = "mean",
     dtype: DType = None,
+    *,
+    calibration: Calibrated,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -30,8 +34,11 @@ def generate(
 
     tokenizer = texts.load_tokenizer(src)
     ids = texts.token_ids(tokenizer, prompt)
-    with output.progress_bars("bytes") as progress:
-        model = Model.load(src, plan=plan, method=method, seed=seed, dtype=dtype, progress=progress)
+    text_or_stats = calibration.load(src, seed)
+    with output.progress_bars("bytes" if text_or_stats is None else "layers or bytes") as progress:
+        model = Model.load(
+            src, plan=plan, method=method, seed=seed, dtype=dtype, calibration=text_or_stats, progress=progress
+        )
     start = time.perf_counter()
     with output.progress_bars("tokens") as progress:
         new = model.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=progress)

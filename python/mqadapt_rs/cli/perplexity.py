@@ -8,25 +8,11 @@ from typing import Annotated
 
 import typer
 
-from mqadapt_rs.cli.options import (
-    CalibrationContext,
-    CalibrationField,
-    CalibrationText,
-    CalibrationTokens,
-    Debug,
-    DType,
-    Json,
-    Method,
-    PlanText,
-    Seed,
-    Sequential,
-    Src,
-    Stats,
-    TargetContext,
-    calibration_of,
-)
+from mqadapt_rs.cli.calibrated import Calibrated, calibrated
+from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src
 
 
+@calibrated
 def perplexity(
     src: Src,
     text: Annotated[
@@ -42,13 +28,8 @@ def perplexity(
     method: Method = "mean",
     seed: Seed = 0,
     dtype: DType = None,
-    calibration: CalibrationText = None,
-    calibration_field: CalibrationField = "text",
-    calibration_tokens: CalibrationTokens = 16384,
-    calibration_context: CalibrationContext = 2048,
-    target_context: TargetContext = "512,2048",
-    stats: Stats = None,
-    sequential: Sequential = False,
+    *,
+    calibration: Calibrated,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -63,17 +44,7 @@ def perplexity(
 
     ids = texts.token_ids(texts.load_tokenizer(src), "".join(texts.read_documents(text, field)))
     ids = texts.first_windows(ids, context, windows)
-    text_or_stats = calibration_of(
-        src,
-        calibration,
-        calibration_field,
-        calibration_tokens,
-        calibration_context,
-        target_context,
-        stats,
-        sequential,
-        seed,
-    )
+    text_or_stats = calibration.load(src, seed)
     with output.progress_bars("bytes" if text_or_stats is None else "layers or bytes") as progress:
         model = Model.load(
             src, plan=plan, method=method, seed=seed, dtype=dtype, calibration=text_or_stats, progress=progress

@@ -7,20 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mqadapt_rs.cli.options import (
-    CalibrationContext,
-    CalibrationField,
-    CalibrationText,
-    CalibrationTokens,
-    Debug,
-    DType,
-    Json,
-    Method,
-    Seed,
-    Src,
-    Stats,
-    TargetContext,
-)
+from mqadapt_rs.cli.calibrated import CalibrationContext, CalibrationField, CalibrationTokens, Stats, TargetContext
+from mqadapt_rs.cli.options import Debug, DType, Json, Method, Seed, Src
 
 Strategy = Annotated[
     str,
@@ -56,7 +44,10 @@ def search(
     out: Annotated[Path, _option("out", "The folder for journal, best.plan.json and summary.json.", file_okay=False)],
     metric: Metric = "kl",
     method: Method = "mean",
-    calibration: CalibrationText = None,
+    calibration: Annotated[
+        Path | None,
+        _option("calibration", "Text for closed-form and prune: plain, or .jsonl[.gz].", exists=True, dir_okay=False),
+    ] = None,
     calibration_field: CalibrationField = "text",
     calibration_tokens: CalibrationTokens = 16384,
     calibration_context: CalibrationContext = 2048,

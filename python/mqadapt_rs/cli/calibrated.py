@@ -1,0 +1,115 @@
+"""What the commands that merge from text have in common: the options about it, in one argument."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mqadapt_rs import Calibration
+
+
+CalibrationField = Annotated[
+    str, typer.Option("--calibration-field", help="The field of a record that holds the text.")
+]
+CalibrationTokens = Annotated[int, typer.Option("--calibration-tokens", min=1, help="Tokens drawn from the text.")]
+CalibrationContext = Annotated[int, typer.Option("--calibration-context", min=2, help="Tokens of a drawn window.")]
+TargetContext = Annotated[
+    str, typer.Option("--target-context", help="Contexts in tokens that the result is for, joined by commas.")
+]
+Stats = Annotated[
+    Path | None,
+    typer.Option(
+        "--stats",
+        dir_okay=False,
+        help="File of saved statistics: used where it exists, written where not.",
+        show_default=False,
+    ),
+]
+
+
+def _options(
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text for closed-form and prune: a plain file, .jsonl\\[.gz], or a data set of the hub, "
+            "org/name\\[@revision]\\[:folder or file].",
+            show_default=False,
+        ),
+    ] = None,
+    calibration_field: CalibrationField = "text",
+    calibration_tokens: CalibrationTokens = 16384,
+    calibration_context: CalibrationContext = 2048,
+    target_context: TargetContext = "512,2048",
+    stats: Stats = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="closed-form: refit o_proj layer after layer on the converted model.")
+    ] = False,
+    refine: Annotated[
+        int, typer.Option(min=0, help="closed-form: gradient steps on every merged layer before that; 24 are good.")
+    ] = 0,
+) -> None:
+    """Never called: its parameters are those options."""
+
+
+_PARAMETERS = {
+    name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+    for name, parameter in inspect.signature(_options, eval_str=True).parameters.items()
+}
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was said in these options."""
+
+    values: dict[str, Any]
+
+    def load(self, src: str, seed: int) -> Calibration | None:
+        """The text or the statistics for a model; none where neither was given."""
+        given = self.values
+        if given["calibration"] is None and given["stats"] is None:
+            return None
+        from mqadapt_rs import ArgumentError, load_calibration
+
+        try:
+            contexts = [int(part) for part in given["target_context"].split(",")]
+        except ValueError as error:
+            raise ArgumentError(
+                f"--target-context '{given['target_context']}' is not numbers joined by commas"
+            ) from error
+        return load_calibration(
+            src,
+            given["calibration"],
+            field=given["calibration_field"],
+            tokens=given["calibration_tokens"],
+            context=given["calibration_context"],
+            seed=seed,
+            target_context=contexts,
+            stats=given["stats"],
+            sequential=given["sequential"],
+            refine=given["refine"],
+        )
+
+
+def calibrated(command: Callable[..., None]) -> Callable[..., None]:
+    """Puts the options where a command has the parameter `calibration: Calibrated`."""
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        chosen = {name: arguments.pop(name) for name in _PARAMETERS}
+        command(**arguments, calibration=Calibrated(chosen))
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        keyword = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        parameters.extend(_PARAMETERS.values() if parameter.name == "calibration" else [keyword])
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
