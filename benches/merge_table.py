@@ -1,17 +1,20 @@
 """The table of docs/merge-methods.md: perplexity of merged layers at two contexts, on text apart from the calibration's.
 
-    python benches/merge_table.py SRC ../shared/data/text/wikitext2_raw_valid_documents.jsonl.gz --field page
+    python benches/merge_table.py SRC ../shared/data/text/wikitext2_raw_valid_documents.jsonl.gz --field page --out table
 
 SRC is SmolLM2-135M-Instruct. Measured: 8192 tokens of the second half of the text, as 16 x 512 and as 4 x 2048. Calibration:
 16384 tokens drawn from the first half, for each column in windows of its context and for that target context. With `--dev`
-the last 8192 tokens of the first half are measured instead (and nothing is drawn from them): choose settings with that.
+the last 8192 tokens of the first half are measured instead (nothing is ever drawn from them): choose settings with that.
+
+Statistics and measurements are kept in the folder `--out`; what is there is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import math
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,6 @@ ROWS = {
 }
 CONTEXTS = (512, 2048)
 TOKENS = 8192
-CALIBRATION_TOKENS = 16384
 METHODS = ("mean", "closed-form", "closed-form --sequential", "closed-form --refine 24")
 
 
@@ -41,11 +43,74 @@ def undo_wikitext(words: str) -> str:
     return words.replace("( ", "(")
 
 
-def options(method: str) -> dict[str, Any]:
-    """What is said of a method behind its name."""
-    words = method.split()
-    refine = int(words[words.index("--refine") + 1]) if "--refine" in words else 0
-    return {"sequential": "--sequential" in words, "refine": refine}
+class Table:
+    """Measures cells, and keeps them in a file."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        """Reads the text; the model is loaded when it is needed."""
+        self.arguments = arguments
+        words = undo_wikitext("".join(text.read_documents(arguments.text, arguments.field)))
+        ids = text.token_ids(text.load_tokenizer(arguments.src), words)
+        half = len(ids) // 2
+        self.measured = ids[half - TOKENS : half] if arguments.dev else ids[half : half + TOKENS]
+        self.calibration = ids[: half - TOKENS]
+        self.folder: Path = arguments.out
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.journal = self.folder / ("dev.jsonl" if arguments.dev else "table.jsonl")
+        lines = self.journal.read_text().splitlines() if self.journal.exists() else []
+        self.cells = {(c["context"], c["row"], c["method"]): c for c in map(json.loads, lines)}
+
+    @functools.cached_property
+    def base(self) -> Model:
+        """The model as it is."""
+        return Model.load(self.arguments.src, dtype="float32", precision="exact")
+
+    def cell(self, context: int, row: str, method: str) -> dict[str, float]:
+        """Loss and seconds a layer; the row `base` is the model as it is."""
+        key = (context, row, method)
+        if key not in self.cells:
+            model, seconds = self.base, 0.0
+            if row != "base":
+                calibration = None if method == "mean" else self.calibrated(context, method)
+                begun = time.perf_counter()
+                model = self.base.with_plan(ROWS[row], method.split()[0], calibration=calibration)
+                seconds = (time.perf_counter() - begun) / len(model.plan.changed_layers)
+            loss = math.log(model.perplexity(self.measured, context))
+            self.keep({"context": context, "row": row, "method": method, "loss": loss, "seconds": seconds})
+        return self.cells[key]
+
+    def calibrated(self, context: int, method: str) -> Calibration:
+        """What a method is told for a column; its statistics are collected first, so that no row pays for them."""
+        drawn = draw_windows(self.calibration, tokens=16384, context=context, seed=0)
+        stats = self.folder / f"statistics-{context}"
+        if not stats.exists():
+            begun = time.perf_counter()
+            plain = Calibration(drawn, target_context=[context], stats=stats)
+            self.base.with_plan("mqa:0", "closed-form", calibration=plain)
+            seconds = (time.perf_counter() - begun) / self.base.config.num_hidden_layers
+            self.keep({"context": context, "row": "statistics", "method": "", "seconds": seconds})
+        words = method.split()
+        refine = int(words[words.index("--refine") + 1]) if "--refine" in words else 0
+        return Calibration(
+            drawn, target_context=[context], stats=stats, sequential="--sequential" in words, refine=refine
+        )
+
+    def keep(self, cell: dict[str, Any]) -> None:
+        """Takes down a measurement."""
+        self.cells[cell["context"], cell["row"], cell["method"]] = cell
+        with self.journal.open("a") as out:
+            out.write(json.dumps(cell) + "\n")
+
+    def line(self, row: str, method: str, contexts: list[int]) -> str:
+        """One row of the table."""
+        cells = []
+        for context in contexts:
+            base = self.cell(context, "base", "")["loss"]
+            mean = self.cell(context, row, "mean")["loss"] - base
+            cell = self.cell(context, row, method)
+            more = cell["loss"] - base
+            cells.append(f"{math.exp(base + more):.2f} | {more / mean:.1%} | {more:.3f} | {cell['seconds']:.1f}")
+        return f"| {row} | {method} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -54,61 +119,22 @@ def main() -> None:
     parser.add_argument("src")
     parser.add_argument("text", type=Path)
     parser.add_argument("--field", default="text")
+    parser.add_argument("--out", type=Path, default=Path("merge-table"), help="folder of statistics and measurements")
     parser.add_argument("--rows", default=",".join(str(i) for i in range(len(ROWS))), help="numbers of the rows")
     parser.add_argument("--methods", default=",".join(METHODS), help="as on the command line, joined by commas")
     parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
-    parser.add_argument("--stats", type=Path, help="keep the statistics in files of this name and the context")
-    parser.add_argument("--seed", type=int, default=0, help="of the calibration's windows")
     parser.add_argument("--dev", action="store_true", help="measure the end of the first half")
     arguments = parser.parse_args()
-    words = undo_wikitext("".join(text.read_documents(arguments.text, arguments.field)))
-    ids = text.token_ids(text.load_tokenizer(arguments.src), words)
-    half = len(ids) // 2
-    measured_ids = ids[half - TOKENS : half] if arguments.dev else ids[half : half + TOKENS]
-    calibration_ids = ids[: half - TOKENS]
     contexts = [int(context) for context in arguments.contexts.split(",")]
-    windows = {
-        context: draw_windows(calibration_ids, tokens=CALIBRATION_TOKENS, context=context, seed=arguments.seed)
-        for context in contexts
-    }
-    base = Model.load(arguments.src, dtype="float32", precision="exact")
-    losses = {context: math.log(base.perplexity(measured_ids, context)) for context in contexts}
-    print("base:", ", ".join(f"{math.exp(loss):.2f} at T = {context}" for context, loss in losses.items()), flush=True)
+    table = Table(arguments)
+    base = [f"{math.exp(table.cell(context, 'base', '')['loss']):.2f} at T = {context}" for context in contexts]
+    print("base:", ", ".join(base), flush=True)
     cells = [f"T = {context} | share of mean's increase | increase | seconds a layer" for context in contexts]
     print(f"| layers to one K/V head | method | {' | '.join(cells)} |")
     print("|---" * (2 + 4 * len(contexts)) + "|")
-    with tempfile.TemporaryDirectory() as folder:
-        stats = arguments.stats or Path(folder) / "stats"
-        for name in [list(ROWS)[int(i)] for i in arguments.rows.split(",")]:
-            increase_of_mean = dict.fromkeys(contexts, math.nan)
-            for method in arguments.methods.split(","):
-                cells = []
-                for context in contexts:
-                    calibration = None
-                    if method != "mean":
-                        saved = stats.with_name(f"{stats.name}-{context}")
-                        calibration = Calibration(
-                            windows[context], target_context=[context], stats=saved, **options(method)
-                        )
-                        if not saved.exists():  # so that no row pays for it
-                            begun = time.perf_counter()
-                            base.with_plan(
-                                "mqa:0",
-                                "closed-form",
-                                calibration=Calibration(windows[context], target_context=[context], stats=saved),
-                            )
-                            print(f"statistics at {context}: {time.perf_counter() - begun:.1f} s", flush=True)
-                    begun = time.perf_counter()
-                    model = base.with_plan(ROWS[name], method.split()[0], calibration=calibration)
-                    seconds = time.perf_counter() - begun
-                    increase = math.log(model.perplexity(measured_ids, context)) - losses[context]
-                    if method == "mean":
-                        increase_of_mean[context] = increase
-                    cells.append(
-                        f"{math.exp(losses[context] + increase):.2f} | {increase / increase_of_mean[context]:.1%} "
-                        f"| {increase:.4f} | {seconds / len(model.plan.changed_layers):.1f}"
-                    )
-                print(f"| {name} | {method} | {' | '.join(cells)} |", flush=True)
+    for row in [list(ROWS)[int(i)] for i in arguments.rows.split(",")]:
+        for method in arguments.methods.split(","):
+            print(table.line(row, method, contexts), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_core::{DType, Progress};
-use mqadapt_merge::{Method, RefineOptions};
 use mqadapt_merge::closed_form::{ClosedFormOptions, Cut};
+use mqadapt_merge::{Method, RefineOptions};
 use mqadapt_model::{CalibratedMerge, CalibratedMethod, Error, Spill, StatisticsFile, collect_statistics};
 use pyo3::prelude::*;
 use serde_json::{Map, Value, json};

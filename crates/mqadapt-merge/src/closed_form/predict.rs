@@ -45,9 +45,8 @@ pub(crate) fn predict(
     let mut loss = Loss::default();
     for (i, head) in group.query_heads().into_iter().enumerate() {
         let at = group.slot(i) * d;
-        let unexplained = |moment: MatRef<'_, f64>| {
-            unexplained(values.rows.as_ref(), values.maps[i].as_ref(), moment, at)
-        };
+        let unexplained =
+            |moment: MatRef<'_, f64>| unexplained(values.rows.as_ref(), values.maps[i].as_ref(), moment, at);
         let rest = outputs.with(i, unexplained);
         loss.output_lost += dot(metrics[i].as_ref(), rest.as_ref()).max(0.0);
         loss.output_total += energy[i];

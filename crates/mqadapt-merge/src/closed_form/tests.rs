@@ -280,9 +280,8 @@ fn sums_are_what_they_are_called() {
                 }
             }
         }
-        let lower = |full: &[f64]| -> Vec<f64> {
-            (0..wide).flat_map(|i| full[i * wide..=i * wide + i].to_vec()).collect()
-        };
+        let lower =
+            |full: &[f64]| -> Vec<f64> { (0..wide).flat_map(|i| full[i * wide..=i * wide + i].to_vec()).collect() };
         let expected = [("key_centred", lower(&c)), ("value_output", lower(&s)), ("key_rotated", pair.to_vec())];
         for (name, expected) in &expected {
             let found = &tensors[*name].1[h * expected.len()..][..expected.len()];

@@ -1,16 +1,19 @@
 use super::{RefineOptions, Target, gradient, refine};
-use crate::closed_form::tests::{Noise, geometry, random_layer};
 use crate::closed_form::outputs;
+use crate::closed_form::tests::{Noise, geometry, random_layer};
 use crate::{Error, LayerGeometry};
 
 /// Inputs, and the outputs of another layer on them.
 fn targets(geometry: &LayerGeometry, heads: usize, noise: &mut Noise) -> Vec<Target> {
     let truth = random_layer(&LayerGeometry { num_key_value_heads: heads, ..geometry.clone() }, true, noise);
-    [70, 40].iter().map(|tokens| {
-        let x = noise.vec(tokens * geometry.hidden_size, 1.0);
-        let y = outputs(&truth, geometry, heads, &x);
-        Target { x, y }
-    }).collect()
+    [70, 40]
+        .iter()
+        .map(|tokens| {
+            let x = noise.vec(tokens * geometry.hidden_size, 1.0);
+            let y = outputs(&truth, geometry, heads, &x);
+            Target { x, y }
+        })
+        .collect()
 }
 
 #[test]

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_core::{DType, Progress};
 use mqadapt_merge::closed_form::{self, ClosedFormOptions, Cut, LayerReport, Measurement};
-use mqadapt_merge::{LayerGeometry, LayerWeights, REFIT_LAMBDA, RefineOptions, Refit, Target, prune, refine};
+use mqadapt_merge::{LayerGeometry, LayerWeights, REFIT_LAMBDA, RefineOptions, Refit, prune};
 
 use super::collect::{Collector, block_heads};
+use super::refine::refined;
 use super::text::{Calibration, LayerSample};
 use super::weights::{attention_weights, layer_geometry};
 use crate::activations::{Activations, Spill};
@@ -264,58 +265,12 @@ impl<'a> CalibratedMerge<'a> {
 }
 
 /// What a pass of the original stream through a layer left.
-struct Visit {
-    layer: StreamedLayer,
+pub(super) struct Visit {
+    pub(super) layer: StreamedLayer,
     /// None where statistics are saved.
     sample: Option<LayerSample>,
     /// What `o_proj` read of every sequence, for the refit; nothing where there is none.
-    attention: Activations,
-}
-
-/// A merged layer after some gradient steps on its converted stream, towards the output of the original.
-fn refined(
-    run: &Visit,
-    stream: &Activations,
-    geometry: &LayerGeometry,
-    original: &LayerWeights,
-    merged: &CalibratedLayer,
-    options: &RefineOptions,
-    progress: &dyn Progress,
-) -> Result<LayerWeights> {
-    let layer_idx = run.layer.layer_idx();
-    let features = geometry.num_attention_heads * geometry.head_dim;
-    let mut inputs = run.attention.like(geometry.hidden_size)?;
-    let mut keep = |trace: &crate::LayerTrace<'_>| inputs.write(trace.sequence, trace.attention_input.to_vec());
-    run.layer.look(stream, &mut keep, progress)?;
-    let sequences: Vec<usize> = (0..stream.lengths().len()).filter(|s| stream.lengths()[*s] > 0).collect();
-    let target = |step: usize| -> std::result::Result<Target, RefineFailed> {
-        let sequence = sequences[step % sequences.len()];
-        let (x, attention) = (inputs.read(sequence)?.into_owned(), run.attention.read(sequence)?);
-        Ok(Target::of_original(x, &attention, &original.o_proj, features))
-    };
-    let heads = merged.report.num_key_value_heads;
-    refine(&merged.weights, geometry, heads, options, target).map_err(|error| match error {
-        RefineFailed::Reading(error) => error,
-        RefineFailed::Merging(source) => Error::Merge { layer_idx, source },
-    })
-}
-
-/// What can go wrong between the steps, and in them.
-enum RefineFailed {
-    Reading(Error),
-    Merging(mqadapt_merge::Error),
-}
-
-impl From<Error> for RefineFailed {
-    fn from(error: Error) -> Self {
-        Self::Reading(error)
-    }
-}
-
-impl From<mqadapt_merge::Error> for RefineFailed {
-    fn from(error: mqadapt_merge::Error) -> Self {
-        Self::Merging(error)
-    }
+    pub(super) attention: Activations,
 }
 
 /// The measurement for a measured cut. Where there is nothing to measure on, the cut follows from the target contexts.

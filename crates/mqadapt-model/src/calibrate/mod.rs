@@ -6,6 +6,7 @@
 mod collect;
 mod layers;
 mod overlay;
+mod refine;
 mod text;
 mod weights;
 

@@ -1,0 +1,55 @@
+//! Gradient steps on a merged layer: its inputs on the converted stream, its wanted outputs on the original one.
+
+use mqadapt_core::Progress;
+use mqadapt_merge::{LayerGeometry, LayerWeights, RefineOptions, Target, refine};
+
+use super::layers::{CalibratedLayer, Visit};
+use crate::activations::Activations;
+use crate::{Error, Result};
+
+/// A merged layer after some gradient steps on its converted stream, towards the output of the original.
+pub(super) fn refined(
+    run: &Visit,
+    stream: &Activations,
+    geometry: &LayerGeometry,
+    original: &LayerWeights,
+    merged: &CalibratedLayer,
+    options: &RefineOptions,
+    progress: &dyn Progress,
+) -> Result<LayerWeights> {
+    let layer_idx = run.layer.layer_idx();
+    let features = geometry.num_attention_heads * geometry.head_dim;
+    let mut inputs = run.attention.like(geometry.hidden_size)?;
+    let mut keep = |trace: &crate::LayerTrace<'_>| inputs.write(trace.sequence, trace.attention_input.to_vec());
+    run.layer.look(stream, &mut keep, progress)?;
+    let sequences: Vec<usize> =
+        (0..stream.lengths().len()).filter(|s| stream.lengths().get(*s).is_some_and(|length| *length > 0)).collect();
+    let target = |step: usize| -> std::result::Result<Target, RefineFailed> {
+        let sequence = sequences[step % sequences.len()];
+        let (x, attention) = (inputs.read(sequence)?.into_owned(), run.attention.read(sequence)?);
+        Ok(Target::of_original(x, &attention, &original.o_proj, features))
+    };
+    let heads = merged.report.num_key_value_heads;
+    refine(&merged.weights, geometry, heads, options, target).map_err(|error| match error {
+        RefineFailed::Reading(error) => error,
+        RefineFailed::Merging(source) => Error::Merge { layer_idx, source },
+    })
+}
+
+/// What can go wrong between the steps, and in them.
+enum RefineFailed {
+    Reading(Error),
+    Merging(mqadapt_merge::Error),
+}
+
+impl From<Error> for RefineFailed {
+    fn from(error: Error) -> Self {
+        Self::Reading(error)
+    }
+}
+
+impl From<mqadapt_merge::Error> for RefineFailed {
+    fn from(error: mqadapt_merge::Error) -> Self {
+        Self::Merging(error)
+    }
+}
