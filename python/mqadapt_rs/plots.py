@@ -18,7 +18,7 @@ from mqadapt_rs.search.space import describe
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -307,12 +307,30 @@ def _box(layer: int, row: int, colour: tuple[float, float, float]) -> Any:
 
 def latency_against_groups(file: Path) -> Figure:
     """Time of a decoded token against the K/V heads of all layers, one curve for each depth."""
-    content = json.loads(file.read_text())
-    rows: Any = content.get("decode") if isinstance(content, dict) else None
     try:
-        points = [(int(r["depth"]), float(r["num_key_value_heads"]), float(r["milliseconds_per_token"])) for r in rows]
+        return _latency(json.loads(file.read_text()))
     except (KeyError, TypeError, ValueError) as problem:
         raise ArgumentError(f"{file}: not what 'mqadapt bench --groups ... --json' writes ({problem!r})") from None
+
+
+def plot_latency(report: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
+    """Draws what `bench` returned; the file's ending (`.png`, `.svg`, `.pdf`) says as what.
+
+    Raises:
+        ImportError: matplotlib is not installed (extra `plot`).
+    """
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):
+        figure = _latency(report)
+        figure.savefig(file, dpi=160)
+
+
+def _latency(report: Mapping[str, Any]) -> Figure:
+    points = [
+        (int(row["depth"]), float(row["num_key_value_heads"]), float(row["milliseconds_per_token"]))
+        for row in report["decode"]
+    ]
     figure, axes = _figure(5, 3.6)
     for index, depth in enumerate(sorted({point[0] for point in points})):
         line = sorted((heads, time) for own, heads, time in points if own == depth)
@@ -324,8 +342,14 @@ def latency_against_groups(file: Path) -> Figure:
             marker=MARKERS[index % len(MARKERS)],
             linestyle=LINES[index % len(LINES)],
         )
-    axes.set_title("What fewer K/V heads gain in time", loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel("K/V heads of every layer (groups)")
+    axes.set_title(
+        f"{Path(_plain(report['model'])).name}, {report['dtype']}, best of {report['rounds']} rounds",
+        loc="left",
+        fontsize=8,
+        color="#444444",
+    )
+    figure.suptitle("What fewer K/V heads gain in time", x=0.02, ha="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("K/V heads of a layer (mean over the layers)")
     axes.set_ylabel("time of a decoded token [ms]")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)

@@ -67,7 +67,9 @@ def test_the_same_search_draws_the_same_bytes(searched: Path, tmp_path: Path) ->
 
 def test_latency_against_groups(searched: Path, tmp_path: Path) -> None:
     rows = [{"depth": 64, "num_key_value_heads": g, "milliseconds_per_token": 5.0 + g} for g in (1, 2, 4)]
-    (tmp_path / "bench.json").write_text(json.dumps({"decode": rows}))
+    (tmp_path / "bench.json").write_text(
+        json.dumps({"model": "a/model", "dtype": "float32", "rounds": 1, "decode": rows})
+    )
     assert "latency" in {file.stem for file in plot(searched, out=tmp_path, latency=tmp_path / "bench.json")}
     (tmp_path / "bench.json").write_text("{}")
     with pytest.raises(ArgumentError, match="bench --groups"):

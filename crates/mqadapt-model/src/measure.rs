@@ -41,8 +41,8 @@ impl<B: Backend> Runner<B> {
         if sequences == 0 {
             return Err(Error::Argument { name: "sequences", detail: "must be 1 or more; found 0".to_owned() });
         }
-        let each = depth + steps;
-        let mut session = self.session_with(sequences * each)?;
+        let each = depth.saturating_add(steps);
+        let mut session = self.session_with(sequences.saturating_mul(each))?;
         self.make_up(&mut session, sequences * each)?;
         let (mut times, mut tokens) = (Vec::with_capacity(steps), vec![0; sequences]);
         let rows: Vec<usize> = (0..sequences).collect();

@@ -7,7 +7,6 @@ import sys
 
 from mqadapt_rs.errors import ArgumentError, MqadaptError
 
-
 # progress bars of the libraries that we call, which heed these when they are imported
 _BARS = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
 

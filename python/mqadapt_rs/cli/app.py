@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mqadapt_rs.cli.bench import bench
 from mqadapt_rs.cli.convert import convert
 from mqadapt_rs.cli.demo import demo
 from mqadapt_rs.cli.evaluate import evaluate, lm_eval
@@ -53,6 +54,7 @@ app.command(
 )(lm_eval)
 app.command()(perplexity)
 app.command()(generate)
+app.command()(bench)
 app.command()(demo)
 app.command()(search)
 app.command()(plot)

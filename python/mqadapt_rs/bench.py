@@ -1,0 +1,102 @@
+"""How fast a model is on this machine, under plans.
+
+In: a source and plans. Out: the time of a prompt and of a decoded token at given depths, and the K/V bytes that the plans
+differ in. Which weights a merged head gets changes no time, so that all plans are overlays of one loaded model. The plans take
+turns in every round, and the best round counts: other programs only ever add time.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from mqadapt_rs._core import Model, Plan
+from mqadapt_rs.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+    Progress = Callable[[str, int, int], object]
+
+
+def bench(
+    src: str | os.PathLike[str],
+    plans: Sequence[str] = (),
+    *,
+    groups: Sequence[int] = (),
+    depths: Sequence[int] = (64, 2048),
+    prompts: Sequence[int] = (512,),
+    steps: int = 32,
+    rounds: int = 3,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures a model, and the same under plans.
+
+    Args:
+        src: a folder, a `.gguf` file or a hub id.
+        plans: plans as in `Plan.parse`; the source itself always comes first.
+        groups: numbers of K/V heads, each a plan that gives all layers as many.
+        depths: tokens in the K/V cache when decoding begins.
+        prompts: lengths in tokens.
+        steps: tokens decoded in a round; their median counts.
+        rounds: how often everything is measured; the best counts.
+        dtype: of the weights; as stored where not given.
+        progress: called as everywhere, with the rounds done.
+
+    Returns:
+        `plans`: name, `num_key_value_heads` of each layer, `kv_bytes_per_token`. `prefill`: for every plan and length
+        `tokens_per_second`. `decode`: for every plan and depth `milliseconds_per_token`, `tokens_per_second`,
+        `speedup` against the source, and `num_key_value_heads`, the mean over the layers.
+
+    Raises:
+        ArgumentError: an illegal plan, nothing to measure.
+        MqadaptError, OSError: the model cannot be loaded.
+    """
+    if steps < 1 or rounds < 1 or not (depths or prompts):
+        raise ArgumentError("steps and rounds must be 1 or more, and there must be a depth or a prompt to measure")
+    names = ["keep", *plans, *(f"gqa{count}:all" if count > 1 else "mqa:all" for count in groups)]
+    names = list(dict.fromkeys(names))
+    parsed = [Plan.parse(name, src) for name in names]
+    source = Model.load(src, dtype=dtype)
+    models = [source.with_plan(plan, "first") if plan.changed_layers else source for plan in parsed]
+    # one list of times for each plan and each kind of work
+    prefill: dict[tuple[int, int], list[float]] = {(i, n): [] for n in prompts for i in range(len(models))}
+    decode: dict[tuple[int, int], list[float]] = {(i, n): [] for n in depths for i in range(len(models))}
+    for round_ in range(rounds):
+        for (index, tokens), times in prefill.items():
+            times += models[index].measure_prefill(tokens, 1)
+        for (index, depth), times in decode.items():
+            times.append(statistics.median(models[index].measure_decode(depth, steps)))
+        if progress is not None:
+            progress("rounds", round_ + 1, rounds)
+    return {
+        "model": str(src),
+        "dtype": source.dtype,
+        "steps": steps,
+        "rounds": rounds,
+        "plans": [
+            {
+                "plan": name,
+                "num_key_value_heads": model.config.num_key_value_heads,
+                "kv_bytes_per_token": model.kv_bytes_per_token,
+            }
+            for name, model in zip(names, models, strict=True)
+        ],
+        "prefill": [
+            {"plan": names[index], "tokens": tokens, "tokens_per_second": tokens / min(times)}
+            for (index, tokens), times in prefill.items()
+        ],
+        "decode": [
+            {
+                "plan": names[index],
+                "num_key_value_heads": statistics.mean(parsed[index].num_key_value_heads),
+                "depth": depth,
+                "milliseconds_per_token": 1e3 * min(times),
+                "tokens_per_second": 1 / min(times),
+                "speedup": min(decode[0, depth]) / min(times),
+            }
+            for (index, depth), times in decode.items()
+        ],
+    }
