@@ -2,6 +2,7 @@
 //! load crosses two of them.
 
 use std::alloc::{Layout, alloc_zeroed};
+use std::ptr;
 
 use half::{bf16, f16};
 use mqadapt_core::DType;
@@ -54,9 +55,11 @@ impl Lines {
         }
         let layout = Layout::array::<Line>(lines).ok()?;
         // SAFETY: the layout is not of size zero.
-        let start = unsafe { alloc_zeroed(layout) }.cast::<Line>();
-        // SAFETY: the allocator that `Vec` uses gave it, with the layout of so many lines, and zeros are a line.
-        (!start.is_null()).then(|| Self(unsafe { Vec::from_raw_parts(start, lines, lines) }))
+        let start = unsafe { alloc_zeroed(layout) };
+        #[allow(clippy::cast_ptr_alignment)] // allocated with the alignment of lines
+        let all = ptr::slice_from_raw_parts_mut(start.cast::<Line>(), lines);
+        // SAFETY: the allocator that `Box` uses gave it, with the layout of so many lines, and zeros are a line.
+        (!start.is_null()).then(|| Self(unsafe { Box::from_raw(all) }.into_vec()))
     }
 
     /// The first `len` values.
