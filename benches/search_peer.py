@@ -1,7 +1,8 @@
 """A sensitivity study by the published procedure and by `mqadapt search`, in one run.
 
-The published procedure writes a checkpoint for every layer, loads it in transformers and runs lm-eval's `hf` backend; here
-it gets our converter, which is faster than its own. It is measured on a few layers and multiplied; the search does all.
+The published procedure writes a checkpoint for every layer and runs lm-eval's `hf` backend on it, a process each; here it gets
+our converter, which is faster than its own. It is measured on a few layers and multiplied; the search does all, in one process,
+whose start and loading count too.
 
     python benches/search_peer.py SRC --task hellaswag_indomain --include-path ../shared/tasks --limit 200
 """
@@ -10,44 +11,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 
-def published(
-    src: str, layer: int, task: str, include_path: str | None, limit: int, batch_size: int
-) -> dict[str, float]:
-    """Seconds of one layer's checkpoint, its loading and its evaluation, and the metric."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+def run(*words: str) -> float:
+    """Runs a Python module as a program of its own; seconds."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - start
 
-    from mqadapt_rs import convert
 
-    folder = Path(tempfile.mkdtemp(prefix="search-peer-"))
-    try:
-        start = time.perf_counter()
-        convert(src, folder / "converted", plan=f"mqa:{layer}", method="mean")
-        converted = time.perf_counter()
-        lm = HFLM(
-            str(folder / "converted"), dtype="bfloat16", batch_size=batch_size, device="cpu", trust_remote_code=True
-        )
-        loaded = time.perf_counter()
-        results = lm_eval.simple_evaluate(
-            lm, tasks=[task], task_manager=TaskManager(include_path=include_path), limit=limit, bootstrap_iters=0
-        )
-        done = time.perf_counter()
-    finally:
-        shutil.rmtree(folder)
-    return {
-        "convert": converted - start,
-        "load": loaded - converted,
-        "evaluate": done - loaded,
-        "total": done - start,
-        "acc_norm": results["results"][task]["acc_norm,none"],
-    }
+def published(arguments: argparse.Namespace, layer: int, folder: Path) -> dict[str, float]:
+    """Seconds of one layer's checkpoint and its evaluation, and the metric."""
+    model, results = folder / f"layer{layer}", folder / f"layer{layer}.json"
+    convert = run("mqadapt_rs.cli", "convert", arguments.src, str(model), "--plan", f"mqa:{layer}", "--method", "mean")
+    words = ["lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", str(arguments.batch_size)]
+    words += ["--model_args", f"pretrained={model},dtype=bfloat16,trust_remote_code=True"]
+    words += ["--tasks", arguments.task, "--limit", str(arguments.limit), "--output_path", str(results)]
+    if arguments.include_path:
+        words += ["--include_path", arguments.include_path]
+    evaluate = run(*words)
+    (written,) = folder.glob(f"layer{layer}*.json")
+    value = json.loads(written.read_text())["results"][arguments.task]["acc_norm,none"]
+    return {"convert": convert, "evaluate": evaluate, "total": convert + evaluate, "acc_norm": value}
 
 
 def main() -> None:
@@ -61,45 +51,32 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     arguments = parser.parse_args()
 
-    from mqadapt_rs.search import search
-
     layers = [int(layer) for layer in arguments.layers.split(",")]
-    peer = {}
-    for layer in layers:
-        peer[layer] = published(
-            arguments.src, layer, arguments.task, arguments.include_path, arguments.limit, arguments.batch_size
-        )
-        print(json.dumps({"layer": layer, **peer[layer]}), flush=True)
-    out = Path(tempfile.mkdtemp(prefix="search-peer-"))
-    try:
-        start = time.perf_counter()
-        result = search(
-            arguments.src,
-            strategy="sensitivity",
-            metric=f"task:{arguments.task}/acc_norm",
-            include_path=arguments.include_path,
-            limit=arguments.limit,
-            counts=[1],
-            out=out,
-        )
-        ours = time.perf_counter() - start
-    finally:
-        shutil.rmtree(out)
-    singles = {e.plan.index(1): e.value for e in result.evaluations if e.plan.count(1) == 1}
-    number = len(result.evaluations) - 1
+    with tempfile.TemporaryDirectory(prefix="search-peer-") as scratch:
+        folder = Path(scratch)
+        words = ["search", arguments.src, "--strategy", "sensitivity", "--counts", "1", "--out", str(folder / "search")]
+        words += ["--metric", f"task:{arguments.task}/acc_norm", "--limit", str(arguments.limit)]
+        if arguments.include_path:
+            words += ["--include-path", arguments.include_path]
+        ours = run("mqadapt_rs.cli", *words)
+        lines = (folder / "search" / "journal.jsonl").read_text().splitlines()
+        evaluations = [json.loads(line) for line in lines[1:]]
+        singles = {e["plan"].index(1): e["value"] for e in evaluations if e["plan"].count(1) == 1}
+        print(json.dumps({"search": ours, "evaluating": sum(e["seconds"] for e in evaluations)}), flush=True)
+        peer = {}
+        for layer in layers:
+            peer[layer] = published(arguments, layer, folder)
+            print(json.dumps({"layer": layer, **peer[layer]}), flush=True)
     each = sum(timing["total"] for timing in peer.values()) / len(peer)
-    print(
-        json.dumps(
-            {
-                "published_seconds_per_layer": each,
-                "published_seconds_extrapolated": each * number,
-                "search_seconds": ours,
-                "layers": number,
-                "ratio": each * number / ours,
-                "acc_norm": {layer: [peer[layer]["acc_norm"], singles.get(layer)] for layer in layers},
-            }
-        )
-    )
+    found = {
+        "published_seconds_per_layer": each,
+        "published_seconds_extrapolated": each * len(singles),
+        "search_seconds": ours,
+        "layers": len(singles),
+        "ratio": each * len(singles) / ours,
+        "acc_norm": {layer: [peer[layer]["acc_norm"], singles.get(layer)] for layer in layers},
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
