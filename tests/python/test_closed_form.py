@@ -120,4 +120,4 @@ def test_gradient_steps_bring_the_converted_stream_nearer(tmp_path: Path) -> Non
         return [layer["output_error_after_refit"] for layer in manifest["layers"].values()]
 
     # the first layer alone: what follows reads another stream
-    assert errors(refine=60)[0] < 0.98 * errors()[0]
+    assert errors(refine=200)[0] < 0.98 * errors()[0]

@@ -53,7 +53,7 @@ def _options(
         bool, typer.Option("--sequential", help="closed-form: refit o_proj layer after layer on the converted model.")
     ] = False,
     refine: Annotated[
-        int, typer.Option(min=0, help="closed-form: gradient steps on every merged layer before that; 24 are good.")
+        int, typer.Option(min=0, help="closed-form: gradient steps on every merged layer before that; 96 are good.")
     ] = 0,
 ) -> None:
     """Never called: its parameters are those options."""

@@ -29,7 +29,7 @@ pub struct RefineOptions {
 
 impl Default for RefineOptions {
     fn default() -> Self {
-        Self { steps: 24, rate: 0.005 }
+        Self { steps: 96, rate: 0.002 }
     }
 }
 
