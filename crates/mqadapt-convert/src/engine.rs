@@ -15,15 +15,16 @@ use crate::journal::{Learnt, Mark, MergedTensor, Past};
 use crate::layout::{Layout, OutputShard};
 use crate::steps::{Step, Work, steps};
 use crate::unfinished::{Unfinished, completed_before};
-use crate::writer::{AHEAD, Message, Writer};
+use crate::writer::{BUFFERS, Message, Writer};
 use crate::{ConvertOptions, Error, Result, ShardRecord};
 
 /// Bytes between two places to continue from.
 const MARK_EVERY: u64 = 256 << 20;
 /// Steps whose bytes the system is asked to read in advance.
 const READ_AHEAD: usize = 4;
-/// Most bytes handed over at a time: they stay in the second-level cache between reading and hashing.
-const PIECE: usize = 512 << 10;
+/// Most bytes handed over at a time. They stay in the second-level cache between reading and hashing: four times as many
+/// take three times as long.
+const PIECE: usize = 256 << 10;
 /// The phase that progress is reported under; its unit is bytes written.
 pub(crate) const PHASE: &str = "convert";
 
@@ -64,9 +65,9 @@ impl<'a> Engine<'a> {
         total: u64,
         progress: &'a dyn Progress,
     ) -> Self {
-        // pieces that wait for the writer, that one and the next; merging has buffers of four more
-        let pieces = (AHEAD + 2 + 4) as u64;
-        let piece = usize::try_from(options.max_memory / pieces).unwrap_or(PIECE).clamp(64 << 10, PIECE) / 8 * 8;
+        // the writer's buffers, and those that merging takes, which are as large
+        let piece = usize::try_from(options.max_memory / (2 * BUFFERS) as u64).unwrap_or(PIECE);
+        let piece = piece.clamp(64 << 10, PIECE) / 8 * 8;
         Self {
             checkpoint,
             plan,
@@ -165,7 +166,7 @@ impl<'a> Engine<'a> {
                 let Some(from) = self.checkpoint.shards().get(shard) else { return Ok(()) };
                 self.bytes_read += step.end - step.start;
                 while out.hashed < step.end {
-                    let mut data = writer.buffer(self.piece_of(step.end - out.hashed));
+                    let mut data = self.buffer(step.end - out.hashed, writer)?;
                     from.read_exact_at(offset + (out.hashed - step.start), &mut data)?;
                     self.write(data, out, writer)?;
                 }
@@ -175,7 +176,7 @@ impl<'a> Engine<'a> {
                 let source = self.source(tensor)?;
                 self.bytes_read += stored(source, (step.end - step.start) as usize / dtype.bytes());
                 while out.hashed < step.end {
-                    let mut data = writer.buffer(self.piece_of(step.end - out.hashed));
+                    let mut data = self.buffer(step.end - out.hashed, writer)?;
                     let first_value = first_value + (out.hashed - step.start) as usize / dtype.bytes();
                     let overflowed = self.checkpoint.read_as(source, dtype, first_value, &mut data)?;
                     refuse_overflow(&source.name, dtype, overflowed)?;
@@ -209,7 +210,7 @@ impl<'a> Engine<'a> {
         let read = |first: usize, out: &mut [f32]| Ok(self.checkpoint.read_f32(source, first, out)?);
         let take = |_: usize, merged: &mut [f32]| {
             for values in merged.chunks_mut(self.piece / 4) {
-                let mut data = writer.buffer(values.len() * dtype.bytes());
+                let mut data = self.buffer((values.len() * dtype.bytes()) as u64, writer)?;
                 refuse_overflow(&source.name, dtype, round(values, dtype, &mut data))?;
                 self.write(data, out, writer)?;
             }
@@ -287,11 +288,6 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Length of the next piece, where so many bytes are left.
-    fn piece_of(&self, left: u64) -> usize {
-        usize::try_from(left).unwrap_or(usize::MAX).min(self.piece)
-    }
-
     pub(crate) fn source(&self, at: usize) -> Result<&'a TensorInfo> {
         let none = || Error::Method { method: self.options.method.name.to_owned(), detail: format!("no tensor {at}") };
         self.checkpoint.tensors().get(at).ok_or_else(none)
@@ -303,9 +299,16 @@ impl<'a> Engine<'a> {
         self.send(writer, Message::Data(data, offset))
     }
 
+    /// A buffer for the next piece, where so many bytes are left.
+    fn buffer(&self, left: u64, writer: &mut Writer) -> Result<Vec<u8>> {
+        let len = usize::try_from(left).unwrap_or(usize::MAX).min(self.piece);
+        writer.buffer(len, |written| self.report(written))
+    }
+
     /// Hands something to the writer, and reports how far that one is.
     fn send(&self, writer: &mut Writer, message: Message) -> Result<()> {
-        writer.send(message, |written| self.report(written))
+        self.report(writer.written())?;
+        writer.send(message)
     }
 
     /// Reports progress; `written` is what this run has written.
