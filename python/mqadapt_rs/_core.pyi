@@ -143,6 +143,23 @@ class Calibration:
         """
     @property
     def tokens(self) -> int: ...
+    def predicted_errors(
+        self, src: _Path, method: str, layers: Sequence[tuple[int, int]], *, progress: _Progress | None = None
+    ) -> list[float]:
+        """What the statistics say of merging single layers: no forward pass, but where statistics are collected first.
+
+        Args:
+            src: the model.
+            method: `mean`, `first`, `prune` or `closed-form` (without refit).
+            layers: each a layer and its K/V heads.
+            progress: is told of statistics that are collected, and of layers.
+
+        Returns:
+            For each, the relative error of the layer's attention output: the root of the share of its energy that is lost.
+
+        Raises:
+            ArgumentError: another method, illegal heads, or neither text nor statistics.
+        """
     @property
     def fingerprint(self) -> str:
         """Names the text, its windows and the target contexts; 16 hexadecimal digits."""

@@ -270,6 +270,31 @@ def test_wrong_arguments(
     assert not (tmp_path / "best.plan.json").exists()
 
 
+@pytest.mark.parametrize("method", ["mean", "closed-form", "prune"])
+def test_predictions_need_no_documents(checkpoint: Path, text: Path, tmp_path: Path, method: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the text is short
+        result = search(
+            checkpoint, strategy="budget", kv_budget="60%", metric="predicted", method=method, calibration=text,
+            calibration_tokens=2048, calibration_context=64, target_context=[32], out=tmp_path,
+        )  # fmt: skip
+        calibration = load_calibration(
+            checkpoint, text, tokens=2048, context=64, target_context=[32], stats=tmp_path / "statistics.safetensors"
+        )
+    assert result.winner is not None
+    plan = result.winner.plan
+    changed = [(layer, own) for layer, own in enumerate(plan) if own != HEADS]
+    errors = calibration.predicted_errors(checkpoint, method, changed)
+    assert all(0 < error < 2 for error in errors)
+    assert result.winner.damage.mean == pytest.approx(sum(error**2 for error in errors), rel=1e-9)
+    assert result.winner.standard_error is None
+    # predictions of layers add up, so the knapsack is exact
+    singles = {e.plan: e.value for e in result.evaluations}
+    assert min(singles, key=lambda plan: singles[plan]) == SOURCE
+    with pytest.raises(ArgumentError, match="no prediction"):
+        calibration.predicted_errors(checkpoint, "random", changed)
+
+
 def test_named_plans_on_the_calibration_text(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """What `--strategy given` measures is what the same plans cost in any other search; plans come in every form."""
     common: dict[str, Any] = {"context": 24, "windows": 5, "metric": "perplexity"}

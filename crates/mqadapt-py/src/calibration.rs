@@ -6,12 +6,16 @@ use mqadapt_checkpoint::Checkpoint;
 use mqadapt_core::{DType, Progress};
 use mqadapt_merge::closed_form::{ClosedFormOptions, Cut};
 use mqadapt_merge::{Method, RefineOptions};
-use mqadapt_model::{CalibratedMerge, CalibratedMethod, Error, Spill, StatisticsFile, collect_statistics};
+use mqadapt_model::{
+    CalibratedMerge, CalibratedMethod, Error, Spill, StatisticsFile, collect_statistics, predicted_errors,
+};
 use pyo3::prelude::*;
 use serde_json::{Map, Value, json};
 
 use crate::arguments;
 use crate::errors::argument;
+use crate::source::local_path;
+use crate::work;
 
 /// Calibration text and options of the methods that need it.
 #[pyclass(module = "mqadapt_rs", frozen)]
@@ -61,6 +65,27 @@ impl Calibration {
         self.text.fingerprint()
     }
 
+    /// What the statistics say of merging single layers.
+    #[pyo3(signature = (src, method, layers, *, progress = None))]
+    fn predicted_errors(
+        &self,
+        src: &Bound<'_, PyAny>,
+        method: &str,
+        layers: Vec<(usize, usize)>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Vec<f64>> {
+        let (py, path) = (src.py(), local_path(src, false)?);
+        work::run(py, progress, |progress| {
+            let checkpoint = Checkpoint::open(&path)?;
+            let saved = self.statistics(&checkpoint, None, progress)?.ok_or_else(|| Error::Argument {
+                name: "stats",
+                detail: "must name the file of the statistics, to be read or written".to_owned(),
+            })?;
+            let contexts = &self.text.target_contexts;
+            predicted_errors(&checkpoint, saved, method, &self.options, contexts, &layers, progress)
+        })
+    }
+
     fn __repr__(&self) -> String {
         let (sequences, tokens) = (self.text.sequences.len(), self.tokens());
         format!("Calibration({sequences} sequences, {tokens} tokens, target_context={:?})", self.text.target_contexts)
@@ -102,23 +127,33 @@ impl Calibration {
                 refine: self.refine,
             },
         };
-        let saved = match &self.stats {
-            None => None,
-            Some(path) if path.exists() => Some(self.saved(StatisticsFile::open(path)?)?),
+        let saved = self.statistics(checkpoint, spill.as_ref(), progress)?;
+        let merge = CalibratedMerge::new(checkpoint, self.text.clone(), method, saved, dtype)?;
+        Ok(match spill {
+            Some(spill) => merge.with_spill(spill),
+            None => merge,
+        })
+    }
+
+    /// The saved statistics; collected first where they are not there yet. None where no file is named.
+    fn statistics(
+        &self,
+        checkpoint: &Checkpoint,
+        spill: Option<&Spill>,
+        progress: &dyn Progress,
+    ) -> Result<Option<StatisticsFile>, Error> {
+        match &self.stats {
+            None => Ok(None),
+            Some(path) if path.exists() => self.saved(StatisticsFile::open(path)?).map(Some),
             Some(path) => {
                 if self.tokens() == 0 {
                     let detail =
                         format!("is needed to write the statistics file {}, which does not exist", path.display());
                     return Err(Error::Argument { name: "calibration", detail });
                 }
-                Some(collect_statistics(checkpoint, &self.text, path, spill.as_ref(), progress)?)
+                collect_statistics(checkpoint, &self.text, path, spill, progress).map(Some)
             }
-        };
-        let merge = CalibratedMerge::new(checkpoint, self.text.clone(), method, saved, dtype)?;
-        Ok(match spill {
-            Some(spill) => merge.with_spill(spill),
-            None => merge,
-        })
+        }
     }
 
     /// A file that was collected from this text, where there is one.

@@ -19,7 +19,8 @@ Strategy = Annotated[
     ),
 ]
 Metric = Annotated[
-    str, typer.Option("--metric", help="kl, perplexity, or task:NAME/METRIC such as task:hellaswag/acc_norm.")
+    str,
+    typer.Option("--metric", help="kl, perplexity, predicted, or task:NAME/METRIC such as task:hellaswag/acc_norm."),
 ]
 Folder = Annotated[Path, typer.Argument(help="The folder of a search.", exists=True, file_okay=False)]
 Latency = Annotated[

@@ -15,6 +15,7 @@ from . import latency
 from .conduct import SearchResult, check, conduct
 from .executors import forget, in_process, processes, ray_cluster
 from .limit import Limit
+from .predicted import METRIC as PREDICTED
 from .space import describe, parse_budget
 from .spec import CALIBRATED, METRICS, CalibrationData, Data, ModelSpec, prepare
 from .study import Options
@@ -77,8 +78,8 @@ def search(
         src: a folder, a `.gguf` file or a hub id.
         strategy: a key of `STRATEGIES`.
         out: the folder for journal, `best.plan.json` and `summary.json`.
-        metric: `kl` (exact divergence from the source's next-token distribution), `perplexity`, or
-            `task:NAME/METRIC` of lm-eval.
+        metric: `kl` (exact divergence from the source's next-token distribution), `perplexity`, `predicted` (from
+            statistics of the calibration text, no forward pass), or `task:NAME/METRIC` of lm-eval.
         method: how heads are merged.
         calibration: text of the methods that merge from it, `closed-form` and `prune`; also what plans are evaluated on
             where no `text` is given.
@@ -146,7 +147,7 @@ def search(
         num_fewshot=num_fewshot,
     )
     spec = ModelSpec(str(src), metric, data, method, seed, dtype, device, max_memory)
-    if method in CALIBRATED and (calibration is not None or stats is not None):
+    if (method in CALIBRATED or metric == PREDICTED.name) and (calibration is not None or stats is not None):
         saved = Path(out) / "statistics.safetensors" if stats is None else Path(stats)
         saved.parent.mkdir(parents=True, exist_ok=True)
         file = None if calibration is None else str(calibration)

@@ -17,15 +17,19 @@ from mqadapt_rs.errors import ArgumentError
 from .evaluation import Metric
 from .executors import adopt
 from .overlays import PlanOverlays
+from .predicted import METRIC as PREDICTED
+from .predicted import PredictedEvaluator
 from .prefixes import Prefixes
 from .space import Space
 from .windows import WindowEvaluator
 
 if TYPE_CHECKING:
-    from mqadapt_rs import Model
+    from mqadapt_rs import Calibration, Model
 
     from .evaluation import Evaluator
     from .tasks import TaskEvaluator
+
+    ModelEvaluator = WindowEvaluator | TaskEvaluator | PredictedEvaluator
 
 METRICS = {
     "kl": Metric("kl", "nats per token", "nats per token"),
@@ -92,7 +96,7 @@ class ModelSpec:
         """Loads model and data."""
         return self.load()[0]
 
-    def load(self) -> tuple[WindowEvaluator | TaskEvaluator, Model, ModelSpec]:
+    def load(self) -> tuple[ModelEvaluator, Model, ModelSpec]:
         """The evaluator, its model, and the specification with all that is known of them.
 
         Raises:
@@ -100,10 +104,12 @@ class ModelSpec:
         """
         if self.metric_name in METRICS:
             return self._windows()
+        if self.metric_name == PREDICTED.name:
+            return self._predicted()
         if self.metric_name.startswith("task:"):
             return self._task()
         raise ArgumentError(
-            f"there is no metric '{self.metric_name}': expected one of {', '.join(METRICS)} or task:NAME/METRIC, "
+            f"there is no metric '{self.metric_name}': expected {', '.join(METRICS)}, {PREDICTED.name} or task:NAME/METRIC, "
             "such as task:hellaswag/acc_norm"
         )
 
@@ -114,21 +120,35 @@ class ModelSpec:
         return self._over(Model.load(self.src, dtype=self.dtype, device=self.device))
 
     def _over(self, model: Model) -> PlanOverlays:
+        return PlanOverlays(model, self.method, self.seed, self._calibration())
+
+    def _calibration(self) -> Calibration | None:
         from mqadapt_rs import load_calibration
 
-        calibration, data = None, self.calibration
-        if data is not None:
-            calibration = load_calibration(
-                self.src,
-                data.file,
-                field=data.field,
-                tokens=data.tokens,
-                context=data.context,
-                seed=self.seed,
-                target_context=data.target_context,
-                stats=data.stats,
-            )
-        return PlanOverlays(model, self.method, self.seed, calibration)
+        data = self.calibration
+        if data is None:
+            return None
+        return load_calibration(
+            self.src,
+            data.file,
+            field=data.field,
+            tokens=data.tokens,
+            context=data.context,
+            seed=self.seed,
+            target_context=data.target_context,
+            stats=data.stats,
+        )
+
+    def _predicted(self) -> tuple[PredictedEvaluator, Model, ModelSpec]:
+        from mqadapt_rs import Model
+
+        calibration = self._calibration()
+        if calibration is None:
+            raise ArgumentError("the metric predicted needs statistics: --calibration FILE or --stats FILE")
+        model = Model.load(self.src, dtype=self.dtype, device=self.device)
+        source = tuple(model.plan.num_key_value_heads)
+        evaluator = PredictedEvaluator(self.src, self.method, calibration, source)
+        return evaluator, model, replace(self, metric=PREDICTED, prints=self._prints(model, []))
 
     def _windows(self) -> tuple[WindowEvaluator, Model, ModelSpec]:
         windows = read_windows(self.src, self.data, self.seed)
@@ -195,6 +215,8 @@ class ModelSpec:
 
     def _data_in_words(self) -> str:
         data = self.data
+        if self.metric_name == PREDICTED.name:
+            return "none"
         if data.text is not None and self.metric_name in METRICS:
             return f"{Path(data.text).name}, windows of {data.context} tokens"
         return "all documents" if data.limit is None else f"the first {data.limit} documents"
@@ -231,7 +253,11 @@ def prepare(spec: ModelSpec, counts: tuple[int, ...] | None, *, keep: bool) -> t
         # collects the statistics, once, before workers look for them
         space = space_of(model, counts)
         layer = next(idx for idx in range(space.num_hidden_layers) if len(space.choices(idx)) > 1)
-        evaluator.overlays.model(space.single(layer, space.choices(layer)[0]))
+        plan = space.single(layer, space.choices(layer)[0])
+        if isinstance(evaluator, PredictedEvaluator):
+            list(evaluator.losses([plan], [()], range(1)))
+        else:
+            evaluator.overlays.model(plan)
     if keep:
         adopt(known, evaluator)
     return known, space_of(model, counts)

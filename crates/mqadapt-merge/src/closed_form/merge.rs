@@ -123,7 +123,8 @@ pub fn merge(
     Ok((merged, report))
 }
 
-fn share(lost: f64, total: f64) -> f64 {
+/// Root of a share of energy.
+pub(crate) fn share(lost: f64, total: f64) -> f64 {
     if total > 0.0 { (lost / total).sqrt() } else { 0.0 }
 }
 

@@ -14,6 +14,7 @@ mod measure;
 mod merge;
 mod pairs;
 mod predict;
+mod predicted;
 mod readout;
 mod slow;
 #[cfg(test)]
@@ -23,5 +24,6 @@ mod values;
 pub use cut::Cut;
 pub use measure::Measurement;
 #[cfg(test)]
-pub(crate) use measure::outputs;
+pub(crate) use measure::{features, outputs};
 pub use merge::{ClosedFormOptions, Fallback, LayerReport, merge};
+pub use predicted::{FixedMerge, predicted_error};
