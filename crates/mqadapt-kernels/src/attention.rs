@@ -117,9 +117,10 @@ impl Cpu {
     ) {
         check(params, q, k, v, segments, out);
         let group = params.num_attention_heads / params.num_key_value_heads;
+        let window = params.sliding_window.unwrap_or(usize::MAX);
         macro_rules! attend {
             ($k:expr, $v:expr, $chunk:expr) => {
-                self.attend(Views { params, group, q, k, v, k_data: $k, v_data: $v }, segments, $chunk, out)
+                self.attend(Views { params, group, window, q, k, v, k_data: $k, v_data: $v }, segments, $chunk, out)
             };
         }
         match (k.data, v.data) {

@@ -178,8 +178,13 @@ impl Grid {
         /// Bytes of weights in a task with few rows: enough to pay for the claim.
         const BYTES: usize = 64 << 10;
         let row_bytes = weight.bytes().div_ceil(n.max(1)).max(1);
-        let column_step = if m < 16 { (BYTES / row_bytes).next_multiple_of(4) } else { COLUMNS };
-        let column_step = column_step.clamp(4, 512).min(n.max(1));
+        let column_step = match m {
+            0..16 => (BYTES / row_bytes).next_multiple_of(4).clamp(4, 512),
+            // Rows a multiple of 4 KB apart share few sets of the cache: their blocks fill it sooner.
+            _ if row_bytes.is_multiple_of(4096) => ((512 << 10) / row_bytes).clamp(16, COLUMNS),
+            _ => COLUMNS,
+        };
+        let column_step = column_step.min(n.max(1));
         Self { m, n, row_step: ROWS.min(m), column_step }
     }
 

@@ -125,18 +125,27 @@ const FAR: usize = 16 << 10;
 /// Asks for the V of a run, and for the K that follow it.
 #[inline(always)]
 pub(super) unsafe fn fetch<S: Simd, E: Copy>(item: &Item<'_, E>, run: &Run) {
-    const LINE: usize = 64;
     let (k, v) = (item.views.k, item.views.v);
-    for row in 0..run.len {
-        // SAFETY: the caller's promise; a prefetch may be of any address.
-        unsafe {
-            let (key, value) = (item.key(run.cache + row), item.value(run.cache + row));
-            for byte in (0..k.head_dim * size_of::<E>()).step_by(LINE) {
-                S::prefetch(key.wrapping_byte_add(FAR + byte));
-            }
-            for byte in (0..v.head_dim * size_of::<E>()).step_by(LINE) {
-                S::prefetch(value.wrapping_byte_add(byte));
-            }
+    // SAFETY: the caller's promise; a prefetch may be of any address.
+    unsafe {
+        fetch_rows::<S, E>(item.key(run.cache).wrapping_byte_add(FAR), run.len, k.row_stride, k.head_dim);
+        fetch_rows::<S, E>(item.value(run.cache), run.len, v.row_stride, v.head_dim);
+    }
+}
+
+/// Asks for `rows` rows of `dim` values, `stride` apart.
+#[inline(always)]
+unsafe fn fetch_rows<S: Simd, E: Copy>(at: *const E, rows: usize, stride: usize, dim: usize) {
+    const LINE: usize = 64;
+    // Rows without gaps are one long row.
+    let (rows, dim) = if stride == dim { (1, rows * dim) } else { (rows, dim) };
+    for row in 0..rows {
+        let start = at.wrapping_add(row * stride);
+        let mut byte = 0;
+        while byte < dim * size_of::<E>() {
+            // SAFETY: the caller's promise.
+            unsafe { S::prefetch(start.wrapping_byte_add(byte)) };
+            byte += LINE;
         }
     }
 }

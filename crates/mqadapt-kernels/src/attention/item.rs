@@ -17,6 +17,8 @@ pub(super) const TILE: usize = 128;
 pub(super) struct Views<'a, E> {
     pub(super) params: &'a AttentionParams,
     pub(super) group: usize,
+    /// Positions that a row attends, at most.
+    pub(super) window: usize,
     pub(super) q: &'a [f32],
     pub(super) k: KvRef<'a>,
     pub(super) v: KvRef<'a>,
@@ -97,7 +99,7 @@ impl<'a, E> Item<'a, E> {
     /// Positions that `query` attends.
     pub(super) fn visible(&self, query: usize) -> Range<usize> {
         let end = self.position + query / self.views.group + 1;
-        self.views.params.sliding_window.map_or(0, |window| end.saturating_sub(window))..end
+        end.saturating_sub(self.views.window)..end
     }
 
     /// The queries, in the order of their numbers.
