@@ -367,7 +367,11 @@ mod limits {
         #[target_feature(enable = "avx512f,avx512bf16")]
         pub fn dot_512(steps: usize) {
             // SAFETY: two views of 512 bits.
-            let x = unsafe { std::mem::transmute(_mm512_set1_epi32(black_box(0x3f00_3f00))) };
+            let x = unsafe {
+                std::mem::transmute::<std::arch::x86_64::__m512i, std::arch::x86_64::__m512bh>(_mm512_set1_epi32(
+                    black_box(0x3f00_3f00),
+                ))
+            };
             let mut sums = [_mm512_set1_ps(0.0); 24];
             for _ in 0..steps {
                 for sum in &mut sums {
