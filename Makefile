@@ -8,7 +8,7 @@ export PIP_QUIET := 1
 CARGO_FLAGS := --release
 NEXTEST := $(shell command -v cargo-nextest >/dev/null 2>&1 && echo yes)
 
-.PHONY: all setup build test test-rust test-python lint bench demo check-cuda clean
+.PHONY: all setup build test test-rust test-python test-asan lint bench demo check-cuda clean
 all: build
 
 setup: $(BIN)/.ready
@@ -38,6 +38,11 @@ else
 	cargo test $(CARGO_FLAGS) --workspace --exclude mqadapt-py --lib --bins --tests --no-fail-fast
 endif
 	cargo test $(CARGO_FLAGS) --workspace --exclude mqadapt-py --doc
+
+# The kernels under address sanitizer, on every instruction set that this processor has. RUSTC_BOOTSTRAP: a nightly option.
+test-asan:
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test $(CARGO_FLAGS) -p mqadapt-kernels --lib \
+	  --target $(shell rustc -vV | sed -n 's/host: //p') --target-dir target/asan
 
 test-python: $(BIN)/.ready-test build
 	$(BIN)/python -m pytest -n 2
