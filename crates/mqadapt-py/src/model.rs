@@ -1,4 +1,4 @@
-//! `Model`: the forward pass. One long file, since PyO3 takes the methods of a class in one block.
+//! `Model`: the forward pass. One long file, since `PyO3` takes the methods of a class in one block.
 
 use std::sync::Arc;
 
