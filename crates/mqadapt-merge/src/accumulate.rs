@@ -4,8 +4,7 @@
 //! mean first: attention-weighted covariances do not change by it, and the
 //! difference `E[k kT] - mu muT` loses no digits to a large common key.
 
-use faer::linalg::matmul::triangular::{self, BlockStructure};
-use faer::{Accum, Mat, MatRef, Par};
+use faer::MatRef;
 use rayon::prelude::*;
 
 use crate::Error;
@@ -16,6 +15,8 @@ use crate::statistics::{HeadMoments, LayerStatistics, Moment, StatisticsShape, t
 
 /// Rows whose products are summed in f32 before they go to f64.
 const SUM_ROWS: usize = 512;
+/// Columns of a triangle that are computed at a time.
+const PANEL: usize = 256;
 
 /// Sums the statistics of one layer, sequence by sequence.
 pub struct Accumulator {
@@ -158,49 +159,53 @@ fn add_head(
 ) -> Vec<f32> {
     let (d, width, stride) = (shape.head_dim, shape.width(), 3 * shape.width());
     let tokens = block.stacked.len() / stride;
-    // mu: probability-weighted means of the block's columns, [tokens, 3 * width]
-    let mut mu = vec![0.0f32; tokens * stride];
-    let columns: Vec<Vec<f64>> = mu
-        .par_chunks_mut(ROWS * stride)
-        .enumerate()
-        .map_init(Vec::new, |p, (i, mu)| {
-            let (start, rows) = (i * ROWS, mu.len() / stride);
-            probabilities.block(start, rows, p);
-            let keys = start + rows;
-            product(mu, view(p, rows, keys, keys), view(&block.stacked, keys, stride, stride));
-            let mut column = vec![0.0f64; keys];
-            for row in p.chunks_exact(keys) {
-                column.iter_mut().zip(row).for_each(|(c, p)| *c += f64::from(*p));
-            }
-            column
-        })
-        .collect();
-    let mut weight = vec![0.0f64; tokens];
-    for column in &columns {
-        weight.iter_mut().zip(column).for_each(|(w, c)| *w += c);
-    }
-    let root: Vec<f32> = weight.iter().map(|w| crate::layer::round(w.sqrt())).collect();
-    let keys = view(&block.stacked, tokens, width, stride);
-    add_gram(sums.get_mut(Moment::KeyCentred), keys, Some(&root), 1.0);
-    add_gram(sums.get_mut(Moment::KeyCentred), view(&mu, tokens, width, stride), None, -1.0);
-    add_gram(sums.get_mut(Moment::ValueOutput), view(&mu[width..], tokens, width, stride), None, 1.0);
     let own = width + slot * d;
+    let mut weight = vec![0.0f64; tokens];
+    let mut output = Vec::with_capacity(tokens * d);
+    // mu: probability-weighted means of the block's columns, [rows, 3 * width], some rows at a time
+    let mut mu = vec![0.0f32; SUM_ROWS.min(tokens) * stride];
+    for first in (0..tokens).step_by(SUM_ROWS) {
+        let rows = SUM_ROWS.min(tokens - first);
+        let mu = &mut mu[..rows * stride];
+        let columns: Vec<Vec<f64>> = mu
+            .par_chunks_mut(ROWS * stride)
+            .enumerate()
+            .map_init(Vec::new, |p, (i, mu)| {
+                let (start, rows) = (first + i * ROWS, mu.len() / stride);
+                probabilities.block(start, rows, p);
+                let keys = start + rows;
+                product(mu, view(p, rows, keys, keys), view(&block.stacked, keys, stride, stride));
+                let mut column = vec![0.0f64; keys];
+                for row in p.chunks_exact(keys) {
+                    column.iter_mut().zip(row).for_each(|(c, p)| *c += f64::from(*p));
+                }
+                column
+            })
+            .collect();
+        for column in &columns {
+            weight.iter_mut().zip(column).for_each(|(w, c)| *w += c);
+        }
+        add_gram(sums.get_mut(Moment::KeyCentred), view(mu, rows, width, stride), None, -1.0);
+        add_gram(sums.get_mut(Moment::ValueOutput), view(&mu[width..], rows, width, stride), None, 1.0);
+        if shape.rotary_pairs > 0 {
+            add_pairs(sums.get_mut(Moment::KeyRotated), &mu[2 * width..], stride, None, -1.0, shape);
+        }
+        mu.chunks_exact(stride).for_each(|row| output.extend_from_slice(&row[own..own + d]));
+    }
+    drop(mu);
+    let root: Vec<f32> = weight.iter().map(|w| crate::layer::round(w.sqrt())).collect();
+    add_gram(sums.get_mut(Moment::KeyCentred), view(&block.stacked, tokens, width, stride), Some(&root), 1.0);
     add_gram(sums.get_mut(Moment::ValueSecond), view(&block.stacked[own..], tokens, d, stride), Some(&root), 1.0);
     if shape.rotary_pairs > 0 {
-        let rotated = sums.get_mut(Moment::KeyRotated);
-        add_pairs(rotated, &block.stacked[2 * width..], stride, Some(&root), 1.0, shape);
-        add_pairs(rotated, &mu[2 * width..], stride, None, -1.0, shape);
+        add_pairs(sums.get_mut(Moment::KeyRotated), &block.stacked[2 * width..], stride, Some(&root), 1.0, shape);
     }
-    let mut output = Vec::with_capacity(tokens * d);
-    mu.chunks_exact(stride).for_each(|row| output.extend_from_slice(&row[own..own + d]));
     output
 }
 
 /// `sum += sign * xT diag(root)^2 x`, the lower triangle.
 fn add_gram(sum: &mut [f64], x: MatRef<'_, f32>, root: Option<&[f32]>, sign: f64) {
     let n = x.ncols();
-    let mut scaled = Vec::new();
-    let mut gram = Mat::<f32>::zeros(n, n);
+    let (mut scaled, mut panel) = (Vec::new(), Vec::new());
     for start in (0..x.nrows()).step_by(SUM_ROWS) {
         let rows = SUM_ROWS.min(x.nrows() - start);
         let part = x.subrows(start, rows);
@@ -213,20 +218,14 @@ fn add_gram(sum: &mut [f64], x: MatRef<'_, f32>, root: Option<&[f32]>, sign: f64
         } else {
             part
         };
-        triangular::matmul(
-            gram.as_mut(),
-            BlockStructure::TriangularLower,
-            Accum::Replace,
-            part.transpose(),
-            BlockStructure::Rectangular,
-            part,
-            BlockStructure::Rectangular,
-            1.0,
-            Par::Seq,
-        );
-        for j in 0..n {
-            for i in j..n {
-                sum[triangle(i, j)] += sign * f64::from(gram[(i, j)]);
+        for left in (0..n).step_by(PANEL) {
+            let columns = PANEL.min(n - left);
+            panel.resize((n - left) * columns, 0.0);
+            product(&mut panel, part.subcols(left, n - left).transpose(), part.subcols(left, columns));
+            for (i, row) in panel.chunks_exact(columns).enumerate() {
+                let at = triangle(left + i, left);
+                let row = &row[..columns.min(i + 1)];
+                sum[at..at + row.len()].iter_mut().zip(row).for_each(|(sum, v)| *sum += sign * f64::from(*v));
             }
         }
     }

@@ -26,14 +26,13 @@ pub(crate) fn cholesky(a: MatRef<'_, f64>, jitter: f64) -> Result<Mat<f64>, Erro
     Err(Error::NotFinite)
 }
 
-/// Eigenvalues, largest first, and eigenvectors as columns of a symmetric matrix.
-pub(crate) fn eigen(a: MatRef<'_, f64>) -> Result<(Vec<f64>, Mat<f64>), Error> {
+/// The `keep` eigenvectors of the largest eigenvalues of a symmetric matrix as columns, largest first.
+pub(crate) fn top_eigenvectors(a: Mat<f64>, keep: usize) -> Result<Mat<f64>, Error> {
     let n = a.nrows();
     let sym = Mat::from_fn(n, n, |i, j| f64::midpoint(a[(i, j)], a[(j, i)]));
+    drop(a); // a few of these are the most that a merge holds
     let evd = sym.self_adjoint_eigen(Side::Lower).map_err(|_| Error::NotFinite)?;
-    let values = evd.S().column_vector();
-    let vectors = evd.U();
-    Ok(((0..n).map(|i| values[n - 1 - i]).collect(), Mat::from_fn(n, n, |i, j| vectors[(i, n - 1 - j)])))
+    Ok(Mat::from_fn(n, keep, |i, j| evd.U()[(i, n - 1 - j)]))
 }
 
 /// The eigenvector of the largest eigenvalue of a Hermitian matrix.

@@ -172,17 +172,31 @@ impl<B: Backend> Decoder<B> {
             if !layers.contains(&layer_idx) {
                 continue;
             }
-            observer.at(Moment::Entering, layer_idx, ws)?;
-            backend.rms_norm(&ws.hidden, &block.input_layernorm, eps, &mut ws.normed)?;
-            block.self_attn.project(backend, eps, ws)?;
-            observer.at(Moment::Projected, layer_idx, ws)?;
-            block.self_attn.attend(backend, rope, batch, cache, ws)?;
-            observer.at(Moment::Attended, layer_idx, ws)?;
+            self.attend(layer_idx, batch, rope, cache, ws, observer)?;
             backend.linear_add(&ws.attention, &block.self_attn.o_proj, &mut ws.hidden)?;
             backend.rms_norm(&ws.hidden, &block.post_attention_layernorm, eps, &mut ws.normed)?;
             block.mlp.add(backend, ws)?;
         }
         Ok(())
+    }
+
+    /// The first half of a layer: from `hidden`, which stays as it is, to `attention`.
+    pub(crate) fn attend(
+        &self,
+        layer_idx: usize,
+        batch: &Batch,
+        rope: &RopeTable,
+        cache: &mut B::Cache,
+        ws: &mut Workspace<B>,
+        observer: &mut impl Observer<B>,
+    ) -> Result<()> {
+        let (block, backend, eps) = (&self.layers[layer_idx], &*self.backend, self.eps());
+        observer.at(Moment::Entering, layer_idx, ws)?;
+        backend.rms_norm(&ws.hidden, &block.input_layernorm, eps, &mut ws.normed)?;
+        block.self_attn.project(backend, eps, ws)?;
+        observer.at(Moment::Projected, layer_idx, ws)?;
+        block.self_attn.attend(backend, rope, batch, cache, ws)?;
+        observer.at(Moment::Attended, layer_idx, ws)
     }
 
     /// Final norm of some rows of `hidden` into `normed`, where `lm_head` reads them.

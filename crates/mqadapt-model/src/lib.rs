@@ -36,6 +36,7 @@
 
 mod activations;
 mod aligned;
+mod allocator;
 mod backend;
 mod batch;
 mod calibrate;

@@ -135,4 +135,16 @@ impl<B: Backend> Session<B> {
         }
         decoder.run(layers, &self.batch, &self.rope, &mut self.caches, &mut self.ws, observer)
     }
+
+    /// The first half of a layer, from `ws.hidden` to `ws.attention`, watched.
+    pub(crate) fn observed_attention(
+        &mut self,
+        decoder: &Decoder<B>,
+        layer_idx: usize,
+        observer: &mut impl crate::decoder::Observer<B>,
+    ) -> Result<()> {
+        self.rope.reach(self.batch.positions_end());
+        let Some(cache) = self.caches.get_mut(layer_idx) else { return Ok(()) };
+        decoder.attend(layer_idx, &self.batch, &self.rope, cache, &mut self.ws, observer)
+    }
 }

@@ -78,7 +78,7 @@ pub fn collect_statistics(
             let geometry = layer_geometry(config, layer_idx);
             let block = block_heads(&geometry, 1);
             let mut collector = Collector::new(&geometry, &layer.o_proj(checkpoint)?, calibration, layer_idx, block)?;
-            layer.run(&mut hidden, &mut |trace| collector.add(trace), progress)?;
+            layer.run(&mut hidden, Some(&mut |trace: &crate::LayerTrace<'_>| collector.add(trace)), progress)?;
             let sample = collector.finish();
             for (_, values) in sample.statistics.to_tensors().into_values() {
                 values.iter().try_for_each(|v| out.write_all(&v.to_le_bytes())).map_err(failed(&partial))?;

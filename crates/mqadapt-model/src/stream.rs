@@ -19,6 +19,7 @@ use crate::load::{self, Weights};
 use crate::overlay::{self, AttentionWeights};
 use crate::session::{Progressing, Runner};
 use crate::states::{HiddenStates, LayerTrace};
+use crate::trace::Visitor;
 use crate::{Error, Result, WeightFormat};
 
 /// The residual stream entering the first layer, in a file of `folder` where there is one. Reads only the rows of the embedding that the sequences need.
@@ -116,37 +117,39 @@ impl StreamedLayer {
         Ok(Self { layer_idx: self.layer_idx, of_layers: self.of_layers, runner: self.runner.with(decoder) })
     }
 
-    /// Takes all sequences through the layer, and shows what it saw of each.
+    /// Takes all sequences through the layer; shows what it saw of each, where somebody wants to know.
     pub(crate) fn run(
         &self,
         stream: &mut Activations,
-        visitor: &mut dyn FnMut(&LayerTrace<'_>) -> Result<()>,
+        mut visitor: Option<&mut Visitor<'_, Error>>,
         progress: &dyn Progress,
     ) -> Result<()> {
         for sequence in 0..stream.lengths().len() {
-            let behind = self.behind(stream, sequence, visitor, progress)?;
+            let behind = self.through(stream, sequence, true, visitor.as_deref_mut(), progress)?;
             stream.write(sequence, behind)?;
         }
         Ok(())
     }
 
-    /// As [`Self::run`], but the stream stays where it is.
+    /// Shows what the layer sees up to its `o_proj`; the stream stays where it is.
     pub(crate) fn look(
         &self,
         stream: &Activations,
-        visitor: &mut dyn FnMut(&LayerTrace<'_>) -> Result<()>,
+        visitor: &mut Visitor<'_, Error>,
         progress: &dyn Progress,
     ) -> Result<()> {
-        (0..stream.lengths().len())
-            .try_for_each(|sequence| self.behind(stream, sequence, visitor, progress).map(|_behind| ()))
+        (0..stream.lengths().len()).try_for_each(|sequence| {
+            self.through(stream, sequence, false, Some(&mut *visitor), progress).map(|_same| ())
+        })
     }
 
-    /// The residual stream of one sequence behind the layer.
-    fn behind(
+    /// The residual stream of one sequence, `behind` the layer or as it was.
+    fn through(
         &self,
         stream: &Activations,
         sequence: usize,
-        visitor: &mut dyn FnMut(&LayerTrace<'_>) -> Result<()>,
+        behind: bool,
+        visitor: Option<&mut Visitor<'_, Error>>,
         progress: &dyn Progress,
     ) -> Result<Vec<f32>> {
         let progressing =
@@ -154,8 +157,14 @@ impl StreamedLayer {
         let values = stream.read(sequence)?.into_owned();
         let lengths = stream.lengths().get(sequence).copied().into_iter().collect();
         let mut one = HiddenStates { layer_idx: self.layer_idx, lengths, values };
-        let mut named = |trace: &LayerTrace<'_>| visitor(&LayerTrace { sequence, ..*trace });
-        self.runner.trace_layer(0, self.layer_idx, &mut one, &mut named, &progressing)?;
+        let (at, layer_idx) = (0, self.layer_idx);
+        match visitor {
+            Some(visitor) => {
+                let mut named = |trace: &LayerTrace<'_>| visitor(&LayerTrace { sequence, ..*trace });
+                self.runner.trace_layer(at, layer_idx, &mut one, behind, Some(&mut named), &progressing)?;
+            }
+            None => self.runner.trace_layer::<Error>(at, layer_idx, &mut one, behind, None, &progressing)?,
+        }
         Ok(one.values)
     }
 }

@@ -67,7 +67,7 @@ impl Group<'_> {
 }
 
 /// Most bytes of one group's moments that are unfolded at a time.
-const HELD_BYTES: usize = 256 << 20;
+const HELD_BYTES: usize = 64 << 20;
 
 /// A stacked moment of every query head of a group: unfolded all at once where that is little, one by one where not.
 pub(crate) struct Stacked<'a> {

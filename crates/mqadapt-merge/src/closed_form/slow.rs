@@ -7,7 +7,7 @@ use super::group::{Group, Stacked};
 use super::pairs::PairMix;
 use super::readout::read_outs;
 use crate::Error;
-use crate::algebra::{cholesky, eigen, gather, solve_lower, solve_lower_transposed};
+use crate::algebra::{cholesky, gather, solve_lower, solve_lower_transposed, top_eigenvectors};
 use crate::statistics::Moment;
 
 /// Slow dims of a head for a cut: pairs `cut ..` (re, then im), then unrotated dims.
@@ -86,8 +86,8 @@ pub(crate) fn weighted_principal_rows(
         root.submatrix_mut(at, at, n, n).copy_from(&factor);
         at += n;
     }
-    let (_, vectors) = eigen((root.transpose() * pooled * &root).as_ref())?;
-    Ok(vectors.subcols(0, keep).transpose() * root.transpose())
+    let vectors = top_eigenvectors(root.transpose() * pooled * &root, keep)?;
+    Ok(vectors.transpose() * root.transpose())
 }
 
 /// Turns `rows` so that they follow the per-pair (per-dim, where not rotated)

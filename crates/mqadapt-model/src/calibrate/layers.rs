@@ -12,6 +12,7 @@ use super::refine::refined;
 use super::text::{Calibration, LayerSample};
 use super::weights::{attention_weights, layer_geometry};
 use crate::activations::{Activations, Spill};
+use crate::allocator::give_back;
 use crate::statistics_file::StatisticsFile;
 use crate::stream::{StreamedLayer, embed};
 use crate::{Error, Result};
@@ -127,8 +128,9 @@ impl<'a> CalibratedMerge<'a> {
             let block = block_heads(&geometry, geometry.num_key_value_heads / heads.max(1));
             self.advance(layer_idx, progress)?;
             run = Some(self.visit(layer_idx, &geometry, weights, block, progress)?);
+            give_back();
         }
-        let sample = match (&self.saved, run.as_mut().and_then(|run| run.sample.take())) {
+        let mut sample = match (&self.saved, run.as_mut().and_then(|run| run.sample.take())) {
             (Some(saved), _) => saved.layer(layer_idx, &geometry)?,
             (None, Some(sample)) => sample,
             (None, None) => {
@@ -143,7 +145,7 @@ impl<'a> CalibratedMerge<'a> {
             }
             CalibratedMethod::ClosedForm { options, .. } => {
                 let (measurement, options) =
-                    measurement(weights, &geometry, &sample, options, &self.calibration).map_err(failed)?;
+                    measurement(weights, &geometry, &mut sample, options, &self.calibration).map_err(failed)?;
                 let merged =
                     closed_form::merge(weights, &geometry, heads, &sample.statistics, &options, measurement.as_ref());
                 let (weights, report) = merged.map_err(failed)?;
@@ -151,8 +153,9 @@ impl<'a> CalibratedMerge<'a> {
             }
         };
         drop(sample);
+        give_back();
         if let (true, Some(run)) = (sequential, run) {
-            self.refit(&run, &geometry, weights, &mut merged, progress)?;
+            self.refit(layer_idx, &run, weights, &mut merged, progress)?;
         }
         Ok(merged)
     }
@@ -183,9 +186,9 @@ impl<'a> CalibratedMerge<'a> {
         };
         while streams.layer_idx < layer_idx {
             let layer = StreamedLayer::load(self.checkpoint, streams.layer_idx, &mqadapt_core::NoProgress)?;
-            layer.run(&mut streams.original, &mut |_| Ok(()), progress)?;
+            layer.run(&mut streams.original, None, progress)?;
             if let Some(converted) = &mut streams.converted {
-                layer.run(converted, &mut |_| Ok(()), progress)?;
+                layer.run(converted, None, progress)?;
             }
             streams.layer_idx += 1;
         }
@@ -217,40 +220,39 @@ impl<'a> CalibratedMerge<'a> {
             Some(_) => None,
             None => Some(Collector::new(geometry, &weights.o_proj, &self.calibration, layer_idx, block)?),
         };
-        layer.run(
-            &mut streams.original,
-            &mut |trace| {
-                if sequential {
-                    attention.write(trace.sequence, trace.attention.to_vec())?;
-                }
-                collector.as_mut().map_or(Ok(()), |collector| collector.add(trace))
-            },
-            progress,
-        )?;
+        let mut look = |trace: &crate::LayerTrace<'_>| {
+            if sequential {
+                attention.write(trace.sequence, trace.attention.to_vec())?;
+            }
+            collector.as_mut().map_or(Ok(()), |collector| collector.add(trace))
+        };
+        layer.run(&mut streams.original, Some(&mut look), progress)?;
         streams.layer_idx += 1;
-        Ok(Visit { layer, sample: collector.map(Collector::finish), attention })
+        Ok(Visit { geometry: geometry.clone(), sample: collector.map(Collector::finish), attention })
     }
 
     /// Refits `o_proj` on the converted stream, and takes it through the converted layer.
     fn refit(
         &mut self,
+        layer_idx: usize,
         run: &Visit,
-        geometry: &LayerGeometry,
         original: &LayerWeights,
         merged: &mut CalibratedLayer,
         progress: &dyn Progress,
     ) -> Result<()> {
-        let layer_idx = run.layer.layer_idx();
         let failed = |source| Error::Merge { layer_idx, source };
+        let geometry = &run.geometry;
+        // read again: the weights of its MLP are not held while the layer is merged
+        let layer = StreamedLayer::load(self.checkpoint, layer_idx, &mqadapt_core::NoProgress)?;
         let Some(stream) = self.streams.as_mut().and_then(|streams| streams.converted.as_mut()) else { return Ok(()) };
         let features = geometry.num_attention_heads * geometry.head_dim;
         if let (CalibratedMethod::ClosedForm { refine: Some(refine), .. }, false) = (&self.method, geometry.qk_norm) {
-            merged.weights = refined(run, stream, geometry, original, merged, refine, progress)?;
+            merged.weights = refined(&layer, run, stream, original, merged, refine, progress)?;
         }
         let mut sums =
             Refit::new(&merged.weights.o_proj, &original.o_proj, features, geometry.hidden_size).map_err(failed)?;
         let heads = merged.report.num_key_value_heads;
-        let converted = run.layer.with_attention(&attention_weights(&merged.weights, heads), self.dtype)?;
+        let converted = layer.with_attention(&attention_weights(&merged.weights, heads), self.dtype)?;
         let mut add = |trace: &crate::LayerTrace<'_>| {
             let original = run.attention.read(trace.sequence)?;
             sums.add_sequence(trace.attention, &original).map_err(failed)
@@ -259,14 +261,14 @@ impl<'a> CalibratedMerge<'a> {
         let refitted = sums.solve(REFIT_LAMBDA).map_err(failed)?;
         merged.weights.o_proj = refitted.o_proj;
         merged.refit = Some((refitted.error_before, refitted.error_after));
-        let converted = run.layer.with_attention(&attention_weights(&merged.weights, heads), self.dtype)?;
-        converted.run(stream, &mut |_| Ok(()), progress)
+        let converted = layer.with_attention(&attention_weights(&merged.weights, heads), self.dtype)?;
+        converted.run(stream, None, progress)
     }
 }
 
 /// What a pass of the original stream through a layer left.
 pub(super) struct Visit {
-    pub(super) layer: StreamedLayer,
+    pub(super) geometry: LayerGeometry,
     /// None where statistics are saved.
     sample: Option<LayerSample>,
     /// What `o_proj` read of every sequence, for the refit; nothing where there is none.
@@ -277,14 +279,14 @@ pub(super) struct Visit {
 fn measurement(
     weights: &LayerWeights,
     geometry: &LayerGeometry,
-    sample: &LayerSample,
+    sample: &mut LayerSample,
     options: &ClosedFormOptions,
     calibration: &Calibration,
 ) -> std::result::Result<(Option<Measurement>, ClosedFormOptions), mqadapt_merge::Error> {
     if options.cut != Cut::Measured || geometry.qk_norm {
         return Ok((None, options.clone()));
     }
-    let inputs = sample.inputs_for(&calibration.target_contexts, geometry.hidden_size);
+    let inputs = sample.take_inputs_for(&calibration.target_contexts, geometry.hidden_size);
     if inputs.iter().all(Vec::is_empty) {
         let cut = Cut::Context(calibration.target_contexts.clone());
         return Ok((None, ClosedFormOptions { cut, ..options.clone() }));

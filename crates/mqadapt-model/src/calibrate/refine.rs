@@ -1,27 +1,28 @@
 //! Gradient steps on a merged layer: its inputs on the converted stream, its wanted outputs on the original one.
 
 use mqadapt_core::Progress;
-use mqadapt_merge::{LayerGeometry, LayerWeights, RefineOptions, Target, refine};
+use mqadapt_merge::{LayerWeights, RefineOptions, Target, refine};
 
 use super::layers::{CalibratedLayer, Visit};
 use crate::activations::Activations;
+use crate::stream::StreamedLayer;
 use crate::{Error, Result};
 
 /// A merged layer after some gradient steps on its converted stream, towards the output of the original.
 pub(super) fn refined(
+    layer: &StreamedLayer,
     run: &Visit,
     stream: &Activations,
-    geometry: &LayerGeometry,
     original: &LayerWeights,
     merged: &CalibratedLayer,
     options: &RefineOptions,
     progress: &dyn Progress,
 ) -> Result<LayerWeights> {
-    let layer_idx = run.layer.layer_idx();
+    let (layer_idx, geometry) = (layer.layer_idx(), &run.geometry);
     let features = geometry.num_attention_heads * geometry.head_dim;
     let mut inputs = run.attention.like(geometry.hidden_size)?;
     let mut keep = |trace: &crate::LayerTrace<'_>| inputs.write(trace.sequence, trace.attention_input.to_vec());
-    run.layer.look(stream, &mut keep, progress)?;
+    layer.look(stream, &mut keep, progress)?;
     let sequences: Vec<usize> =
         (0..stream.lengths().len()).filter(|s| stream.lengths().get(*s).is_some_and(|length| *length > 0)).collect();
     let target = |step: usize| -> std::result::Result<Target, RefineFailed> {

@@ -46,15 +46,17 @@ pub struct LayerSample {
 }
 
 impl LayerSample {
-    /// The inputs for some target contexts: those of that length, or else longer ones cut short.
-    pub(crate) fn inputs_for(&self, target_contexts: &[usize], hidden_size: usize) -> Vec<Vec<f32>> {
+    /// The inputs for some target contexts: those of that length, or else longer ones cut short. None are left.
+    pub(crate) fn take_inputs_for(&mut self, target_contexts: &[usize], hidden_size: usize) -> Vec<Vec<f32>> {
+        let wanted: Vec<usize> = target_contexts.iter().map(|context| context * hidden_size).collect();
+        let mut inputs = std::mem::take(&mut self.inputs);
         let mut out = Vec::new();
-        for context in target_contexts {
-            let values = context * hidden_size;
-            let exact = self.inputs.iter().filter(|input| input.len() == values).count();
-            let fits = |input: &&Vec<f32>| if exact > 0 { input.len() == values } else { input.len() > values };
-            out.extend(self.inputs.iter().filter(fits).map(|input| input[..values].to_vec()));
+        for &values in wanted.iter().filter(|values| inputs.iter().all(|input| input.len() != **values)) {
+            let longer = inputs.iter().filter(|input| input.len() > values);
+            out.extend(longer.map(|input| input[..values].to_vec()));
         }
+        inputs.retain(|input| wanted.contains(&input.len()));
+        out.extend(inputs);
         out
     }
 }
@@ -79,9 +81,12 @@ mod tests {
             attn_logit_softcapping: None,
         };
         let statistics = LayerStatistics::zeros(StatisticsShape::new(&geometry, None).unwrap());
-        let sample = LayerSample { statistics, inputs: vec![vec![1.0; 8], vec![2.0; 8], vec![3.0; 20]] };
+        let inputs = vec![vec![1.0; 8], vec![2.0; 8], vec![3.0; 20]];
         let lengths = |contexts: &[usize]| -> Vec<usize> {
-            sample.inputs_for(contexts, 4).iter().map(|input| input.len() / 4).collect()
+            let mut sample = LayerSample { statistics: statistics.clone(), inputs: inputs.clone() };
+            let taken = sample.take_inputs_for(contexts, 4);
+            assert!(sample.inputs.is_empty());
+            taken.iter().map(|input| input.len() / 4).collect()
         };
         assert_eq!(lengths(&[2]), [2, 2]);
         assert_eq!(lengths(&[2, 5]), [2, 2, 5]);
