@@ -1,6 +1,7 @@
 """Conversion of a checkpoint of some gigabytes: how soon Ctrl-C ends it, and how much memory it takes.
 
-The source is a sparse file: it has its length, and takes no room.
+The source is a sparse file: it has its length, and takes no room. What the closed form holds is seen on one small layer of
+many heads, where the sums outweigh everything else.
 """
 
 from __future__ import annotations
@@ -88,9 +89,9 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
 """
 
 
-def peak_rss(*arguments: str) -> int:
-    """Bytes of a whole `mqadapt` process."""
-    return int(subprocess.check_output([sys.executable, "-c", MEASURE, *COMMAND, *arguments]))
+def peak_rss(*arguments: str, command: list[str] = COMMAND) -> int:
+    """Bytes of a whole process."""
+    return int(subprocess.check_output([sys.executable, "-c", MEASURE, *command, *arguments]))
 
 
 def test_memory_does_not_depend_on_the_model(tmp_path: Path) -> None:
@@ -104,3 +105,57 @@ def test_memory_does_not_depend_on_the_model(tmp_path: Path) -> None:
     small, large = above
     assert large < 96 << 20
     assert abs(large - small) <= 0.1 * small, above
+
+
+MANY_HEADS = 16
+CLOSED_FORM = """
+import random, sys
+from mqadapt_rs import Calibration, convert
+ids = random.Random(0).choices(range(512), k=1024)
+calibration = Calibration([ids[:512], ids[512:]], target_context=[512], sequential="sequential" in sys.argv)
+convert(sys.argv[1], sys.argv[2], "mqa:all", "closed-form", calibration=calibration, sync=False)
+"""
+
+
+def many_heads(folder: Path) -> Path:
+    """A layer of 16 K/V heads of 64 dims."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    hidden, intermediate, width = 512, 1024, MANY_HEADS * 64
+    layer = "model.layers.0"
+    shapes = {"model.embed_tokens.weight": (512, hidden), f"{layer}.self_attn.o_proj.weight": (hidden, width)}
+    shapes |= {f"{layer}.self_attn.{p}_proj.weight": (width, hidden) for p in "qkv"}
+    shapes |= {f"{layer}.mlp.{p}_proj.weight": (intermediate, hidden) for p in ("gate", "up")}
+    shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, intermediate)
+    random = np.random.default_rng(0)
+    tensors = {name: random.standard_normal(shape, dtype=np.float32) / 16 for name, shape in shapes.items()}
+    norms = ("model.norm", f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm")
+    tensors |= {f"{norm}.weight": np.ones(hidden, dtype=np.float32) for norm in norms}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": 1,
+        "num_attention_heads": MANY_HEADS,
+        "head_dim": 64,
+        "vocab_size": 512,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("option", ["plain", "sequential"])
+def test_closed_form_holds_little_besides_its_sums(tmp_path: Path, option: str) -> None:
+    width = MANY_HEADS * 64
+    sums = MANY_HEADS * 2 * 8 * width * (width + 1) // 2  # two triangles of f64 for every query head
+    source = many_heads(tmp_path / "source")
+    command = [sys.executable, "-c", CLOSED_FORM]
+    base = peak_rss("--version")
+    above = peak_rss(str(source), str(tmp_path / "out"), option, command=command) - base
+    assert sums < above < 3 * sums, f"{above >> 20} MiB, {above / sums:.2f} of the sums"
