@@ -33,11 +33,11 @@ test: test-rust test-python
 
 test-rust:
 ifeq ($(NEXTEST),yes)
-	cargo nextest run $(CARGO_FLAGS) --workspace --exclude mqadapt-py --no-fail-fast
+	cargo nextest run $(CARGO_FLAGS) --workspace --no-fail-fast
 else
-	cargo test $(CARGO_FLAGS) --workspace --exclude mqadapt-py --lib --bins --tests --no-fail-fast
+	cargo test $(CARGO_FLAGS) --workspace --lib --bins --tests --no-fail-fast
 endif
-	cargo test $(CARGO_FLAGS) --workspace --exclude mqadapt-py --doc
+	cargo test $(CARGO_FLAGS) --workspace --doc
 
 # The kernels under address sanitizer, on every instruction set that this processor has. RUSTC_BOOTSTRAP: a nightly option.
 test-asan:
@@ -60,7 +60,7 @@ lint: build
 	$(BIN)/stubtest mqadapt_rs._core --mypy-config-file pyproject.toml
 
 bench: build
-	cargo bench --workspace --exclude mqadapt-py
+	cargo bench --workspace
 
 demo: build
 	$(BIN)/mqadapt demo
