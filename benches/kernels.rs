@@ -146,7 +146,7 @@ fn products(suite: &Suite<'_>) {
 fn decode(suite: &Suite<'_>) {
     let per_layer = 2 * HIDDEN * HIDDEN + 2 * 192 * HIDDEN + 3 * INTERMEDIATE * HIDDEN;
     let weights = random_bf16(LAYERS * per_layer + VOCAB * HIDDEN);
-    let (x, mut out) = (random(INTERMEDIATE), vec![0.0; VOCAB]);
+    let (x, mut out, mut between) = (random(INTERMEDIATE), vec![0.0; VOCAB], vec![0.0; INTERMEDIATE]);
     for (name, precision) in
         [("decode weights bf16 exact", Precision::Exact), ("decode weights bf16 fast", Precision::Fast)]
     {
@@ -157,14 +157,17 @@ fn decode(suite: &Suite<'_>) {
                 rest = others;
                 WeightsRef::Bf16(first)
             };
+            let (cpu, act) = (suite.cpu, Activation::Silu);
             let mut product = |weights: WeightsRef<'_>, n: usize, k: usize| {
                 let product = MatmulOut::new(weights, &mut out[..n]);
-                suite.cpu.matmul_nt(&x[..k], 1, k, &mut [product], precision, Store::Overwrite);
+                cpu.matmul_nt(&x[..k], 1, k, &mut [product], precision, Store::Overwrite);
             };
             for _ in 0..LAYERS {
                 product(take(960, HIDDEN), 960, HIDDEN);
                 product(take(HIDDEN, HIDDEN), HIDDEN, HIDDEN);
-                product(take(2 * INTERMEDIATE, HIDDEN), 2 * INTERMEDIATE, HIDDEN);
+                let (gate, up) = (take(INTERMEDIATE, HIDDEN), take(INTERMEDIATE, HIDDEN));
+                let x = &x[..HIDDEN];
+                cpu.matmul_nt_gated(x, 1, HIDDEN, gate.into(), up.into(), act, &mut between, precision);
                 product(take(HIDDEN, INTERMEDIATE), HIDDEN, INTERMEDIATE);
             }
             product(take(VOCAB, HIDDEN), VOCAB, HIDDEN);

