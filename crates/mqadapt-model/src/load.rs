@@ -59,7 +59,8 @@ pub(crate) fn read(
     dtype: Option<DType>,
     progress: &dyn Progress,
 ) -> Result<HashMap<String, Floats>> {
-    let mut wanted = Vec::with_capacity(names.len());
+    let mut sources = Vec::with_capacity(names.len());
+    let mut sizes = Vec::with_capacity(names.len());
     for name in names {
         let info = checkpoint.tensor(name).ok_or_else(|| Error::Missing { tensor: name.clone() })?;
         let dtype = dtype.or(info.dtype.float()).unwrap_or(checkpoint.dtype());
@@ -70,10 +71,13 @@ pub(crate) fn read(
             }
             _ => info.len(),
         };
-        let floats = Floats::try_zeros(len, dtype);
-        let floats = floats.ok_or_else(|| Error::Weights { tensor: name.clone(), values: len })?;
-        wanted.push(Wanted { info, merge, floats });
+        sources.push((info, merge));
+        sizes.push((len, dtype));
     }
+    let places = Floats::try_zeros_together(&sizes)
+        .map_err(|nth| Error::Weights { tensor: names[nth].clone(), values: sizes[nth].0 })?;
+    let mut wanted: Vec<_> =
+        sources.into_iter().zip(places).map(|((info, merge), floats)| Wanted { info, merge, floats }).collect();
     fill(checkpoint, &mut wanted, overlay, progress)?;
     Ok(names.iter().cloned().zip(wanted.into_iter().map(|wanted| wanted.floats)).collect())
 }
@@ -171,7 +175,7 @@ fn perform(checkpoint: &Checkpoint, task: Task<'_>, overlay: Option<&Overlay<'_>
             let target = overlay.plan.layers().get(tensor.layer_idx).map_or(heads, |c| c.num_key_value_heads());
             let mut values = vec![0.0; info.len() / heads * target];
             merge_tensor(overlay.rows, &overlay.options, tensor, &source, heads, &mut values);
-            *out = Floats::from_f32(&values, out.dtype());
+            out.fill_from_f32(&values);
         }
         (Task::Merge { .. }, None) => {}
     }
