@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
+import random
 import resource
 import struct
 import tempfile
@@ -27,7 +30,7 @@ VOCAB_SIZE = 1024
 
 
 def make(folder: Path, shape: str) -> None:
-    """Writes the checkpoint, bf16."""
+    """Writes the checkpoint, bf16, one tensor after the other."""
     import numpy as np
 
     hidden, intermediate, heads, kv_heads, d = SHAPES[shape]
@@ -42,19 +45,22 @@ def make(folder: Path, shape: str) -> None:
     shapes |= {f"{layer}.mlp.{name}_proj.weight": (intermediate, hidden) for name in ("gate", "up")}
     shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, intermediate)
     shapes |= {f"{layer}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-    random = np.random.default_rng(0)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    data, at = [], 0
+    at = 0
     for name, of in shapes.items():
-        values = random.standard_normal(of, dtype=np.float32) * np.float32(hidden**-0.5)
-        if len(of) == 1:
-            values = np.ones(of, dtype=np.float32)
-        data.append((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
-        header[name] = {"dtype": "BF16", "shape": of, "data_offsets": [at, at + len(data[-1])]}
-        at += len(data[-1])
+        end = at + 2 * math.prod(of)
+        header[name] = {"dtype": "BF16", "shape": of, "data_offsets": [at, end]}
+        at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"".join(data))
+    generator = np.random.default_rng(0)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for of in shapes.values():
+            values = np.ones(of, dtype=np.float32)
+            if len(of) == 2:
+                values = generator.standard_normal(of, dtype=np.float32) * np.float32(hidden**-0.5)
+            file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -72,44 +78,45 @@ def make(folder: Path, shape: str) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def main() -> None:
-    """Makes, merges and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="+", choices=list(SHAPES))
-    parser.add_argument("--plan", default="mqa:all")
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--refine", type=int, default=0)
-    arguments = parser.parse_args()
-    import random
-
+def run(folder: Path, arguments: argparse.Namespace) -> None:
+    """Collects and merges in this process, and says what it took."""
     from mqadapt_rs import Calibration, convert
 
     ids = random.Random(0).choices(range(VOCAB_SIZE), k=arguments.tokens)
     windows = [ids[at : at + 2048] for at in range(0, len(ids), 2048)]
+    stats = folder / "stats"
+    begun = time.perf_counter()
+    # prune needs the statistics and next to nothing else
+    pruned = Calibration(windows, stats=stats)
+    convert(folder, folder / "pruned", arguments.plan, "prune", calibration=pruned, sync=False)
+    collected = time.perf_counter() - begun
+    saved = Calibration(windows, stats=stats, sequential=arguments.sequential, refine=arguments.refine)
+    begun = time.perf_counter()
+    convert(folder, folder / "merged", arguments.plan, "closed-form", calibration=saved, sync=False)
+    merged = time.perf_counter() - begun
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"statistics {collected:.1f} s, merge {merged:.1f} s, peak {peak:.0f} MiB", flush=True)
+
+
+def main() -> None:
+    """Makes a checkpoint of each shape, and merges it; both in processes of their own, so that peaks are its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="+", choices=list(SHAPES))
+    parser.add_argument("--plan", default="mqa:all")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--sequential", action="store_true", help="refit o_proj too")
+    parser.add_argument("--refine", type=int, default=0)
+    arguments = parser.parse_args()
+    spawn = multiprocessing.get_context("spawn")
     for shape in arguments.shapes:
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
-            folder = Path(name)
-            make(folder, shape)
-            stats = folder / "stats"
-            begun = time.perf_counter()
-            # prune needs the statistics and next to nothing else
-            convert(
-                folder,
-                folder / "pruned",
-                arguments.plan,
-                "prune",
-                calibration=Calibration(windows, stats=stats),
-                sync=False,
-            )
-            collected = time.perf_counter() - begun
-            saved = Calibration(windows, stats=stats, refine=arguments.refine)
-            begun = time.perf_counter()
-            convert(folder, folder / "merged", arguments.plan, "closed-form", calibration=saved, sync=False)
-            merged = time.perf_counter() - begun
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(
-                f"{shape}: statistics {collected:.1f} s, merge {merged:.1f} s, peak {peak:.0f} MiB so far", flush=True
-            )
+            print(f"{shape}: ", end="", flush=True)
+            for work, given in ((make, shape), (run, arguments)):
+                process = spawn.Process(target=work, args=(Path(name), given))
+                process.start()
+                process.join()
+                if process.exitcode:
+                    raise SystemExit(process.exitcode)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ ROWS = {
 }
 CONTEXTS = (512, 2048)
 TOKENS = 8192
-METHODS = ("mean", "closed-form", "closed-form --sequential", "closed-form --refine 96")
+METHODS = ("mean", "closed-form", "closed-form --sequential")
 
 
 def undo_wikitext(words: str) -> str:

@@ -17,6 +17,10 @@ use crate::statistics_file::StatisticsFile;
 use crate::stream::{StreamedLayer, embed};
 use crate::{Error, Result};
 
+/// Bytes of sums from which on freed memory is given back between the phases of a merge; below, taking it again costs more
+/// time than it is worth.
+const LARGE_BYTES: usize = 64 << 20;
+
 /// How a layer is merged from what is known of it.
 #[derive(Debug, Clone, PartialEq)]
 pub enum CalibratedMethod {
@@ -128,7 +132,6 @@ impl<'a> CalibratedMerge<'a> {
             let block = block_heads(&geometry, geometry.num_key_value_heads / heads.max(1));
             self.advance(layer_idx, progress)?;
             run = Some(self.visit(layer_idx, &geometry, weights, block, progress)?);
-            give_back();
         }
         let mut sample = match (&self.saved, run.as_mut().and_then(|run| run.sample.take())) {
             (Some(saved), _) => saved.layer(layer_idx, &geometry)?,
@@ -137,6 +140,10 @@ impl<'a> CalibratedMerge<'a> {
                 return Err(Error::Argument { name: "calibration", detail: "gave no statistics".to_owned() });
             }
         };
+        let large = sample.statistics.shape().bytes() > LARGE_BYTES;
+        if large {
+            give_back();
+        }
         let mut merged = match &self.method {
             CalibratedMethod::Prune => {
                 let (weights, kept) = prune(weights, &geometry, heads, &sample.statistics).map_err(failed)?;
@@ -153,7 +160,9 @@ impl<'a> CalibratedMerge<'a> {
             }
         };
         drop(sample);
-        give_back();
+        if large {
+            give_back();
+        }
         if let (true, Some(run)) = (sequential, run) {
             self.refit(layer_idx, &run, weights, &mut merged, progress)?;
         }
