@@ -34,6 +34,8 @@ def _report(error: Exception) -> int:
     """Says what went wrong in one paragraph. The exit code."""
     if isinstance(error, (MqadaptError, OSError)):
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, OSError) and error.filename is not None and str(error.filename) not in text:
+            text = f"{error.filename}: {text}"
     elif isinstance(error, ImportError) and error.name:
         text = f"{error.name} is not installed: pip install 'mqadapt-rs[eval]'"
     elif isinstance(error, MemoryError):
