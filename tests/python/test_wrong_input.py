@@ -360,7 +360,7 @@ def test_the_command_line_says_it_in_a_paragraph(checkpoints: Path, tmp_path: Pa
 
 def test_a_missing_text_is_named(checkpoints: Path, tmp_path: Path) -> None:
     told = ["--plan", "mqa:all", "--method", "closed-form", "--calibration", "nofile.txt"]
-    command = [sys.executable, "-m", "mqadapt_rs.cli", "convert", str(checkpoints / "one"), str(tmp_path / "out"), *told]
+    command = [sys.executable, "-m", "mqadapt_rs.cli", "convert", str(checkpoints / "one"), "out", *told]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert run.returncode == 1
     assert run.stderr == "mqadapt: nofile.txt: No such file or directory\n"
