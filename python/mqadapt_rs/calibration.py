@@ -58,7 +58,7 @@ def load_calibration(
         return calibration()
     from mqadapt_rs import text as texts
 
-    words = "".join(_documents(text, field, tokens))
+    words = "".join(documents(text, field, tokens))
     ids = texts.token_ids(texts.load_tokenizer(src), words)
     windows = draw_windows(ids, tokens=tokens, context=context, seed=seed)
     found = sum(map(len, windows))
@@ -71,7 +71,12 @@ def load_calibration(
     return calibration(windows)
 
 
-def _documents(text: str | os.PathLike[str], field: str, tokens: int) -> Iterator[str]:
+def documents(text: str | os.PathLike[str], field: str, tokens: int) -> Iterator[str]:
+    """The documents of a file, or of a data set of the hub no more than some times `tokens` needs.
+
+    Raises:
+        OSError, MqadaptError: they cannot be read.
+    """
     from mqadapt_rs import dataset
     from mqadapt_rs import text as texts
 

@@ -44,7 +44,7 @@ def evaluate(
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
-    manager = _task_manager(tasks, None if include_path is None else str(include_path))
+    manager = task_manager(tasks, None if include_path is None else str(include_path))
     tracker = None if output_path is None else EvaluationTracker(output_path=str(output_path))
     options.setdefault("torch_random_seed", None)  # nothing of ours draws from PyTorch, and seeding it would import it
     options.setdefault("log_samples", False)
@@ -66,7 +66,7 @@ def evaluate(
     return dict(results)
 
 
-def _task_manager(tasks: Sequence[str], include_path: str | None) -> TaskManager:
+def task_manager(tasks: Sequence[str], include_path: str | None) -> TaskManager:
     """The tasks of `include_path` if they are all that is wanted, else lm-eval's own too: reading those takes seconds.
 
     Raises:

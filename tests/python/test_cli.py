@@ -202,6 +202,17 @@ def test_a_closed_pipe_is_no_error(lookalike: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["inspect", "SRC"], ["inspect", "SRC", "--json"]])
+def test_nobody_reads(lookalike: Path, words: list[str]) -> None:
+    """The reader is gone before the first word: no message, and not the exit code of a failure."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "mqadapt_rs.cli", *(str(lookalike) if word == "SRC" else word for word in words)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_ctrl_c(lookalike: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import tiny
-from mqadapt_rs import Calibration, MqadaptError, dataset, load_calibration
+from mqadapt_rs import ArgumentError, Calibration, MqadaptError, dataset, load_calibration
 from mqadapt_rs.hub import HubId
 
 if TYPE_CHECKING:
@@ -110,3 +110,38 @@ def test_what_is_not_there_is_named(hub: FakeHub, tmp_path: Path, model: Path) -
         read("org/nothing")
     with pytest.raises(FileNotFoundError):
         load_calibration(model, tmp_path / "missing.txt")
+
+
+def test_a_search_takes_what_a_conversion_takes(hub: FakeHub, tmp_path: Path, model: Path) -> None:
+    """Text of a data set, for the merge and for the evaluation; statistics of an earlier command."""
+    from typer.testing import CliRunner
+
+    from mqadapt_rs.cli.app import app
+
+    write_jsonl(tmp_path / "set/train.jsonl.gz", LINES, "page")
+    hub.add("org/set", tmp_path / "set")
+
+    def run(name: str, *words: object) -> str:
+        fixed = ["search", model, "--strategy", "alternate", "--context", 16, "--windows", 4, "--out", tmp_path / name]
+        return CliRunner().invoke(app, [*map(str, fixed), *map(str, words)], catch_exceptions=False).output
+
+    drawn = ["--method", "closed-form", "--calibration", "org/set", "--calibration-field", "page"]
+    sizes = ["--calibration-tokens", 256, "--calibration-context", 32, "--target-context", "16,32"]
+    with pytest.warns(UserWarning, match="are few"):
+        assert "Winner" in run("a", *drawn, *sizes)
+    header = json.loads((tmp_path / "a/journal.jsonl").read_text().splitlines()[0])
+    assert header["calibration"] == "256 tokens of org/set, target context 16, 32"
+    assert "(org/set, windows of 16 tokens)" in header["text"]
+    command = json.loads((tmp_path / "a/summary.json").read_text())["command"]
+    assert "--calibration org/set --calibration-field page" in command
+    # and the statistics alone are enough, on another text
+    saved = ["--method", "closed-form", "--stats", tmp_path / "a/statistics.safetensors", "--target-context", "16,32"]
+    assert "Winner" in run("b", *saved, "--text", "org/set:train.jsonl.gz", "--field", "page")
+    values = [
+        [json.loads(line)["losses"] for line in (tmp_path / name / "journal.jsonl").read_text().splitlines()[1:]]
+        for name in ("a", "b")
+    ]
+    assert values[0] == values[1]
+    assert "No such option" in run("c", "--sequential")
+    with pytest.raises(ArgumentError, match="target-context"):
+        run("d", "--method", "closed-form", "--calibration", "org/set", "--target-context", "long")

@@ -21,7 +21,7 @@ from mqadapt_rs.search.order import branches, in_order
 from mqadapt_rs.search.overlays import PlanOverlays
 from mqadapt_rs.search.prefixes import Prefixes
 from mqadapt_rs.search.spec import Data, read_windows
-from mqadapt_rs.search.tasks import Task, TaskEvaluator
+from mqadapt_rs.search.tasks import Task, TaskEvaluator, rows
 from mqadapt_rs.search.windows import WindowEvaluator
 
 LAYERS, HEADS = 5, 4
@@ -145,6 +145,8 @@ def test_scoring_from_kept_states_changes_no_bit(checkpoint: Path) -> None:
         if layer + 1 < LAYERS:  # and kept once more on the way
             _, deeper = source.loglikelihood_from(requests, kept[0], [layer + 1])
             assert source.loglikelihood_from(requests, deeper[0])[0] == scores
+    # what they take is known beforehand; a few rows run twice, where a pass ends within what is scored
+    assert 1 <= kept[0].nbytes / (rows(requests) * source.config.hidden_size * 4) < 1.1
     with pytest.raises(ArgumentError, match="other requests"):
         model.loglikelihood_from(requests[:-3], kept[0])
     with pytest.raises(ArgumentError, match="keep"):

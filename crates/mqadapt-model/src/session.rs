@@ -1,11 +1,11 @@
 //! A decoder and what it works with: K/V cache, rotary tables, activations. One pass at a time.
 
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mqadapt_core::{DType, Progress};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Heads};
 use crate::batch::Batch;
 use crate::decoder::{Decoder, Moment, Workspace};
 use crate::error::{Error, Result};
@@ -14,6 +14,8 @@ use crate::slots::Slots;
 
 /// Capacities are multiples of this many slots.
 const SLOTS: usize = 64;
+/// Caches of no more bytes than this are kept for the next runner.
+const SPARE_BYTES: u64 = 256 << 20;
 
 /// A decoder that can be run.
 pub(crate) struct Runner<B: Backend> {
@@ -22,11 +24,18 @@ pub(crate) struct Runner<B: Backend> {
     /// Most rows of a pass.
     pub max_tokens_in_flight: usize,
     session: Mutex<Session<B>>,
+    /// What a runner of the same family that is gone has left. A sweep makes a runner for every plan, and memory that is
+    /// new to the process costs several times what copying it costs.
+    spare: Spare<B>,
 }
+
+type Spare<B> = Arc<Mutex<Option<Session<B>>>>;
 
 /// What a pass works with. Kept between calls, so that memory is allocated for the largest only.
 pub(crate) struct Session<B: Backend> {
     pub caches: Vec<B::Cache>,
+    /// K/V heads of each cache.
+    heads: Vec<usize>,
     pub slots: Slots,
     capacity: usize,
     pub rope: RopeTable,
@@ -52,20 +61,17 @@ impl Progressing<'_> {
 
 impl<B: Backend> Runner<B> {
     pub(crate) fn new(decoder: Decoder<B>, kv_dtype: DType, max_tokens_in_flight: usize) -> Self {
-        let session = Session {
-            caches: Vec::new(),
-            slots: Slots::default(),
-            capacity: 0,
-            rope: RopeTable::new(&decoder.config.rope),
-            batch: Batch::default(),
-            ws: Workspace::default(),
-        };
-        Self { decoder, kv_dtype, max_tokens_in_flight, session: Mutex::new(session) }
+        Self::sharing(decoder, kv_dtype, max_tokens_in_flight, Arc::default())
+    }
+
+    fn sharing(decoder: Decoder<B>, kv_dtype: DType, max_tokens_in_flight: usize, spare: Spare<B>) -> Self {
+        let session = Session::new(&decoder);
+        Self { decoder, kv_dtype, max_tokens_in_flight, session: Mutex::new(session), spare }
     }
 
     /// Another decoder, run in the same way.
     pub(crate) fn with(&self, decoder: Decoder<B>) -> Self {
-        Self::new(decoder, self.kv_dtype, self.max_tokens_in_flight)
+        Self::sharing(decoder, self.kv_dtype, self.max_tokens_in_flight, Arc::clone(&self.spare))
     }
 
     /// The session, once no other call uses it.
@@ -77,21 +83,48 @@ impl<B: Backend> Runner<B> {
     /// The session with an empty cache of at least this many slots.
     pub(crate) fn session_with(&self, slots: usize) -> Result<MutexGuard<'_, Session<B>>> {
         let mut session = self.session();
+        if session.capacity == 0 {
+            self.inherit(&mut session, slots)?;
+        }
         if session.capacity < slots {
             session.caches.clear(); // gone before the new ones come
             session.capacity = 0;
             let capacity = slots.checked_next_multiple_of(SLOTS).ok_or(Error::Cache { tokens: slots })?;
-            let caches = self.decoder.layers.iter();
-            let caches: Result<Vec<_>> = caches
-                .map(|block| self.decoder.backend.cache(&block.self_attn.heads, capacity, self.kv_dtype))
-                .collect();
+            let caches: Result<Vec<_>> = self.layer_heads().map(|heads| self.cache(heads, capacity)).collect();
             session.caches = caches?;
+            session.heads = self.layer_heads().map(|heads| heads.num_key_value_heads).collect();
             session.capacity = capacity;
         }
         // the same slots whatever the session was used for before, so that the same call always runs the same passes
         session.slots.reset(slots);
         session.batch.clear();
         Ok(session)
+    }
+
+    fn layer_heads(&self) -> impl Iterator<Item = &Heads> {
+        self.decoder.layers.iter().map(|block| &block.self_attn.heads)
+    }
+
+    fn cache(&self, heads: &Heads, capacity: usize) -> Result<B::Cache> {
+        self.decoder.backend.cache(heads, capacity, self.kv_dtype)
+    }
+
+    /// Takes over the spare session: its activations, and where it has as many slots its caches, new ones for layers with
+    /// other heads.
+    fn inherit(&self, session: &mut Session<B>, slots: usize) -> Result<()> {
+        let Some(mut spare) = self.spare.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        session.ws = std::mem::take(&mut spare.ws);
+        if spare.capacity < slots || spare.caches.len() != self.decoder.layers.len() {
+            return Ok(());
+        }
+        for ((heads, cache), own) in self.layer_heads().zip(&mut spare.caches).zip(&mut spare.heads) {
+            if *own != heads.num_key_value_heads {
+                *own = heads.num_key_value_heads;
+                *cache = self.cache(heads, spare.capacity)?;
+            }
+        }
+        (session.caches, session.heads, session.capacity) = (spare.caches, spare.heads, spare.capacity);
+        Ok(())
     }
 
     /// Bytes of the cache.
@@ -109,7 +142,34 @@ impl<B: Backend> Runner<B> {
     }
 }
 
+impl<B: Backend> Drop for Runner<B> {
+    fn drop(&mut self) {
+        // of the last of its family nobody takes it, and it goes with the list
+        if self.kv_bytes() > SPARE_BYTES || Arc::strong_count(&self.spare) == 1 {
+            return;
+        }
+        let session = self.session.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        if session.capacity > spare.as_ref().map_or(0, |spare| spare.capacity) {
+            *spare = Some(std::mem::replace(session, Session::new(&self.decoder)));
+        }
+    }
+}
+
 impl<B: Backend> Session<B> {
+    /// One that has allocated nothing yet.
+    fn new(decoder: &Decoder<B>) -> Self {
+        Self {
+            caches: Vec::new(),
+            heads: Vec::new(),
+            slots: Slots::default(),
+            capacity: 0,
+            rope: RopeTable::new(&decoder.config.rope),
+            batch: Batch::default(),
+            ws: Workspace::default(),
+        }
+    }
+
     /// One pass of the batch through some layers, from its embeddings where `embed` says so, else from `ws.hidden`.
     pub(crate) fn pass(
         &mut self,

@@ -1,4 +1,4 @@
-"""The command line: `mqadapt`. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+"""The command line: `mqadapt`. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody read the output."""
 
 from __future__ import annotations
 
@@ -20,10 +20,18 @@ def main() -> None:
     from mqadapt_rs.cli.options import debug_wanted
 
     try:
-        app(prog_name="mqadapt")
-    except BrokenPipeError:  # the reader of a pipe went away, `| head`
-        sys.stderr.close()
-        sys.exit(1)
+        try:
+            app(prog_name="mqadapt")
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):  # which Typer turns into a failure without a word
+                raise end.__context__ from None
+            if not end.code:
+                sys.stdout.flush()  # here, where it can be said that nobody reads it
+            raise
+    except BrokenPipeError:
+        # as programs end whose reader went away (`| head`): no failure of theirs. What is left to flush goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
     except Exception as error:
         if debug_wanted():
             raise

@@ -11,28 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from mqadapt_rs import Calibration
-
-
-CalibrationField = Annotated[
-    str, typer.Option("--calibration-field", help="The field of a record that holds the text.")
-]
-CalibrationTokens = Annotated[int, typer.Option("--calibration-tokens", min=1, help="Tokens drawn from the text.")]
-CalibrationContext = Annotated[int, typer.Option("--calibration-context", min=2, help="Tokens of a drawn window.")]
-TargetContext = Annotated[
-    str, typer.Option("--target-context", help="Contexts in tokens that the result is for, joined by commas.")
-]
-Stats = Annotated[
-    Path | None,
-    typer.Option(
-        "--stats",
-        dir_okay=False,
-        help="File of saved statistics: used where it exists, written where not.",
-        show_default=False,
-    ),
-]
 
 
 def _options(
@@ -44,11 +25,27 @@ def _options(
             show_default=False,
         ),
     ] = None,
-    calibration_field: CalibrationField = "text",
-    calibration_tokens: CalibrationTokens = 16384,
-    calibration_context: CalibrationContext = 2048,
-    target_context: TargetContext = "512,2048",
-    stats: Stats = None,
+    calibration_field: Annotated[
+        str, typer.Option("--calibration-field", help="The field of a record that holds the text.")
+    ] = "text",
+    calibration_tokens: Annotated[
+        int, typer.Option("--calibration-tokens", min=1, help="Tokens drawn from the text.")
+    ] = 16384,
+    calibration_context: Annotated[
+        int, typer.Option("--calibration-context", min=2, help="Tokens of a drawn window.")
+    ] = 2048,
+    target_context: Annotated[
+        str, typer.Option("--target-context", help="Contexts in tokens that the result is for, joined by commas.")
+    ] = "512,2048",
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            "--stats",
+            dir_okay=False,
+            help="File of saved statistics: used where it exists, written where not.",
+            show_default=False,
+        ),
+    ] = None,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="closed-form: refit o_proj layer after layer on the converted model.")
     ] = False,
@@ -71,19 +68,28 @@ class Calibrated:
 
     values: dict[str, Any]
 
+    @property
+    def target_context(self) -> list[int]:
+        """The contexts that the result is for.
+
+        Raises:
+            ArgumentError: they are not numbers.
+        """
+        from mqadapt_rs import ArgumentError
+
+        text = self.values["target_context"]
+        try:
+            return [int(part) for part in text.split(",")]
+        except ValueError as error:
+            raise ArgumentError(f"--target-context '{text}' is not numbers joined by commas") from error
+
     def load(self, src: str, seed: int) -> Calibration | None:
         """The text or the statistics for a model; none where neither was given."""
         given = self.values
         if given["calibration"] is None and given["stats"] is None:
             return None
-        from mqadapt_rs import ArgumentError, load_calibration
+        from mqadapt_rs import load_calibration
 
-        try:
-            contexts = [int(part) for part in given["target_context"].split(",")]
-        except ValueError as error:
-            raise ArgumentError(
-                f"--target-context '{given['target_context']}' is not numbers joined by commas"
-            ) from error
         return load_calibration(
             src,
             given["calibration"],
@@ -91,25 +97,29 @@ class Calibrated:
             tokens=given["calibration_tokens"],
             context=given["calibration_context"],
             seed=seed,
-            target_context=contexts,
+            target_context=self.target_context,
             stats=given["stats"],
             sequential=given["sequential"],
             refine=given["refine"],
         )
 
 
-def calibrated(command: Callable[..., None]) -> Callable[..., None]:
-    """Puts the options where a command has the parameter `calibration: Calibrated`."""
+def calibrated(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Puts the options, but for some, where a command has the parameter `calibration: Calibrated`."""
+    options = {name: parameter for name, parameter in _PARAMETERS.items() if name not in without}
 
-    @functools.wraps(command)
-    def run(**arguments: Any) -> None:
-        chosen = {name: arguments.pop(name) for name in _PARAMETERS}
-        command(**arguments, calibration=Calibrated(chosen))
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            chosen = {name: arguments.pop(name) for name in options}
+            command(**arguments, calibration=Calibrated(chosen))
 
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        keyword = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        parameters.extend(_PARAMETERS.values() if parameter.name == "calibration" else [keyword])
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            keyword = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            parameters.extend(options.values() if parameter.name == "calibration" else [keyword])
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate

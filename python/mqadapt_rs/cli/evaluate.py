@@ -14,7 +14,7 @@ from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, S
 _KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
-@calibrated
+@calibrated()
 def evaluate(
     src: Src,
     tasks: Annotated[

@@ -12,7 +12,7 @@ from mqadapt_rs.cli.calibrated import Calibrated, calibrated
 from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src
 
 
-@calibrated
+@calibrated()
 def generate(
     src: Src,
     prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.", show_default=False)],

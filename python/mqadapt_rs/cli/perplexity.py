@@ -12,7 +12,7 @@ from mqadapt_rs.cli.calibrated import Calibrated, calibrated
 from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src
 
 
-@calibrated
+@calibrated()
 def perplexity(
     src: Src,
     text: Annotated[

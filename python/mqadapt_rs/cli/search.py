@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mqadapt_rs.cli.calibrated import CalibrationContext, CalibrationField, CalibrationTokens, Stats, TargetContext
+from mqadapt_rs.cli.calibrated import Calibrated, calibrated
 from mqadapt_rs.cli.options import Debug, DType, Json, Method, Seed, Src
 
 Strategy = Annotated[
@@ -39,29 +39,17 @@ def _option(name: str, text: str, **more: Any) -> Any:
     return typer.Option(f"--{name}", help=text, show_default=more.pop("show_default", False), **more)
 
 
+# layers are merged one by one, each from the source: what makes them depend on each other comes with the winner's conversion
+@calibrated(without=("sequential", "refine"))
 def search(
     src: Src,
     strategy: Strategy,
     out: Annotated[Path, _option("out", "The folder for journal, best.plan.json and summary.json.", file_okay=False)],
     metric: Metric = "kl",
     method: Method = "mean",
-    calibration: Annotated[
-        Path | None,
-        _option("calibration", "Text for closed-form and prune: plain, or .jsonl[.gz].", exists=True, dir_okay=False),
-    ] = None,
-    calibration_field: CalibrationField = "text",
-    calibration_tokens: CalibrationTokens = 16384,
-    calibration_context: CalibrationContext = 2048,
-    target_context: TargetContext = "512,2048",
-    stats: Stats = None,
     text: Annotated[
-        Path | None,
-        _option(
-            "text",
-            "For kl and perplexity, where it is not --calibration: plain, or .jsonl[.gz].",
-            exists=True,
-            dir_okay=False,
-        ),
+        str | None,
+        _option("text", "For kl and perplexity, where it is not --calibration; a file or a data set as that."),
     ] = None,
     field: Annotated[str, typer.Option("--field", help="The field of a .jsonl file that holds the text.")] = "text",
     context: Annotated[int, typer.Option("--context", min=2, help="Tokens of a window.")] = 512,
@@ -103,6 +91,8 @@ def search(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the journal in the folder.")] = False,
     wandb: Annotated[str | None, _option("wandb", "Log to this Weights & Biases project.")] = None,
+    *,
+    calibration: Calibrated,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -120,12 +110,7 @@ def search(
             out=out,
             metric=metric,
             method=method,
-            calibration=calibration,
-            calibration_field=calibration_field,
-            calibration_tokens=calibration_tokens,
-            calibration_context=calibration_context,
-            target_context=_numbers("target-context", target_context),
-            stats=stats,
+            **{**calibration.values, "target_context": calibration.target_context},
             text=text,
             field=field,
             context=context,

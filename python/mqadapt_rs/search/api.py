@@ -81,14 +81,14 @@ def search(
         metric: `kl` (exact divergence from the source's next-token distribution), `perplexity`, `predicted` (from
             statistics of the calibration text, no forward pass), or `task:NAME/METRIC` of lm-eval.
         method: how heads are merged.
-        calibration: text of the methods that merge from it, `closed-form` and `prune`; also what plans are evaluated on
-            where no `text` is given.
+        calibration: text of the methods that merge from it, `closed-form` and `prune`: a file or a data set of the hub,
+            as `load_calibration` takes it; also what plans are evaluated on where no `text` is given.
         calibration_field: the field of a `.jsonl` file that holds it.
         calibration_tokens: tokens drawn from it.
         calibration_context: tokens of a drawn window.
         target_context: contexts that the converted model is for.
         stats: file of the statistics; used where it exists, written where not (`out/statistics.safetensors`).
-        text: for `kl` and `perplexity`: plain text or `.jsonl[.gz]`; best another one than `calibration`.
+        text: for `kl` and `perplexity`: a file or a data set as `calibration`; best another one than that.
         field: the field of a `.jsonl` file that holds the text.
         context: tokens of a window.
         windows: the first windows of the text; `None`: all.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,7 +199,7 @@ class ModelSpec:
         method = self.method if self.method != "random" else f"{self.method} (seed {self.seed})"
         calibration = () if self.calibration is None else (("calibration", self._calibration_in_words()),)
         return (
-            ("name", Path(self.src).name if Path(self.src).exists() else self.src),
+            ("name", _called(self.src)),
             ("model", model.fingerprint),
             ("text", f"{digest} ({self._data_in_words()})"),
             ("method", method),
@@ -211,15 +212,20 @@ class ModelSpec:
         if data is None or data.file is None:
             return "saved statistics"
         contexts = ", ".join(map(str, data.target_context))
-        return f"{data.tokens} tokens of {Path(data.file).name}, target context {contexts}"
+        return f"{data.tokens} tokens of {_called(data.file)}, target context {contexts}"
 
     def _data_in_words(self) -> str:
         data = self.data
         if self.metric_name == PREDICTED.name:
             return "none"
         if data.text is not None and self.metric_name in METRICS:
-            return f"{Path(data.text).name}, windows of {data.context} tokens"
+            return f"{_called(data.text)}, windows of {data.context} tokens"
         return "all documents" if data.limit is None else f"the first {data.limit} documents"
+
+
+def _called(place: str) -> str:
+    """What a file is called, whatever folder it is in; what comes from the hub keeps its id."""
+    return Path(place).name if Path(place).exists() else place
 
 
 def read_windows(src: str, data: Data, seed: int) -> list[list[int]]:
@@ -229,10 +235,12 @@ def read_windows(src: str, data: Data, seed: int) -> list[list[int]]:
         ArgumentError: no text, or one that is too short.
     """
     from mqadapt_rs import text
+    from mqadapt_rs.calibration import documents
 
     if data.text is None:
         raise ArgumentError("the metrics kl and perplexity need a text: --text FILE, or --calibration FILE")
-    ids = text.token_ids(text.load_tokenizer(src), "".join(text.read_documents(data.text, data.field)))
+    tokens = sys.maxsize if data.windows is None else data.windows * data.context
+    ids = text.token_ids(text.load_tokenizer(src), "".join(documents(data.text, data.field, tokens)))
     ids = text.first_windows(ids, data.context, data.windows)
     found = [list(ids[start : start + data.context]) for start in range(0, len(ids), data.context)]
     random.Random(seed).shuffle(found)

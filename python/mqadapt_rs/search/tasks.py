@@ -59,13 +59,10 @@ class Task:
         Raises:
             ArgumentError: no such task or metric, or one that is not a mean over documents.
         """
-        from lm_eval.tasks import TaskManager
+        from mqadapt_rs.evaluation import task_manager
 
         task_name, _, key = name.partition("/")
-        manager = TaskManager(include_path=data.include_path)
-        if not task_name or not manager.match_tasks([task_name]):
-            raise ArgumentError(f"no such task: {task_name or name!r}; --include-path names a folder with more")
-        loaded = manager.load([task_name])["tasks"]
+        loaded = task_manager([task_name] if task_name else [], data.include_path).load([task_name])["tasks"]
         if len(loaded) != 1:
             raise ArgumentError(f"'{task_name}' is a group of {len(loaded)} tasks: a search needs one task")
         (task,) = loaded.values()
@@ -140,8 +137,7 @@ class TaskEvaluator:
         pairs = [pair for number in documents for pair in self.pairs[number]]
         if documents != self._documents:
             self._documents = documents
-            # at most these tokens; what requests share takes room once, so more may fit than is planned for
-            states = sum(len(context) + len(tokens) for context, tokens in pairs) * self.lm.model.config.hidden_size * 4
+            states = rows(pairs) * self.lm.model.config.hidden_size * 4
             self.prefixes = Prefixes(self.max_memory // max(1, states), self.prefixes.source)
         _, state, layers = self.prefixes.way(plan, depths)
         scores, kept = model.loglikelihood_from(pairs, state, layers)
@@ -160,6 +156,17 @@ class TaskEvaluator:
             for i, answer in zip(chosen, got, strict=True):
                 answers[i] = answer
         return answers
+
+
+def rows(pairs: Sequence[Pair]) -> int:
+    """Tokens that are computed for these requests: the last one is only predicted, and a shared beginning runs once."""
+    found, previous = 0, list[int]()
+    for ids in sorted(context + tokens for context, tokens in pairs if tokens):
+        differ = (at for at, (a, b) in enumerate(zip(ids, previous, strict=False)) if a != b)
+        common = next(differ, min(len(ids), len(previous)))
+        found += len(ids) - 1 - min(common, len(ids) - 1, max(0, len(previous) - 1))
+        previous = ids
+    return found
 
 
 def token_pairs(lm: MqadaptLM, instances: list[Any]) -> list[Pair]:

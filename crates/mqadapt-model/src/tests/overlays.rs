@@ -136,6 +136,34 @@ fn the_cache_shrinks_as_the_plan_says() {
     assert_eq!(bytes("gqa3:0,2") * 3, all * 2);
 }
 
+/// A sweep: every overlay takes over what the one before has left, whatever heads it had and however long its text was.
+#[test]
+fn overlays_inherit_memory_and_nothing_else() {
+    let tiny = Tiny::random(&config("llama", &json!({})), DType::BF16);
+    let base = tiny.on(Device::Cpu);
+    let overlay = |text: &str| {
+        let plan = Plan::parse(text, tiny.checkpoint.config()).unwrap();
+        base.with_plan(&tiny.checkpoint, &plan, "mean", &MergeOptions::default()).unwrap()
+    };
+    let long = |model: &Model| model.logits(&ids(9, 100), &NoProgress).unwrap();
+    let fresh = |text: &str| {
+        let plan = Some(Plan::parse(text, tiny.checkpoint.config()).unwrap());
+        tiny.load(&LoadOptions { plan, ..LoadOptions::default() })
+    };
+    for text in ["mqa:1", "gqa3:0; mqa:2", "keep", "mqa:all", "mqa:1"] {
+        let model = overlay(text);
+        assert_eq!(model.kv_bytes(), 0);
+        assert_eq!(logits(&model), logits(&fresh(text)), "{text}");
+        assert_eq!(model.kv_bytes() % (64 * model.kv_bytes_per_token()), 0, "{text}");
+        assert_eq!(long(&model), long(&fresh(text)), "{text}");
+        assert_eq!(model.kv_bytes(), 128 * model.kv_bytes_per_token(), "{text}");
+    }
+    // what was left has room for the long text
+    let last = overlay("mqa:0");
+    logits(&last);
+    assert_eq!(last.kv_bytes(), 128 * last.kv_bytes_per_token());
+}
+
 #[test]
 fn fingerprints_tell_models_apart() {
     let tiny = Tiny::random(&config("llama", &json!({})), DType::F32);
