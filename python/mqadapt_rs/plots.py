@@ -81,6 +81,8 @@ def plot(
                 metadata = {"Date": None} if ending == "svg" else None
                 figure.savefig(target / f"{name}.{ending}", dpi=160, metadata=metadata)
             written.append(target / f"{name}.png")
+    if not written:
+        raise ArgumentError(f"nothing to draw yet: {results[0].folder} holds the source's evaluation only")
     return written
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a stored value, by dtype."""
 
+PATIENCE = 240
+"""Seconds that Weights & Biases may take to start."""
+
 
 class Run:
     """A run of Weights & Biases."""
@@ -99,7 +102,10 @@ def tracked(
         raise ArgumentError("--wandb needs Weights & Biases: pip install 'mqadapt-rs[wandb]'") from None
     # as wandb itself decides, but each time anew: it keeps what it found when it was first used
     place = os.environ.get("WANDB_DIR") or "." if folder is None else str(folder)
-    run = wandb.init(project=project, name=name, config=dict(config), dir=place)
+    # its own process starts slowly where all cores are at work, and hours of a search should not end with that
+    os.environ.setdefault("WANDB__SERVICE_WAIT", str(PATIENCE))
+    settings = wandb.Settings(init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", PATIENCE)))
+    run = wandb.init(project=project, name=name, config=dict(config), dir=place, settings=settings)
     try:
         yield Run(run)
     except BaseException:

@@ -151,6 +151,8 @@ def test_generate(lookalike: Path) -> None:
     [
         (["frobnicate"], 2, "No such command"),
         (["convert"], 2, "Missing argument"),
+        (["search", "SRC", "--strategy", "sensitivity", "--text", "no.txt", "--out", "o"], 1, "no.txt: No such file"),
+        (["search", "SRC", "--strategy", "sensitivity", "--sequential", "--out", "o"], 2, "No such option"),
         (["convert", "SRC", "DST", "--plan", "gqa2:0"], 2, "1 and 3 are possible"),
         (["convert", "SRC", "DST", "--plan", "mqa:last99"], 2, "lastN takes N from 1 to 30"),
         (["convert", "SRC", "DST", "--method", "median"], 2, "is not one of mean, first"),

@@ -176,12 +176,14 @@ def test_every_strategy(strategy: str, tmp_path: Path) -> None:
         ("budget", Options(), "needs --kv-budget"),
         ("budget", Options(kv_budget=FULL / 5), "no plan fits"),
         ("random", Options(kv_budget=FULL / 5), "no plan fits"),
+        ("greedy", Options(kv_budget=FULL / 5), "no plan fits"),
         ("random", Options(trials=0), "expected a positive number"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(strategy: str, options: Options, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         conduct(FakeSpec(), SPACE, strategy, options, tmp_path)
+    assert not list(tmp_path.iterdir())  # said before anything is evaluated, so the folder can be used again
 
 
 def test_spaces_and_budgets() -> None:

@@ -44,10 +44,12 @@ pub struct ScoreHead<'a> {
     pub target_starts: &'a [usize],
 }
 
-/// Rows and tokens of a task, and tokens whose logits exist at a time.
+/// Most rows that a tile of weights is multiplied with before the next comes from memory.
+const BLOCK: usize = 1024;
+/// Rows and tokens whose logits exist at a time, and tokens of a task.
 const ROWS: usize = 96;
-const TOKENS: usize = 2048;
 const TILE: usize = 128;
+const TOKENS: usize = 2048;
 
 /// Running result of a row over some tokens: the largest logit, its token, and `sum(e^(logit - largest))`.
 const PART: usize = 3;
@@ -71,14 +73,14 @@ impl Cpu {
         assert_eq!(target_logits.len(), head.targets.len(), "a logit for each target");
         assert!(head.targets.iter().all(|&target| (target as usize) < vocab), "targets are below {vocab}");
         let logits = Parts::new(target_logits);
-        for (block, scores) in scores.chunks_mut(ROWS).enumerate() {
-            let first = block * ROWS;
+        for (block, scores) in scores.chunks_mut(BLOCK).enumerate() {
+            let first = block * BLOCK;
             let starts = &head.target_starts[first..=first + scores.len()];
             self.score_block(head, &hidden[first * k..][..scores.len() * k], starts, scores, logits);
         }
     }
 
-    /// Scores at most `ROWS` rows.
+    /// Scores at most `BLOCK` rows.
     fn score_block(
         &self,
         head: &ScoreHead<'_>,
@@ -90,7 +92,7 @@ impl Cpu {
         let (k, rows) = (head.hidden_size, scores.len());
         let vocab = head.lm_head.rows(k);
         let tasks = vocab.div_ceil(TOKENS);
-        let area = rows * TILE;
+        let area = rows.min(ROWS) * TILE;
         Operand::prepare(self, hidden, rows, k, head.precision, &[head.lm_head].into_iter(), |operand| {
             scratch::with(area * self.threads(), |buffer: &mut [f32]| {
                 scratch::with(tasks * rows * PART, |parts: &mut [f32]| {
@@ -104,27 +106,30 @@ impl Cpu {
                         let end = vocab.min((task + 1) * TOKENS);
                         for column in (task * TOKENS..end).step_by(TILE) {
                             let columns = TILE.min(end - column);
-                            let tile = Tile { row: 0, rows, column, columns };
-                            let target =
-                                Target { start: logits.as_mut_ptr(), stride: columns, store: Store::Overwrite };
-                            // SAFETY: shapes were checked; the buffer holds the tile.
-                            unsafe { operand.multiply(self.isa, &head.lm_head.into(), tile, target) };
-                            let logits = &mut logits[..rows * columns];
-                            if let Some(cap) = head.softcap {
-                                softcap(self.isa, logits, cap);
-                            }
-                            for (row, logits) in logits.chunks_exact(columns).enumerate() {
-                                for index in starts[row]..starts[row + 1] {
-                                    if let Some(&logit) =
-                                        logits.get((head.targets[index] as usize).wrapping_sub(column))
-                                    {
-                                        // SAFETY: a target has one row and lies in one tile.
-                                        unsafe { target_logits.part(index, 1)[0] = logit };
-                                    }
+                            for row in (0..rows).step_by(ROWS) {
+                                let rows = ROWS.min(rows - row);
+                                let tile = Tile { row, rows, column, columns };
+                                let target =
+                                    Target { start: logits.as_mut_ptr(), stride: columns, store: Store::Overwrite };
+                                // SAFETY: shapes were checked; the buffer holds the tile.
+                                unsafe { operand.multiply(self.isa, &head.lm_head.into(), tile, target) };
+                                let logits = &mut logits[..rows * columns];
+                                if let Some(cap) = head.softcap {
+                                    softcap(self.isa, logits, cap);
                                 }
-                                let part = &mut part[row * PART..][..PART];
-                                // SAFETY: slices; a `Cpu` holds only an available `isa`.
-                                unsafe { take_in(self.isa, logits, column, part) };
+                                for (row, logits) in (row..).zip(logits.chunks_exact(columns)) {
+                                    for index in starts[row]..starts[row + 1] {
+                                        if let Some(&logit) =
+                                            logits.get((head.targets[index] as usize).wrapping_sub(column))
+                                        {
+                                            // SAFETY: a target has one row and lies in one tile.
+                                            unsafe { target_logits.part(index, 1)[0] = logit };
+                                        }
+                                    }
+                                    let part = &mut part[row * PART..][..PART];
+                                    // SAFETY: slices; a `Cpu` holds only an available `isa`.
+                                    unsafe { take_in(self.isa, logits, column, part) };
+                                }
                             }
                         }
                     });

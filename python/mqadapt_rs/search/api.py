@@ -135,6 +135,9 @@ def search(
         plans=None if plans is None else (),
     )
     check(strategy, options)
+    if (method in CALIBRATED or metric == PREDICTED.name) and calibration is None and stats is None:
+        what = f"the method {method} merges" if method in CALIBRATED else "the metric predicted is computed"
+        raise ArgumentError(f"{what} from statistics of a text: --calibration FILE or --stats FILE")
     if text is None and metric in METRICS:
         text, field = calibration, calibration_field
     data = Data(
@@ -147,7 +150,7 @@ def search(
         num_fewshot=num_fewshot,
     )
     spec = ModelSpec(str(src), metric, data, method, seed, dtype, device, max_memory)
-    if (method in CALIBRATED or metric == PREDICTED.name) and (calibration is not None or stats is not None):
+    if method in CALIBRATED or metric == PREDICTED.name:
         saved = Path(out) / "statistics.safetensors" if stats is None else Path(stats)
         saved.parent.mkdir(parents=True, exist_ok=True)
         file = None if calibration is None else str(calibration)

@@ -65,10 +65,19 @@ def check(strategy: str, options: Options) -> None:
             continue
         if option.name not in STRATEGIES[strategy].uses:
             users = [name for name, known in STRATEGIES.items() if option.name in known.uses]
-            name = option.name.replace("_", "-")
-            raise ArgumentError(f"--{name} does nothing for the strategy '{strategy}'; it is for {', '.join(users)}")
+            raise ArgumentError(
+                f"{_switch(option.name)} does nothing for the strategy '{strategy}'; it is for {', '.join(users)}"
+            )
         if isinstance(value, int) and value < (0 if option.name == "swaps" else 1):
-            raise ArgumentError(f"--{option.name} {value}: expected a positive number")
+            raise ArgumentError(f"{_switch(option.name)} {value}: expected a positive number")
+    needs = STRATEGIES[strategy].needs
+    if needs and all(getattr(options, name) is None for name in needs):
+        raise ArgumentError(f"the strategy '{strategy}' needs {' or '.join(map(_switch, needs))}")
+
+
+def _switch(option: str) -> str:
+    """An option as the command line has it."""
+    return "--plan" if option == "plans" else f"--{option.replace('_', '-')}"
 
 
 def conduct(
@@ -106,6 +115,8 @@ def conduct(
     check(strategy, options)
     test = None if error_rate is None or spec.documents == 0 else SequentialTest(error_rate)
     rule = Rule.of(space, options)
+    if rule.limit is not None and rule.limit.smallest() > rule.limit.most:
+        raise ArgumentError(rule.limit.refusal())
     known = spec.fingerprints()
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
     header = {

@@ -2,7 +2,8 @@
 
 In: plans in the order of `in_order`, with their `branches`. Out: for each, where to start and what to keep.
 States of two kinds are kept: on the way of a plan, those that later plans branch off from; and on the way of the source,
-which runs anyway, as many as there is room for, since most plans begin as the source does.
+which runs anyway, as many as there is room for, since most plans begin as the source does. They make room for the others
+where these are needed: not in a study of single layers whose every beginning is kept.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ class Prefixes:
 
     def trunk_layers(self) -> list[int]:
         """The layers before which the source's states are kept: as many as there is room for, evenly spread."""
-        layers, room = len(self.source), max(0, self.most - BRANCHES)
-        number = min(layers - 1, room)
-        return sorted({layers * (step + 1) // (number + 1) for step in range(number)})
+        layers = len(self.source)
+        number = min(layers - 1, max(0, self.most))
+        return _spread(layers, number)
 
     def way(self, plan: Heads, depths: Sequence[int]) -> tuple[int, Any, list[int]]:
         """The layer from which a plan runs, the kept state there, and the layers before which it should keep states.
@@ -59,9 +60,17 @@ class Prefixes:
         found = [(depth, state) for depth, state in self.trunk.items() if depth <= common]
         found += [(len(prefix), state) for prefix, state in usable.items()]
         start, state = max(found, key=lambda kept: kept[0], default=(0, None))
+        wanted = sorted(depth for depth in depths if depth > start)
+        if wanted and len(self.trunk) > max(0, self.most - BRANCHES):
+            self._thin(max(0, self.most - BRANCHES))
         room = self.most - len(self.trunk)
         # the deepest, which save most
-        return start, state, sorted(depth for depth in depths if depth > start)[-room:] if room > 0 else []
+        return start, state, wanted[-room:] if room > 0 else []
+
+    def _thin(self, number: int) -> None:
+        """Leaves so many of the source's states, evenly spread."""
+        layers = sorted(self.trunk)
+        self.trunk = {layers[at]: self.trunk[layers[at]] for at in _spread(len(layers), number)}
 
     def keep(self, plan: Heads, depth: int, state: Any) -> None:
         """Keeps a state of a plan; of too many the shallowest go."""
@@ -71,3 +80,8 @@ class Prefixes:
             self._states[plan[:depth]] = state
         while self._states and len(self._states) > self.most - len(self.trunk):
             del self._states[min(self._states, key=len)]
+
+
+def _spread(places: int, number: int) -> list[int]:
+    """So many of the places 0 to `places - 1`, evenly spread."""
+    return sorted({places * (step + 1) // (number + 1) for step in range(number)})

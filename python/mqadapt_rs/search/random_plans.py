@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from mqadapt_rs.errors import ArgumentError
-
 if TYPE_CHECKING:
     from .limit import Limit
     from .space import Heads, Space
@@ -30,8 +28,6 @@ def run(study: Study, options: Options) -> None:
     """Draws different plans and evaluates them; with a budget their damages compete, so the race may stop some."""
     space, trials = study.space, TRIALS if options.trials is None else options.trials
     limit = study.rule.limit
-    if limit is not None and limit.smallest() > limit.most:
-        raise ArgumentError(limit.refusal())
     draws = random.Random(study.seed)
     plans: dict[Heads, None] = {}
     for _ in range(20 * trials):  # a small space has fewer plans than trials

@@ -19,6 +19,8 @@ class Strategy:
     run: Run
     uses: frozenset[str]
     """The fields of `Options` that it reads, beside `counts`."""
+    needs: tuple[str, ...] = ()
+    """Of these it needs one."""
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -33,11 +35,14 @@ STRATEGIES: dict[str, Strategy] = {
         "add the layer that hurts least, again and again", greedy.run, frozenset({"kv_budget", "max_damage"})
     ),
     "budget": Strategy(
-        "exact knapsack under a budget, then swaps", budget.run, frozenset({"kv_budget", "latency_budget", "swaps"})
+        "exact knapsack under a budget, then swaps",
+        budget.run,
+        frozenset({"kv_budget", "latency_budget", "swaps"}),
+        needs=("kv_budget", "latency_budget"),
     ),
     "pareto": Strategy(
         "the front of K/V bytes against damage", pareto.run, frozenset({"points", "swaps", "max_damage"})
     ),
-    "given": Strategy("the plans that --plan names, side by side", given.run, frozenset({"plans"})),
+    "given": Strategy("the plans that --plan names, side by side", given.run, frozenset({"plans"}), needs=("plans",)),
     "random": Strategy("plans by chance: the control", random_plans.run, frozenset({"kv_budget", "trials"})),
 }
