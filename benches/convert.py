@@ -126,7 +126,7 @@ class Bench:
                 os.sync()  # what went before is not on this side's bill
                 for source in {row.source, self.folder}:
                     drop(source) if row.cold else warm(source)
-                touch(2 * output)
+                touch(min(2 * output, 8 << 30))  # within what a machine has free
                 runs.append(side(row))
                 remove(folder)
         ratios = sorted(x.seconds / y.seconds for x, y in zip(a, b, strict=True))
