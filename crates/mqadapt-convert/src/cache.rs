@@ -18,9 +18,10 @@ mod hints {
         }
     }
 
-    /// A range will be read soon.
-    pub(crate) fn will_need(file: &File, start: u64, end: u64) {
-        advise(file, start, end, Advice::WillNeed);
+    /// A range will be read front to back. (Asking for all of it at once is slower: such pages are not read ahead in the
+    /// background, and a reader soon waits for each.)
+    pub(crate) fn sequential(file: &File, start: u64, end: u64) {
+        advise(file, start, end, Advice::Sequential);
     }
 
     /// Whether most of a range is on the disk only; `false` where the system does not tell (Linux does since 6.5).
@@ -78,7 +79,7 @@ mod hints {
     use std::fs::File;
     use std::io;
 
-    pub(crate) fn will_need(_file: &File, _start: u64, _end: u64) {}
+    pub(crate) fn sequential(_file: &File, _start: u64, _end: u64) {}
     pub(crate) fn is_cold(_file: &File, _start: u64, _end: u64) -> bool {
         false
     }
@@ -90,7 +91,7 @@ mod hints {
 }
 
 pub(crate) use hints::{begin_write_back, forget, wait_for_disk};
-use hints::{is_cold, will_need};
+use hints::{is_cold, sequential};
 
 /// A range of a file that will be read soon, and once. Afterwards the page cache has of it what it had before.
 #[derive(Debug)]
@@ -102,11 +103,11 @@ pub(crate) struct Visit {
 }
 
 impl Visit {
-    /// Has the system begin to read the range.
+    /// Tells the system how the range is read.
     pub fn announce(file: Arc<File>, start: u64, end: u64) -> Self {
         let cold = is_cold(&file, start, end);
         if cold {
-            will_need(&file, start, end);
+            sequential(&file, start, end);
         }
         Self { file, start, end, cold }
     }
