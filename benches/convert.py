@@ -158,6 +158,7 @@ def rows(folder: Path, gguf: Path, layers: int) -> list[Row]:
         Row("--dtype f16, --no-sync / cp -r, warm", ["--plan", "keep", "--dtype", "f16", "--no-sync"], folder),
         Row("GGUF Q4_0 to bf16, --no-sync / cp -r of as much, warm", ["--plan", "keep", "--no-sync"], gguf),
         Row("every second layer, durable / load all with PyTorch, warm", half, folder, peer=True),
+        Row("every second layer, --no-sync / load all with PyTorch, warm", [*half, "--no-sync"], folder, peer=True),
     ]
 
 
