@@ -20,8 +20,8 @@ use crate::calibrate::{Calibration, Collector, LayerSample, block_heads, layer_g
 use crate::stream::{StreamedLayer, embed};
 use crate::{Error, Result};
 
-/// `format` of the metadata; the number changes when the meaning of a tensor does.
-const FORMAT: &str = "mqadapt-statistics-2";
+/// `format` of the metadata; the number changes when the meaning of a tensor does, or how it is computed.
+const FORMAT: &str = "mqadapt-statistics-3";
 
 /// Saved statistics, opened and checked.
 #[derive(Debug)]

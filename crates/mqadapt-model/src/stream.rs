@@ -64,13 +64,14 @@ pub(crate) struct StreamedLayer {
 }
 
 impl StreamedLayer {
-    /// Reads a layer. Activations stay f32: statistics are of the model as it is written down.
+    /// Reads a layer, to run as a model runs that is loaded without options: with bf16 weights, activations are rounded
+    /// to bf16 where a product begins, and so are cached keys and values.
     pub(crate) fn load(checkpoint: &Checkpoint, layer_idx: usize, progress: &dyn Progress) -> Result<Self> {
         let config = checkpoint.config();
         let of_layer = |name: &String| LayerTensor::parse(name).is_some_and(|tensor| tensor.layer_idx == layer_idx);
         let names: Vec<String> = config.tensors().into_iter().map(|tensor| tensor.name).filter(of_layer).collect();
         let tensors = load::read(checkpoint, &names, None, None, progress)?;
-        let backend = Kernels::new(Precision::Exact, WeightFormat::Stored)?;
+        let backend = Kernels::new(Precision::Fast, WeightFormat::Stored)?;
         let block = Weights { backend: &backend, config, tensors }.block(layer_idx)?;
         // nothing is embedded and nothing scored here
         let empty = HostMatrix {
@@ -91,7 +92,7 @@ impl StreamedLayer {
         Ok(Self {
             layer_idx,
             of_layers: config.num_hidden_layers,
-            runner: Runner::new(decoder, DType::F32, usize::MAX),
+            runner: Runner::new(decoder, checkpoint.dtype(), usize::MAX),
         })
     }
 
