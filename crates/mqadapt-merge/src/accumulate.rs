@@ -5,11 +5,12 @@
 //! difference `E[k kT] - mu muT` loses no digits to a large common key.
 
 use faer::MatRef;
+use pulp::Arch;
 use rayon::prelude::*;
 
 use crate::Error;
 use crate::algebra::count;
-use crate::attention::{Probabilities, ROWS, product, rotate, view};
+use crate::attention::{ColumnSums, Probabilities, ROWS, product, rotate, view};
 use crate::layer::{LayerGeometry, check_len};
 use crate::statistics::{HeadMoments, LayerStatistics, Moment, StatisticsShape, triangle};
 
@@ -175,11 +176,7 @@ fn add_head(
                 probabilities.block(start, rows, p);
                 let keys = start + rows;
                 product(mu, view(p, rows, keys, keys), view(&block.stacked, keys, stride, stride));
-                let mut column = vec![0.0f64; keys];
-                for row in p.chunks_exact(keys) {
-                    column.iter_mut().zip(row).for_each(|(c, p)| *c += f64::from(*p));
-                }
-                column
+                Arch::new().dispatch(ColumnSums { probabilities: p, keys })
             })
             .collect();
         for column in &columns {

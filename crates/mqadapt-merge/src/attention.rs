@@ -2,8 +2,12 @@
 //! rows: what the statistics and the measured error need, and no more.
 //! Activations are row-major, `[tokens, heads * head_dim]`.
 
+// what runs in the machine's vectors has to be part of the function that is compiled for them
+#![allow(clippy::inline_always)]
+
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
+use pulp::{Arch, NullaryFnOnce};
 
 use crate::layer::LayerGeometry;
 
@@ -82,48 +86,106 @@ impl Probabilities<'_> {
         out.clear();
         out.resize(rows * keys, 0.0);
         product(out, self.q.subrows(start, rows), self.k.subrows(0, keys).transpose());
-        for (i, row) in out.chunks_exact_mut(keys).enumerate() {
-            let end = start + i + 1;
-            let begin = self.geometry.sliding_window.map_or(0, |w| end.saturating_sub(w));
-            row[..begin].fill(0.0);
-            row[end..].fill(0.0);
-            self.softmax(&mut row[begin..end]);
-        }
-    }
-
-    fn softmax(&self, row: &mut [f32]) {
         let mut scale = self.geometry.scaling as f32;
         if let Some(cap) = self.geometry.attn_logit_softcapping {
             let cap = cap as f32;
-            for x in &mut *row {
+            for x in &mut *out {
                 *x = cap * (*x * scale / cap).tanh();
             }
             scale = 1.0;
         }
-        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        for x in &mut *row {
-            *x = exp_nonpositive((*x - max) * scale);
-        }
-        let inverse = 1.0 / sum(row);
-        for x in row {
-            *x *= inverse;
+        let window = self.geometry.sliding_window;
+        Arch::new().dispatch(Softmax { logits: out, keys, start, scale, window });
+    }
+}
+
+/// Rows of logits to probabilities, in place, in the vectors of the machine: the same bits in all of them, since every
+/// sum has an order of its own and no product is fused with a sum.
+struct Softmax<'a> {
+    /// `[rows, keys]`
+    logits: &'a mut [f32],
+    keys: usize,
+    /// Position of the first row.
+    start: usize,
+    scale: f32,
+    window: Option<usize>,
+}
+
+impl NullaryFnOnce for Softmax<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for (i, row) in self.logits.chunks_exact_mut(self.keys).enumerate() {
+            let end = self.start + i + 1;
+            let begin = self.window.map_or(0, |w| end.saturating_sub(w));
+            row[..begin].fill(0.0);
+            row[end..].fill(0.0);
+            let row = &mut row[begin..end];
+            let max = greatest(row);
+            for x in &mut *row {
+                *x = exp_nonpositive((*x - max) * self.scale);
+            }
+            let inverse = 1.0 / sum(row);
+            for x in row {
+                *x *= inverse;
+            }
         }
     }
 }
 
+/// Sums of the columns of probabilities, `[rows, keys]`, in f64.
+pub(crate) struct ColumnSums<'a> {
+    pub(crate) probabilities: &'a [f32],
+    pub(crate) keys: usize,
+}
+
+impl NullaryFnOnce for ColumnSums<'_> {
+    type Output = Vec<f64>;
+
+    #[inline(always)]
+    fn call(self) -> Vec<f64> {
+        let mut sums = vec![0.0; self.keys];
+        for row in self.probabilities.chunks_exact(self.keys) {
+            for (sum, p) in sums.iter_mut().zip(row) {
+                *sum += f64::from(*p);
+            }
+        }
+        sums
+    }
+}
+
+/// The greatest, by eight partial ones, so that it vectorises.
+#[inline(always)]
+fn greatest(row: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 8];
+    let chunks = row.chunks_exact(8);
+    let tail = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    for chunk in chunks {
+        for (a, b) in lanes.iter_mut().zip(chunk) {
+            *a = if *b > *a { *b } else { *a };
+        }
+    }
+    lanes.iter().copied().fold(tail, f32::max)
+}
+
 /// Sum with eight fixed partial sums, so that it vectorises.
+#[inline(always)]
 fn sum(row: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 8];
     let chunks = row.chunks_exact(8);
     let tail: f32 = chunks.remainder().iter().sum();
     for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(a, b)| *a += b);
+        for (a, b) in lanes.iter_mut().zip(chunk) {
+            *a += b;
+        }
     }
     lanes.iter().sum::<f32>() + tail
 }
 
 /// `exp(x)` for `x <= 0`, relative error below 3e-7, branch-free so that it
 /// vectorises: `2^n` by exponent bits times a Taylor polynomial on `[-1/2, 1/2]`.
+#[inline(always)]
 pub(crate) fn exp_nonpositive(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
     let z = x.max(-87.0) * std::f32::consts::LOG2_E;

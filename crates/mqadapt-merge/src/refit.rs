@@ -83,15 +83,18 @@ impl Refit {
             let x = view(&converted[start * f..], rows, f, f);
             y.resize(rows * hidden, 0.0);
             rest.resize(rows * hidden, 0.0);
-            product(&mut y, view(&original[start * f..], rows, f, f), original_o_proj.transpose());
-            product(&mut rest, x, o_proj.transpose());
+            let of_original = view(&original[start * f..], rows, f, f);
+            rayon::join(
+                || product(&mut y, of_original, original_o_proj.transpose()),
+                || product(&mut rest, x, o_proj.transpose()),
+            );
             for (r, y) in rest.iter_mut().zip(&y) {
                 *r = y - *r;
                 self.energy += f64::from(*y) * f64::from(*y);
                 self.error += f64::from(*r) * f64::from(*r);
             }
-            accumulate(&mut self.gram, x, x);
-            accumulate(&mut self.cross, x, view(&rest, rows, hidden, hidden));
+            let (gram, cross) = (&mut self.gram, &mut self.cross);
+            rayon::join(|| accumulate(gram, x, x), || accumulate(cross, x, view(&rest, rows, hidden, hidden)));
         }
         Ok(())
     }
