@@ -167,15 +167,12 @@ impl<B: Backend> Decoder<B> {
         ws: &mut Workspace<B>,
         observer: &mut impl Observer<B>,
     ) -> Result<()> {
-        let (backend, eps) = (&*self.backend, self.eps());
-        for (layer_idx, (block, cache)) in self.layers.iter().zip(caches).enumerate() {
+        for (layer_idx, cache) in caches.iter_mut().enumerate().take(self.layers.len()) {
             if !layers.contains(&layer_idx) {
                 continue;
             }
             self.attend(layer_idx, batch, rope, cache, ws, observer)?;
-            backend.linear_add(&ws.attention, &block.self_attn.o_proj, &mut ws.hidden)?;
-            backend.rms_norm(&ws.hidden, &block.post_attention_layernorm, eps, &mut ws.normed)?;
-            block.mlp.add(backend, ws)?;
+            self.leave(layer_idx, ws)?;
         }
         Ok(())
     }
@@ -197,6 +194,14 @@ impl<B: Backend> Decoder<B> {
         observer.at(Moment::Projected, layer_idx, ws)?;
         block.self_attn.attend(backend, rope, batch, cache, ws)?;
         observer.at(Moment::Attended, layer_idx, ws)
+    }
+
+    /// The second half of a layer: from `hidden` and `attention` to the `hidden` behind it.
+    pub(crate) fn leave(&self, layer_idx: usize, ws: &mut Workspace<B>) -> Result<()> {
+        let (block, backend) = (&self.layers[layer_idx], &*self.backend);
+        backend.linear_add(&ws.attention, &block.self_attn.o_proj, &mut ws.hidden)?;
+        backend.rms_norm(&ws.hidden, &block.post_attention_layernorm, self.eps(), &mut ws.normed)?;
+        block.mlp.add(backend, ws)
     }
 
     /// Final norm of some rows of `hidden` into `normed`, where `lm_head` reads them.

@@ -144,6 +144,27 @@ impl StreamedLayer {
         })
     }
 
+    /// Takes all sequences from what `o_proj` reads of them to behind the layer.
+    pub(crate) fn leave(
+        &self,
+        stream: &mut Activations,
+        attention: &Activations,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let progressing = self.progressing(progress);
+        for sequence in 0..stream.lengths().len() {
+            let mut values = stream.read(sequence)?.into_owned();
+            self.runner.trace_behind(0, &mut values, &attention.read(sequence)?, &progressing)?;
+            stream.write(sequence, values)?;
+        }
+        Ok(())
+    }
+
+    fn progressing<'a>(&self, progress: &'a dyn Progress) -> Progressing<'a> {
+        let (done, total) = (self.layer_idx as u64, self.of_layers as u64);
+        Progressing { progress, phase: "calibrate", done, total }
+    }
+
     /// The residual stream of one sequence, `behind` the layer or as it was.
     fn through(
         &self,
@@ -153,8 +174,7 @@ impl StreamedLayer {
         visitor: Option<&mut Visitor<'_, Error>>,
         progress: &dyn Progress,
     ) -> Result<Vec<f32>> {
-        let progressing =
-            Progressing { progress, phase: "calibrate", done: self.layer_idx as u64, total: self.of_layers as u64 };
+        let progressing = self.progressing(progress);
         let values = stream.read(sequence)?.into_owned();
         let lengths = stream.lengths().get(sequence).copied().into_iter().collect();
         let mut one = HiddenStates { layer_idx: self.layer_idx, lengths, values };

@@ -164,7 +164,7 @@ impl<'a> CalibratedMerge<'a> {
             give_back();
         }
         if let (true, Some(run)) = (sequential, run) {
-            self.refit(layer_idx, &run, weights, &mut merged, progress)?;
+            self.refit(layer_idx, run, weights, &mut merged, progress)?;
         }
         Ok(merged)
     }
@@ -244,34 +244,36 @@ impl<'a> CalibratedMerge<'a> {
     fn refit(
         &mut self,
         layer_idx: usize,
-        run: &Visit,
+        run: Visit,
         original: &LayerWeights,
         merged: &mut CalibratedLayer,
         progress: &dyn Progress,
     ) -> Result<()> {
         let failed = |source| Error::Merge { layer_idx, source };
+        let mut run = run;
         let geometry = &run.geometry;
         // read again: the weights of its MLP are not held while the layer is merged
         let layer = StreamedLayer::load(self.checkpoint, layer_idx, &mqadapt_core::NoProgress)?;
         let Some(stream) = self.streams.as_mut().and_then(|streams| streams.converted.as_mut()) else { return Ok(()) };
         let features = geometry.num_attention_heads * geometry.head_dim;
         if let (CalibratedMethod::ClosedForm { refine: Some(refine), .. }, false) = (&self.method, geometry.qk_norm) {
-            merged.weights = refined(&layer, run, stream, original, merged, refine, progress)?;
+            merged.weights = refined(&layer, &run, stream, original, merged, refine, progress)?;
         }
         let mut sums =
             Refit::new(&merged.weights.o_proj, &original.o_proj, features, geometry.hidden_size).map_err(failed)?;
         let heads = merged.report.num_key_value_heads;
         let converted = layer.with_attention(&attention_weights(&merged.weights, heads), self.dtype)?;
         let mut add = |trace: &crate::LayerTrace<'_>| {
-            let original = run.attention.read(trace.sequence)?;
-            sums.add_sequence(trace.attention, &original).map_err(failed)
+            sums.add_sequence(trace.attention, &run.attention.read(trace.sequence)?).map_err(failed)?;
+            // the refit changes `o_proj` alone, so what it reads is not computed again
+            run.attention.write(trace.sequence, trace.attention.to_vec())
         };
         converted.look(stream, &mut add, progress)?;
         let refitted = sums.solve(REFIT_LAMBDA).map_err(failed)?;
         merged.weights.o_proj = refitted.o_proj;
         merged.refit = Some((refitted.error_before, refitted.error_after));
         let converted = layer.with_attention(&attention_weights(&merged.weights, heads), self.dtype)?;
-        converted.run(stream, None, progress)
+        converted.leave(stream, &run.attention, progress)
     }
 }
 
