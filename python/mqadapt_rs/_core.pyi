@@ -355,7 +355,7 @@ class Model:
             seed: of methods that draw random numbers.
             dtype: of the weights; by default as stored.
             device: `cpu`, `cpu-stock` (candle's own operations) or `cuda:N`.
-            weights: `stored`, or `int8`: 8-bit integers with a scale for every 64 weights of a row, on `cpu` only.
+            weights: `stored`, or `int8`: 8-bit integers with a scale for every row, on `cpu` only.
             kv_dtype: of the K/V cache; by default that of the weights.
             precision: `fast` rounds activations to bfloat16 where weights are bfloat16, `exact` keeps them float32.
             max_tokens_in_flight: most tokens computed in one pass; bounds the memory of scoring and generation.

@@ -93,9 +93,8 @@ impl Cpu {
                     WeightsRef::F16(values) => _ = f32_from_f16(self.isa, &values[range], to),
                     WeightsRef::Bf16(values) => _ = f32_from_bf16(self.isa, &values[range], to),
                     WeightsRef::Int8(weights) => {
-                        let weights = weights.skip_rows(row, k);
-                        for (index, (to, value)) in to.iter_mut().zip(weights.values).enumerate() {
-                            *to = f32::from(*value) * weights.scales[index / weights.block];
+                        for (to, value) in to.iter_mut().zip(&weights.values[range]) {
+                            *to = f32::from(*value) * weights.scales[row];
                         }
                     }
                 }
@@ -306,7 +305,7 @@ mod tests {
         let brains = rows.map(bf16::from_f32);
         let halves = rows.map(f16::from_f32);
         let bytes = [1, 2, 3, -4, 5, -6i8];
-        let int8 = crate::Int8Weights { values: &bytes, scales: &[1.0, 1.0], block: 3 };
+        let int8 = crate::Int8Weights { values: &bytes, scales: &[1.0, 1.0] };
         let cpu = Cpu::new(Isa::Scalar, 1);
         for weights in
             [WeightsRef::F32(&rows), WeightsRef::Bf16(&brains), WeightsRef::F16(&halves), WeightsRef::Int8(int8)]

@@ -14,7 +14,8 @@ pub enum Isa {
     Avx2,
     /// x86 AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// [`Isa::Avx512`] with `vdpbf16ps` for [`Precision::Fast`](crate::Precision::Fast) products.
+    /// [`Isa::Avx512`] with BF16 and VNNI (every processor with the one has the other): `vdpbf16ps` and `vpdpbusd` for
+    /// [`Precision::Fast`](crate::Precision::Fast) products.
     Avx512Bf16,
 }
 
@@ -41,7 +42,11 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
             }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16 => Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
+            Self::Avx512Bf16 => {
+                Self::Avx512.is_available()
+                    && is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512vnni")
+            }
             #[cfg(not(target_arch = "x86_64"))]
             Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 => false,
         }

@@ -4,13 +4,18 @@
 //! partial sums, whatever the tile, so its bits do not depend on `m`, on blocking or on threads.
 
 use crate::{Activation, Cpu, Isa, Precision, WeightsRef, pool::Parts, scratch, weights::Linear};
+use digits::Digits;
 use half::bf16;
 
+mod digits;
 mod float;
 mod int8;
+mod quantised;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 mod vdpbf16;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 #[cfg(test)]
 mod tests;
@@ -213,6 +218,8 @@ pub(crate) struct Operand<'a> {
     half: &'a [bf16],
     /// Values between rows of `rounded` and of `half`.
     stride: usize,
+    /// As integers; empty where no weight needs it.
+    quantised: Digits<'a>,
 }
 
 /// Which form of the activations a weight is multiplied with.
@@ -221,6 +228,7 @@ enum Form {
     Exact,
     Rounded,
     Half,
+    Quantised,
 }
 
 impl Form {
@@ -228,7 +236,8 @@ impl Form {
         match (precision, weight) {
             (Precision::Exact, _) | (_, WeightsRef::F32(_) | WeightsRef::F16(_)) => Self::Exact,
             (_, WeightsRef::Bf16(_)) if isa == Isa::Avx512Bf16 => Self::Half,
-            _ => Self::Rounded,
+            (_, WeightsRef::Bf16(_)) => Self::Rounded,
+            (_, WeightsRef::Int8(_)) => Self::Quantised,
         }
     }
 }
@@ -254,24 +263,27 @@ impl Operand<'_> {
         let room = |needed: bool| if needed { m * stride } else { 0 };
         // Rows of activations a multiple of 1 KB apart fall into few sets of the first cache; a copy is soon paid back.
         let copies = needs(Form::Exact) && m >= 16 && k.is_multiple_of(256);
+        let quantise = if needs(Form::Quantised) { m } else { 0 };
         scratch::with(room(copies), |copy: &mut [f32]| {
             scratch::with(room(needs(Form::Rounded)), |rounded: &mut [f32]| {
                 scratch::with(room(needs(Form::Half)), |half: &mut [bf16]| {
-                    if copies {
-                        cpu.each_row(x, k, copy, stride, |from, to| to[..k].copy_from_slice(from));
-                    }
-                    if !rounded.is_empty() {
-                        cpu.each_row(x, k, rounded, stride, crate::convert::round_to_bf16);
-                    }
-                    if !half.is_empty() {
-                        cpu.each_row(x, k, half, stride, |from, to| {
-                            let (values, padding) = to.split_at_mut(from.len());
-                            crate::convert::bf16_from_f32(cpu.isa, from, values);
-                            padding.fill(bf16::ZERO);
-                        });
-                    }
-                    let (exact, exact_stride) = if copies { (&*copy, stride) } else { (x, k) };
-                    body(&Operand { k, exact, exact_stride, rounded, half, stride });
+                    digits::with(cpu, &x[..quantise * k], k, |quantised| {
+                        if copies {
+                            cpu.each_row(x, k, copy, stride, |from, to| to[..k].copy_from_slice(from));
+                        }
+                        if !rounded.is_empty() {
+                            cpu.each_row(x, k, rounded, stride, crate::convert::round_to_bf16);
+                        }
+                        if !half.is_empty() {
+                            cpu.each_row(x, k, half, stride, |from, to| {
+                                let (values, padding) = to.split_at_mut(from.len());
+                                crate::convert::bf16_from_f32(cpu.isa, from, values);
+                                padding.fill(bf16::ZERO);
+                            });
+                        }
+                        let (exact, exact_stride) = if copies { (&*copy, stride) } else { (x, k) };
+                        body(&Operand { k, exact, exact_stride, rounded, half, stride, quantised });
+                    });
                 });
             });
         });
@@ -283,7 +295,7 @@ impl Operand<'_> {
     /// The tile lies within `[m, n]`, `linear` is `[n, k]`, and `to` has room for the tile.
     pub(crate) unsafe fn multiply(&self, isa: Isa, linear: &Linear<'_>, tile: Tile, to: Target) {
         let k = self.k;
-        let as_given = matches!(linear.weight, WeightsRef::F32(_) | WeightsRef::F16(_)) || self.rounded.is_empty();
+        let as_given = !matches!(linear.weight, WeightsRef::Bf16(_)) || self.rounded.is_empty();
         let (x, stride) = if as_given { (self.exact, self.exact_stride) } else { (self.rounded, self.stride) };
         let bias = linear.bias.map(|bias| &bias[tile.column..][..tile.columns]);
         let x = x[tile.row * stride..][..(tile.rows - 1) * stride + k].as_ptr();
@@ -296,10 +308,24 @@ impl Operand<'_> {
                     let x = self.half[tile.row * self.stride..][..tile.rows * self.stride].as_ptr();
                     vdpbf16::block(x, self.stride, weight[first..][..len].as_ptr(), k, tile, bias, to);
                 }
-                WeightsRef::F32(w) => float::block(isa, x, stride, w[first..][..len].as_ptr(), k, tile, bias, to),
-                WeightsRef::F16(w) => float::block(isa, x, stride, w[first..][..len].as_ptr(), k, tile, bias, to),
-                WeightsRef::Bf16(w) => float::block(isa, x, stride, w[first..][..len].as_ptr(), k, tile, bias, to),
-                WeightsRef::Int8(w) => int8::block(isa, x, stride, w.skip_rows(tile.column, k), k, tile, bias, to),
+                WeightsRef::F32(w) => float::block(isa, x, stride, w[first..][..len].as_ptr(), None, k, tile, bias, to),
+                WeightsRef::F16(w) => float::block(isa, x, stride, w[first..][..len].as_ptr(), None, k, tile, bias, to),
+                WeightsRef::Bf16(w) => {
+                    float::block(isa, x, stride, w[first..][..len].as_ptr(), None, k, tile, bias, to);
+                }
+                WeightsRef::Int8(w) => {
+                    let (w, rows) = (w.columns(tile.column, tile.columns, k), self.quantised);
+                    if rows.is_empty() {
+                        float::block(isa, x, stride, w.values.as_ptr(), Some(w.scales), k, tile, bias, to);
+                        return;
+                    }
+                    let rows = rows.skip(tile.row);
+                    match isa {
+                        #[cfg(target_arch = "x86_64")]
+                        Isa::Avx512Bf16 => vnni::block(rows, w, k, tile, bias, to),
+                        _ => int8::block(isa, rows, w, k, tile, bias, to),
+                    }
+                }
             }
         }
     }

@@ -62,6 +62,22 @@ pub(crate) unsafe trait Simd: Copy + 'static {
     /// The largest lane (unspecified if one is NaN).
     unsafe fn max_lane(a: Self::V) -> f32;
 
+    /// Bytes in a vector of them, and that vector in the form that products take; a divisor of 64.
+    const BYTES: usize;
+    type Bytes: Copy;
+    /// A vector of `i32`.
+    type I: Copy;
+    unsafe fn load_bytes(from: *const i8) -> Self::Bytes;
+    /// The first `n < BYTES`; the others are zero and their memory is not touched.
+    unsafe fn load_bytes_n(from: *const i8, n: usize) -> Self::Bytes;
+    unsafe fn zero_i32() -> Self::I;
+    /// Adds the products of all bytes to the lanes of `sums`, which may wrap.
+    unsafe fn dot_bytes(sums: Self::I, a: Self::Bytes, b: Self::Bytes) -> Self::I;
+    unsafe fn add_i32(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn times_256(sums: Self::I) -> Self::I;
+    /// The four sums over lanes, which may wrap.
+    unsafe fn sum4_i32(v: [Self::I; 4]) -> [i32; 4];
+
     /// Transposes `from`, `rows` rows of `columns` values `stride` apart, into `to`, rows `to_stride` apart, as `f32`.
     ///
     /// Writes `rows` values in each of `columns` rows, nothing else.

@@ -8,8 +8,9 @@ pub enum Precision {
     /// Activations stay `f32`; weights and cached K/V are widened exactly; products and sums are `f32`.
     #[default]
     Exact,
-    /// Activations are rounded to `bf16` where the weight is `bf16` or `int8`; products are exact and sums
-    /// `f32`. `f32` and `f16` weights are treated as in [`Precision::Exact`]. Of attention,
+    /// Activations are rounded to `bf16` where the weight is `bf16`; products are exact and sums `f32`. Where it is
+    /// `int8`, they are rounded to integers of 8 bits, large ones of 16, with one scale a row; products and sums are
+    /// exact. `f32` and `f16` weights are treated as in [`Precision::Exact`]. Of attention,
     /// [`AttentionParams::precision`](crate::AttentionParams::precision) tells.
     Fast,
 }
@@ -28,15 +29,13 @@ pub enum WeightsRef<'a> {
     Int8(Int8Weights<'a>),
 }
 
-/// Symmetric 8-bit weights `[n, k]`: `value = scale[row, block] * q`, blocks running along `k`.
+/// Symmetric 8-bit weights `[n, k]`: `value = scale[row] * q`.
 #[derive(Debug, Clone, Copy)]
 pub struct Int8Weights<'a> {
     /// Quantised values `[n, k]` in `-127..=127`.
     pub values: &'a [i8],
-    /// Scales `[n, k.div_ceil(block)]`.
+    /// Scales `[n]`.
     pub scales: &'a [f32],
-    /// Columns per scale: a positive multiple of 32, or `k` for one scale a row. The last block of a row may be short.
-    pub block: usize,
 }
 
 impl WeightsRef<'_> {
@@ -77,19 +76,16 @@ impl WeightsRef<'_> {
         assert!(k > 0 && self.len().is_multiple_of(k), "{} weights do not make rows of {k}", self.len());
         let n = self.len() / k;
         if let Self::Int8(weights) = self {
-            let block = weights.block;
-            assert!(block == k || block > 0 && block.is_multiple_of(32), "{block} columns a scale");
-            assert_eq!(weights.scales.len(), n * k.div_ceil(block), "scales are [n, k.div_ceil(block)]");
+            assert_eq!(weights.scales.len(), n, "scales are [{n}]");
         }
         n
     }
 }
 
 impl Int8Weights<'_> {
-    /// The matrix without its first `row` rows of `k`.
-    pub(crate) fn skip_rows(self, row: usize, k: usize) -> Self {
-        let scales = &self.scales[row * k.div_ceil(self.block)..];
-        Self { values: &self.values[row * k..], scales, ..self }
+    /// Some of its rows of `k`, which are the product's columns.
+    pub(crate) fn columns(self, first: usize, count: usize, k: usize) -> Self {
+        Self { values: &self.values[first * k..][..count * k], scales: &self.scales[first..][..count] }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Weights as 8-bit integers with a scale for every block of a row: a choice of speed over exactness.
+//! Weights as 8-bit integers with a scale for every row: a choice of speed over exactness.
 
 use std::thread;
 
@@ -6,12 +6,10 @@ use mqadapt_kernels::{Int8Weights, WeightsRef};
 
 use crate::aligned::{Floats, Lines};
 
-/// Weights that share a scale.
-const BLOCK: usize = 64;
 /// The largest integer: symmetric, so that the negative of a weight has the negative integer.
 const LARGEST: f32 = 127.0;
 
-/// A matrix `[rows, columns]` of integers, `[rows, columns.div_ceil(BLOCK)]` scales beside it.
+/// A matrix `[rows, columns]` of integers, `[rows]` scales beside it.
 pub(crate) struct Int8 {
     values: Lines,
     scales: Vec<f32>,
@@ -19,22 +17,21 @@ pub(crate) struct Int8 {
 }
 
 impl Int8 {
-    /// Each block's largest weight becomes 127 or -127; the others are rounded to the nearest integer.
+    /// Each row's largest weight becomes 127 or -127; the others are rounded to the nearest integer.
     pub(crate) fn new(floats: &Floats, columns: usize, threads: usize) -> Self {
         let len = floats.len();
-        let (rows, blocks) = (len / columns, columns.div_ceil(BLOCK));
-        let mut out = Self { values: Lines::zeros(len), scales: vec![0.0; rows * blocks], len };
+        let rows = len / columns;
+        let mut out = Self { values: Lines::zeros(len), scales: vec![0.0; rows], len };
         let share = rows.div_ceil(threads.max(1)).max(1); // rows of a thread
         let values = out.values.slice_mut::<i8>(len).chunks_mut(share * columns);
-        let scales = out.scales.chunks_mut(share * blocks);
+        let scales = out.scales.chunks_mut(share);
         thread::scope(|scope| {
             for (nth, (values, scales)) in values.zip(scales).enumerate() {
                 scope.spawn(move || {
-                    let rows = values.chunks_exact_mut(columns).zip(scales.chunks_exact_mut(blocks));
                     let mut row = vec![0.0; columns];
-                    for (at, (values, scales)) in rows.enumerate() {
+                    for (at, (values, scale)) in values.chunks_exact_mut(columns).zip(scales).enumerate() {
                         floats.read((nth * share + at) * columns, &mut row);
-                        quantise(&row, values, scales);
+                        *scale = quantise(&row, values);
                     }
                 });
             }
@@ -42,22 +39,19 @@ impl Int8 {
         out
     }
 
-    pub(crate) fn weights(&self, columns: usize) -> WeightsRef<'_> {
-        // a row shorter than a block has one scale
-        let block = BLOCK.min(columns);
-        WeightsRef::Int8(Int8Weights { values: self.values.slice(self.len), scales: &self.scales, block })
+    pub(crate) fn weights(&self) -> WeightsRef<'_> {
+        WeightsRef::Int8(Int8Weights { values: self.values.slice(self.len), scales: &self.scales })
     }
 }
 
-fn quantise(row: &[f32], values: &mut [i8], scales: &mut [f32]) {
-    for ((row, values), scale) in row.chunks(BLOCK).zip(values.chunks_mut(BLOCK)).zip(scales) {
-        let largest = row.iter().fold(0.0f32, |most, x| most.max(x.abs()));
-        *scale = largest / LARGEST;
-        let factor = if largest > 0.0 { LARGEST / largest } else { 0.0 };
-        for (value, x) in values.iter_mut().zip(row) {
-            *value = (x * factor).round() as i8;
-        }
+/// Integers of a row; gives its scale.
+fn quantise(row: &[f32], values: &mut [i8]) -> f32 {
+    let largest = row.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+    let factor = if largest > 0.0 { LARGEST / largest } else { 0.0 };
+    for (value, x) in values.iter_mut().zip(row) {
+        *value = (x * factor).round() as i8;
     }
+    largest / LARGEST
 }
 
 #[cfg(test)]
@@ -73,16 +67,15 @@ mod tests {
                 (0..rows * columns).map(|i| ((i * 71 % 113) as f32 - 50.0) * (1 + i % 3) as f32).collect();
             let floats = Floats::from_f32(&source, DType::F32);
             let int8 = Int8::new(&floats, columns, 2);
-            let WeightsRef::Int8(weights) = int8.weights(columns) else { panic!() };
-            let blocks = columns.div_ceil(BLOCK);
+            let WeightsRef::Int8(weights) = int8.weights() else { panic!() };
             for (i, x) in source.iter().enumerate() {
-                let scale = weights.scales[i / columns * blocks + i % columns / BLOCK];
+                let scale = weights.scales[i / columns];
                 let back = f32::from(weights.values[i]) * scale;
                 assert!((back - x).abs() <= scale * 0.501 && scale > 0.0, "{rows}x{columns} {i}: {x} {back}");
             }
         }
         let zeros = Int8::new(&Floats::zeros(64, DType::BF16), 64, 1);
-        let WeightsRef::Int8(weights) = zeros.weights(64) else { panic!() };
+        let WeightsRef::Int8(weights) = zeros.weights() else { panic!() };
         assert!(weights.values.iter().all(|v| *v == 0) && weights.scales == [0.0]);
     }
 }

@@ -44,8 +44,8 @@ pub enum WeightFormat {
     /// As floats of their dtype.
     #[default]
     Stored,
-    /// As 8-bit integers with a scale for every 64 weights of a row, rounded from the floats: half the bytes of bf16, at
-    /// some cost in exactness. On the processor only.
+    /// As 8-bit integers with a scale for every row, rounded from the floats: half the bytes of bf16. Unless `precision`
+    /// is exact, activations become 8-bit integers, too, and products are of integers. On the processor only.
     Int8,
 }
 

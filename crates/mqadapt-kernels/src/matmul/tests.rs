@@ -133,25 +133,93 @@ fn gated_equals_its_parts() {
     }
 }
 
+/// Random 8-bit weights `[n, k]`, their scales, and their values.
+fn int8(seed: u64, n: usize, k: usize) -> (Vec<i8>, Vec<f32>, Vec<f64>) {
+    let values: Vec<i8> = random(seed, n * k).iter().map(|value| (value * 127.5).round() as i8).collect();
+    let scales: Vec<f32> = random(seed + 1, n).iter().map(|scale| scale.abs() / 127.0).collect();
+    let wide = (0..n * k).map(|at| f64::from(values[at]) * f64::from(scales[at / k])).collect();
+    (values, scales, wide)
+}
+
 #[test]
-fn int8_per_row_and_per_block() {
-    for (m, n, k, block) in [(1, 9, 100, 100), (5, 9, 100, 32), (8, 70, 256, 64), (2, 3, 7, 7)] {
+fn int8_with_exact_activations() {
+    for (m, n, k) in [(1, 9, 100), (5, 9, 100), (8, 70, 256), (2, 3, 7)] {
         let x = random(1, m * k);
-        let values: Vec<i8> = random(2, n * k).iter().map(|value| (value * 127.0) as i8).collect();
-        let blocks = k.div_ceil(block);
-        let scales: Vec<f32> = random(3, n * blocks).iter().map(|scale| scale.abs() / 127.0).collect();
-        let dequantised: Vec<f64> =
-            (0..n * k).map(|at| f64::from(values[at]) * f64::from(scales[at / k * blocks + at % k / block])).collect();
-        let weight = WeightsRef::Int8(Int8Weights { values: &values, scales: &scales, block });
+        let (values, scales, dequantised) = int8(2, n, k);
+        let weight = WeightsRef::Int8(Int8Weights { values: &values, scales: &scales });
         for cpu in cpus() {
-            for (precision, x64) in [(Precision::Exact, wide(&x)), (Precision::Fast, rounded(&x))] {
-                let what = format!("{cpu:?} {precision:?} [{m}, {k}] x [{n}, {k}] by {block}");
-                let out = product(&cpu, &x, k, weight.into(), precision);
-                close(&what, &out, &naive(&x64, &dequantised, k, None), tolerance(k));
-                let alone = product(&cpu, &x[(m - 1) * k..], k, weight.into(), precision);
-                same(&what, &alone, &out[(m - 1) * n..]);
+            let what = format!("{cpu:?} [{m}, {k}] x [{n}, {k}]");
+            let out = product(&cpu, &x, k, weight.into(), Precision::Exact);
+            close(&what, &out, &naive(&wide(&x), &dequantised, k, None), tolerance(k));
+            let alone = product(&cpu, &x[(m - 1) * k..], k, weight.into(), Precision::Exact);
+            same(&what, &alone, &out[(m - 1) * n..]);
+        }
+    }
+}
+
+/// A row as 8-bit integers become of it, those above 127 of 16 bits.
+fn quantised(row: &[f32]) -> Vec<f64> {
+    let largest = row.iter().fold(0.0, |most: f64, x| most.max(f64::from(x.abs())));
+    let rms = (row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / row.len() as f64).sqrt();
+    let scale = largest.min(6.0 * rms) / 127.0;
+    row.iter().map(|x| (f64::from(*x) / scale).round_ties_even() * scale).collect()
+}
+
+/// Every tier has the bits of the scalar one, whatever the other rows of the batch, and the values of integer products.
+#[test]
+fn int8_with_quantised_activations() {
+    for (m, n, k, spike) in [
+        (1, 9, 100, 1.0),
+        (5, 9, 128, 30.0),
+        (97, 70, 256, 1000.0),
+        (2, 3, 7, 2.0),
+        (3, 6, 9000, 50.0),
+        (7, 5, 8192, 1.0),
+    ] {
+        let mut x = random(1, m * k);
+        for (row, x) in x.chunks_exact_mut(k).enumerate() {
+            x[row * 31 % k] *= spike; // a few activations beyond 127 steps
+            x[k - 1] *= -spike;
+        }
+        let (values, scales, dequantised) = int8(2, n, k);
+        let weight = WeightsRef::Int8(Int8Weights { values: &values, scales: &scales });
+        let bias = random(5, n);
+        let linear = Linear { weight, bias: Some(&bias) };
+        let scalar = product(&Cpu::new(Isa::Scalar, 1), &x, k, linear, Precision::Fast);
+        let rounded: Vec<f64> = x.chunks_exact(k).flat_map(quantised).collect();
+        // a step that falls between two integers may go either way
+        let size = x.iter().fold(0.0, |most: f64, x| most.max(f64::from(x.abs())));
+        let expected = naive(&rounded, &dequantised, k, Some(&bias));
+        close("scalar", &scalar, &expected, size * (tolerance(k) + 1e-5));
+        for cpu in cpus() {
+            let what = format!("{cpu:?} [{m}, {k}] x [{n}, {k}]");
+            let out = product(&cpu, &x, k, linear, Precision::Fast);
+            same(&what, &out, &scalar);
+            for row in [0, m / 2, m - 1] {
+                same(&what, &product(&cpu, &x[row * k..][..k], k, linear, Precision::Fast), &out[row * n..][..n]);
             }
         }
+    }
+}
+
+#[test]
+fn int8_activations_of_any_size() {
+    let (n, k) = (4, 70);
+    let (values, scales, dequantised) = int8(2, n, k);
+    let weight = WeightsRef::Int8(Int8Weights { values: &values, scales: &scales });
+    for size in [0.0, 1e-30, 1e30] {
+        let x: Vec<f32> = random(1, k).iter().map(|x| x * size).collect();
+        for cpu in cpus() {
+            let out: Vec<f32> =
+                product(&cpu, &x, k, weight.into(), Precision::Fast).iter().map(|out| out / size.max(1e-30)).collect();
+            let x: Vec<f64> = x.iter().map(|x| f64::from(*x) / f64::from(size.max(1e-30))).collect();
+            close(&format!("{cpu:?} {size}"), &out, &naive(&x, &dequantised, k, None), 0.05);
+        }
+    }
+    let mut x = random(1, 2 * k);
+    (x[3], x[k + 5]) = (f32::NAN, f32::INFINITY);
+    for cpu in cpus() {
+        assert!(product(&cpu, &x, k, weight.into(), Precision::Fast).iter().all(|out| out.is_nan()));
     }
 }
 

@@ -10,13 +10,15 @@ use super::{Target, Tile};
 /// # Safety
 /// Methods may run only where the processor has the instruction set that an implementation names, in a function
 /// compiled for it; pointers are valid for the values that a method names.
-pub(super) unsafe trait Dot {
+pub(super) unsafe trait Dot: Copy {
     /// Stored activations and weights.
-    type X;
-    type W;
+    type X: Copy;
+    type W: Copy;
     /// A loaded vector of either, and of sums.
     type V: Copy;
     type Sums: Copy;
+    /// What is known of a row's results before its products are summed.
+    type Start: Copy;
     /// Values of `k` in a vector.
     const STEP: usize;
     /// Rows of a full tile, at most 6.
@@ -25,6 +27,7 @@ pub(super) unsafe trait Dot {
     const BLOCK: usize;
 
     unsafe fn zero() -> Self::Sums;
+    unsafe fn start(self, place: Place<Self::W>) -> Self::Start;
     unsafe fn load_x(from: *const Self::X) -> Self::V;
     /// The first `n < STEP` values of `k`; the others are zero.
     unsafe fn load_x_n(from: *const Self::X, n: usize) -> Self::V;
@@ -32,12 +35,31 @@ pub(super) unsafe trait Dot {
     /// The first `n < STEP` values of `k`; the others are zero and their memory is not touched.
     unsafe fn load_w_n(from: *const Self::W, n: usize) -> Self::V;
     unsafe fn add_product(sums: Self::Sums, x: Self::V, w: Self::V) -> Self::Sums;
-    unsafe fn sum4(sums: [Self::Sums; 4]) -> [f32; 4];
+    /// What the sums of one row of activations with four of weights add to the output.
+    unsafe fn finish(self, place: Place<Self::W>, start: Self::Start, sums: [Self::Sums; 4]) -> [f32; 4];
     unsafe fn prefetch(at: *const Self::W);
 }
 
+/// A row of activations, four rows of weights, and the part of `k` that their sums are of.
+#[derive(Clone, Copy)]
+pub(super) struct Place<W> {
+    /// Counted from the tile's first.
+    pub(super) row: usize,
+    pub(super) column: usize,
+    /// The first column's weights of this part of `k`.
+    pub(super) w: *const W,
+    /// Values from one column's weights to the next; 0 where there is only one, four times.
+    pub(super) w_stride: usize,
+    pub(super) start: usize,
+    pub(super) len: usize,
+    /// The number of this part.
+    pub(super) nth: usize,
+}
+
 /// Operands of a tile; `x` and `w` point at its first row and column.
+#[derive(Clone, Copy)]
 pub(super) struct Operands<'a, D: Dot> {
+    pub(super) dot: D,
     pub(super) x: *const D::X,
     /// Values from one row of `x` to the next.
     pub(super) stride: usize,
@@ -47,39 +69,37 @@ pub(super) struct Operands<'a, D: Dot> {
     pub(super) to: Target,
 }
 
-impl<D: Dot> Clone for Operands<'_, D> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<D: Dot> Copy for Operands<'_, D> {}
-
 /// Computes a tile of an output.
 ///
 /// # Safety
 /// `x` is `[rows, stride]` with `stride >= k`, `w` `[columns, k]`, `bias` `[columns]`, `to` has room for the tile.
 #[inline(always)]
 pub(super) unsafe fn multiply<D: Dot>(operands: Operands<'_, D>, tile: Tile) {
-    let block = operands.k.div_ceil(operands.k.div_ceil(D::BLOCK)).next_multiple_of(64);
+    let block = block_of(operands.k, D::BLOCK);
     // SAFETY: the caller's promise.
     unsafe {
         if tile.rows <= D::ROWS {
             // Weights that are read once are read front to back.
             for column in (0..tile.columns).step_by(4) {
-                for start in (0..operands.k).step_by(block) {
-                    let part = Part { column, columns: (tile.columns - column).min(4), start, len: block };
+                for (nth, start) in (0..operands.k).step_by(block).enumerate() {
+                    let part = Part { column, columns: (tile.columns - column).min(4), start, len: block, nth };
                     by_rows(operands, 0, tile.rows, part);
                 }
             }
         } else {
-            for start in (0..operands.k).step_by(block) {
+            for (nth, start) in (0..operands.k).step_by(block).enumerate() {
                 for row in (0..tile.rows).step_by(D::ROWS) {
-                    let part = Part { column: 0, columns: tile.columns, start, len: block };
+                    let part = Part { column: 0, columns: tile.columns, start, len: block, nth };
                     by_rows(operands, row, (tile.rows - row).min(D::ROWS), part);
                 }
             }
         }
     }
+}
+
+/// Values of `k` in a block of at most `most`, a multiple of 64: blocks are as even as can be, and start at such multiples.
+pub(super) fn block_of(k: usize, most: usize) -> usize {
+    k.div_ceil(k.div_ceil(most)).next_multiple_of(64)
 }
 
 /// Some columns of the output and a block of `k`.
@@ -90,6 +110,7 @@ struct Part {
     start: usize,
     /// Cut off at `k`.
     len: usize,
+    nth: usize,
 }
 
 /// Calls `band` for a constant number of rows.
@@ -111,8 +132,8 @@ unsafe fn by_rows<D: Dot>(operands: Operands<'_, D>, row: usize, rows: usize, pa
 /// `R` rows by the part's columns.
 #[inline(always)]
 unsafe fn band<D: Dot, const R: usize>(operands: Operands<'_, D>, row: usize, part: Part) {
-    let Operands { x, stride, w, k, bias, to } = operands;
-    let Part { column, columns, start, len } = part;
+    let Operands { dot, x, stride, w, k, bias, to } = operands;
+    let Part { column, columns, start, len, nth } = part;
     let len = len.min(k - start);
     // Only the first block finds the output's old content, and adds the bias.
     let (to, bias) = if start == 0 { (to, bias) } else { (to.accumulating(), None) };
@@ -122,35 +143,49 @@ unsafe fn band<D: Dot, const R: usize>(operands: Operands<'_, D>, row: usize, pa
     unsafe {
         let x = x.add(row * stride + start);
         while column + 4 <= end {
-            let sums = dots::<D, R>(x, stride, w.add(column * k + start), k, len);
+            let w = w.add(column * k + start);
+            let first = Place { row, column, w, w_stride: k, start, len, nth };
+            let starts = starts::<D, R>(dot, first);
+            let sums = dots::<D, R>(x, stride, first);
             for r in 0..R {
-                to.put4(row + r, column, sums[r], bias);
+                to.put4(row + r, column, dot.finish(Place { row: row + r, ..first }, starts[r], sums[r]), bias);
             }
             column += 4;
         }
         while column < end {
-            let sums = dots::<D, R>(x, stride, w.add(column * k + start), 0, len);
+            let w = w.add(column * k + start);
+            let first = Place { row, column, w, w_stride: 0, start, len, nth };
+            let starts = starts::<D, R>(dot, first);
+            let sums = dots::<D, R>(x, stride, first);
             for r in 0..R {
-                to.put(row + r, column, sums[r][0], bias);
+                to.put(row + r, column, dot.finish(Place { row: row + r, ..first }, starts[r], sums[r])[0], bias);
             }
             column += 1;
         }
     }
 }
 
-/// Dot products of `R` rows of activations with four rows of weights, `w_stride` apart, over `len` values.
+/// [`Dot::start`] of `R` rows from that of `first` on.
 #[inline(always)]
-unsafe fn dots<D: Dot, const R: usize>(
-    x: *const D::X,
-    stride: usize,
-    w: *const D::W,
-    w_stride: usize,
-    len: usize,
-) -> [[f32; 4]; R] {
+unsafe fn starts<D: Dot, const R: usize>(dot: D, first: Place<D::W>) -> [D::Start; R] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut starts = [dot.start(first); R];
+        for r in 1..R {
+            starts[r] = dot.start(Place { row: first.row + r, ..first });
+        }
+        starts
+    }
+}
+
+/// Lane-wise sums of `R` rows of activations, from that of `first` on, with its rows of weights.
+#[inline(always)]
+unsafe fn dots<D: Dot, const R: usize>(x: *const D::X, stride: usize, first: Place<D::W>) -> [[D::Sums; 4]; R] {
     /// Bytes ahead of a weight to ask for, at least: far enough for memory to answer in time.
     const FAR: usize = 8192;
     // SAFETY: the caller's promise: reads lie below `len` in their row. Prefetches may be of any address.
     unsafe {
+        let Place { w, w_stride, len, .. } = first;
         let mut sums = [[D::zero(); 4]; R];
         let ahead = (4 * w_stride * size_of::<D::W>()).max(FAR);
         let whole = len - len % D::STEP;
@@ -191,10 +226,6 @@ unsafe fn dots<D: Dot, const R: usize>(
                 }
             }
         }
-        let mut out = [[0.0; 4]; R];
-        for r in 0..R {
-            out[r] = D::sum4(sums[r]);
-        }
-        out
+        sums
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     Target, Tile,
-    tile::{self, Dot, Operands},
+    tile::{self, Dot, Operands, Place},
 };
 use crate::simd::{Simd, avx512::Avx512};
 use half::bf16;
@@ -25,10 +25,11 @@ pub(super) unsafe fn block(
     to: Target,
 ) {
     // SAFETY: the caller's promise.
-    unsafe { tile::multiply(Operands::<Pairs> { x, stride, w: weight, k, bias, to }, tile) };
+    unsafe { tile::multiply(Operands { dot: Pairs, x, stride, w: weight, k, bias, to }, tile) };
 }
 
 /// Products of pairs of `bf16`.
+#[derive(Clone, Copy)]
 struct Pairs;
 
 // SAFETY: `block` has the features.
@@ -37,6 +38,7 @@ unsafe impl Dot for Pairs {
     type W = bf16;
     type V = __m512bh;
     type Sums = __m512;
+    type Start = ();
     const STEP: usize = 32;
     const ROWS: usize = 6;
     const BLOCK: usize = 1280;
@@ -46,6 +48,8 @@ unsafe impl Dot for Pairs {
         // SAFETY: the caller's promise.
         unsafe { _mm512_setzero_ps() }
     }
+    #[inline(always)]
+    unsafe fn start(self, _: Place<bf16>) {}
     #[inline(always)]
     unsafe fn load_x(from: *const bf16) -> __m512bh {
         // SAFETY: the caller's promise; two views of 512 bits.
@@ -73,7 +77,7 @@ unsafe impl Dot for Pairs {
         unsafe { _mm512_dpbf16_ps(sums, x, w) }
     }
     #[inline(always)]
-    unsafe fn sum4(sums: [__m512; 4]) -> [f32; 4] {
+    unsafe fn finish(self, _: Place<bf16>, (): (), sums: [__m512; 4]) -> [f32; 4] {
         // SAFETY: the caller's promise.
         unsafe { Avx512::sum4(sums) }
     }

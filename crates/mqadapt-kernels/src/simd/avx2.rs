@@ -172,6 +172,48 @@ unsafe impl Simd for Avx2 {
             _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)))
         }
     }
+
+    const BYTES: usize = 16;
+    type Bytes = __m256i;
+    type I = __m256i;
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const i8) -> __m256i {
+        unsafe { _mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes_n(from: *const i8, n: usize) -> __m256i {
+        let mut bytes = [0; 16];
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), n);
+            Self::load_bytes(bytes.as_ptr())
+        }
+    }
+    #[inline(always)]
+    unsafe fn zero_i32() -> __m256i {
+        unsafe { _mm256_setzero_si256() }
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes(sums: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)) }
+    }
+    #[inline(always)]
+    unsafe fn add_i32(a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn times_256(sums: __m256i) -> __m256i {
+        unsafe { _mm256_slli_epi32::<8>(sums) }
+    }
+    #[inline(always)]
+    unsafe fn sum4_i32(v: [__m256i; 4]) -> [i32; 4] {
+        unsafe {
+            let abcd = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+            let sums = _mm_add_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256::<1>(abcd));
+            let mut out = [0; 4];
+            _mm_storeu_si128(out.as_mut_ptr().cast(), sums);
+            out
+        }
+    }
 }
 
 /// Eight rows of eight to eight columns.

@@ -166,6 +166,47 @@ unsafe impl Simd for Avx512 {
     unsafe fn max_lane(a: __m512) -> f32 {
         unsafe { _mm512_reduce_max_ps(a) }
     }
+
+    const BYTES: usize = 32;
+    type Bytes = __m512i;
+    type I = __m512i;
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const i8) -> __m512i {
+        unsafe { _mm512_cvtepi8_epi16(_mm256_loadu_si256(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes_n(from: *const i8, n: usize) -> __m512i {
+        unsafe { _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((1 << n) - 1, from)) }
+    }
+    #[inline(always)]
+    unsafe fn zero_i32() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes(sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(sums, _mm512_madd_epi16(a, b)) }
+    }
+    #[inline(always)]
+    unsafe fn add_i32(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn times_256(sums: __m512i) -> __m512i {
+        unsafe { _mm512_slli_epi32::<8>(sums) }
+    }
+    #[inline(always)]
+    unsafe fn sum4_i32(v: [__m512i; 4]) -> [i32; 4] {
+        unsafe {
+            let pair = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let (ab, cd) = (pair(v[0], v[1]), pair(v[2], v[3]));
+            let abcd = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+            let half = _mm256_add_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti32x8_epi32::<1>(abcd));
+            let sums = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256::<1>(half));
+            let mut out = [0; 4];
+            _mm_storeu_si128(out.as_mut_ptr().cast(), sums);
+            out
+        }
+    }
 }
 
 /// Sixteen rows of sixteen to sixteen columns.

@@ -145,4 +145,48 @@ unsafe impl Simd for Neon {
     unsafe fn max_lane(a: float32x4_t) -> f32 {
         unsafe { vmaxvq_f32(a) }
     }
+
+    const BYTES: usize = 16;
+    type Bytes = int8x16_t;
+    type I = int32x4_t;
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const i8) -> int8x16_t {
+        unsafe { vld1q_s8(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes_n(from: *const i8, n: usize) -> int8x16_t {
+        let mut bytes = [0; 16];
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), n);
+            Self::load_bytes(bytes.as_ptr())
+        }
+    }
+    #[inline(always)]
+    unsafe fn zero_i32() -> int32x4_t {
+        unsafe { vdupq_n_s32(0) }
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes(sums: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+        unsafe {
+            let low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
+            vpadalq_s16(vpadalq_s16(sums, low), vmull_high_s8(a, b))
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        unsafe { vaddq_s32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn times_256(sums: int32x4_t) -> int32x4_t {
+        unsafe { vshlq_n_s32::<8>(sums) }
+    }
+    #[inline(always)]
+    unsafe fn sum4_i32(v: [int32x4_t; 4]) -> [i32; 4] {
+        let mut out = [0; 4];
+        unsafe {
+            let sums = vpaddq_s32(vpaddq_s32(v[0], v[1]), vpaddq_s32(v[2], v[3]));
+            vst1q_s32(out.as_mut_ptr(), sums);
+        }
+        out
+    }
 }

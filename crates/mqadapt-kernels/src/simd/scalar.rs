@@ -110,4 +110,37 @@ unsafe impl Simd for Scalar {
     unsafe fn max_lane(a: f32) -> f32 {
         a
     }
+
+    const BYTES: usize = 1;
+    type Bytes = i32;
+    type I = i32;
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const i8) -> i32 {
+        // SAFETY: the caller's promise.
+        i32::from(unsafe { *from })
+    }
+    #[inline(always)]
+    unsafe fn load_bytes_n(_: *const i8, _: usize) -> i32 {
+        0
+    }
+    #[inline(always)]
+    unsafe fn zero_i32() -> i32 {
+        0
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes(sums: i32, a: i32, b: i32) -> i32 {
+        sums.wrapping_add(a * b)
+    }
+    #[inline(always)]
+    unsafe fn add_i32(a: i32, b: i32) -> i32 {
+        a.wrapping_add(b)
+    }
+    #[inline(always)]
+    unsafe fn times_256(sums: i32) -> i32 {
+        sums << 8
+    }
+    #[inline(always)]
+    unsafe fn sum4_i32(v: [i32; 4]) -> [i32; 4] {
+        v
+    }
 }

@@ -40,7 +40,7 @@ impl KernelMatrix {
     fn weights(&self) -> WeightsRef<'_> {
         match &self.values {
             Values::Floats(floats) => floats.weights(),
-            Values::Int8(int8) => int8.weights(self.in_features),
+            Values::Int8(int8) => int8.weights(),
         }
     }
 }
