@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use half::{bf16, f16};
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_convert::{
-    ConversionReport, ConvertOptions, Error, LayerMerge, LayerWeights, MANIFEST_FILE, Manifest, MergedLayer,
-    PARTIAL_SUFFIX, Result, convert, convert_layers,
+    ConversionReport, ConvertOptions, Error, LayerError, LayerMerge, LayerWeights, MANIFEST_FILE, Manifest,
+    MergedLayer, PARTIAL_SUFFIX, Result, convert, convert_layers,
 };
 use mqadapt_core::{DType, Interrupted, NoProgress, Plan, Progress};
 use mqadapt_merge::{MergeOptions, method};
@@ -322,7 +322,7 @@ impl LayerMerge for Doubling {
         layer_idx: usize,
         heads: usize,
         weights: LayerWeights,
-    ) -> std::result::Result<MergedLayer, String> {
+    ) -> std::result::Result<MergedLayer, LayerError> {
         self.0.push(layer_idx);
         let change = |(name, mut values): (String, Vec<f32>)| {
             if name.contains("k_proj") || name.contains("v_proj") {
@@ -366,6 +366,32 @@ fn a_layer_method_gets_and_gives_whole_layers() {
     }
 }
 
+/// Stops at the second layer.
+struct Stopping(usize);
+
+impl LayerMerge for Stopping {
+    fn merge_layer(
+        &mut self,
+        layer_idx: usize,
+        heads: usize,
+        weights: LayerWeights,
+    ) -> std::result::Result<MergedLayer, LayerError> {
+        self.0 += 1;
+        if self.0 == 2 { Err(Interrupted.into()) } else { Keeping.merge_layer(layer_idx, heads, weights) }
+    }
+}
+
+#[test]
+fn an_interrupted_layer_method_leaves_nothing() {
+    let (source, out) = (Synthetic::default().folder(), TempDir::new().unwrap());
+    let checkpoint = Checkpoint::open(source.path()).unwrap();
+    let plan = Plan::parse("gqa2:1,3", checkpoint.config()).unwrap();
+    let dst = out.path().join("dst");
+    let stopped = convert_layers(&checkpoint, &dst, &plan, &options("mean"), &mut Stopping(0), &NoProgress);
+    assert!(matches!(stopped, Err(Error::Interrupted(_))));
+    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
+}
+
 #[test]
 fn a_layer_method_resumes_only_with_what_it_gave_before() {
     let (source, out) = (Synthetic { per_shard: 6, ..Synthetic::default() }.folder(), TempDir::new().unwrap());
@@ -393,7 +419,7 @@ impl LayerMerge for Keeping {
         _: usize,
         heads: usize,
         weights: LayerWeights,
-    ) -> std::result::Result<MergedLayer, String> {
+    ) -> std::result::Result<MergedLayer, LayerError> {
         let kept = weights.into_iter().map(|(name, mut values)| {
             if name.contains("k_proj") || name.contains("v_proj") {
                 values.truncate(heads * 10 * 24);

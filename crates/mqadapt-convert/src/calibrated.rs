@@ -2,10 +2,10 @@
 
 use mqadapt_core::Progress;
 use mqadapt_core::family::{LayerTensor, Module};
-use mqadapt_model::{CalibratedLayer, CalibratedMerge};
+use mqadapt_model::{CalibratedLayer, CalibratedMerge, Error};
 use serde_json::{Value, json};
 
-use crate::{LayerMerge, LayerWeights, MergedLayer};
+use crate::{LayerError, LayerMerge, LayerWeights, MergedLayer};
 
 /// A [`CalibratedMerge`] in the place of a [`LayerMerge`].
 pub struct CalibratedLayers<'a> {
@@ -22,7 +22,12 @@ impl<'a> CalibratedLayers<'a> {
 }
 
 impl LayerMerge for CalibratedLayers<'_> {
-    fn merge_layer(&mut self, layer_idx: usize, heads: usize, weights: LayerWeights) -> Result<MergedLayer, String> {
+    fn merge_layer(
+        &mut self,
+        layer_idx: usize,
+        heads: usize,
+        weights: LayerWeights,
+    ) -> Result<MergedLayer, LayerError> {
         let name = |module, bias| LayerTensor { layer_idx, module, bias }.name();
         let mut weights = weights;
         let mut take = |module, bias| weights.remove(&name(module, bias));
@@ -37,8 +42,10 @@ impl LayerMerge for CalibratedLayers<'_> {
             v_proj_bias: take(Module::VProj, true),
         };
         let o_proj_bias = take(Module::OProj, true); // no merge changes it
-        let merged =
-            self.merge.merge_layer(layer_idx, heads, &source, self.progress).map_err(|error| error.to_string())?;
+        let merged = self.merge.merge_layer(layer_idx, heads, &source, self.progress).map_err(|error| match error {
+            Error::Interrupted(interrupted) => LayerError::Interrupted(interrupted),
+            error => LayerError::Refused(error.to_string()),
+        })?;
         let (relative_error, notes) = (relative_error(&merged), notes(&merged));
         let new = merged.weights;
         let named = [

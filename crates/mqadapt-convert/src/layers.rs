@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use mqadapt_core::Interrupted;
 use mqadapt_core::family::{LayerTensor, Module};
 use serde_json::Value;
 
@@ -19,6 +20,28 @@ pub struct MergedLayer {
     pub notes: Value,
 }
 
+/// Why a layer is not merged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LayerError {
+    /// The user asked to stop.
+    Interrupted(Interrupted),
+    /// The method cannot, in words.
+    Refused(String),
+}
+
+impl From<Interrupted> for LayerError {
+    fn from(interrupted: Interrupted) -> Self {
+        Self::Interrupted(interrupted)
+    }
+}
+
+impl From<String> for LayerError {
+    fn from(detail: String) -> Self {
+        Self::Refused(detail)
+    }
+}
+
 /// A merge method that needs `q_proj`, `k_proj`, `v_proj` and `o_proj` of a layer together, and gives all of them back.
 ///
 /// A conversion calls it for each layer that the plan changes, from the first to the last, before it streams the rest: one
@@ -28,8 +51,9 @@ pub trait LayerMerge {
     /// Merges one layer. `heads` is the layer's number of K/V heads in the plan.
     ///
     /// # Errors
-    /// Why it cannot, in words.
-    fn merge_layer(&mut self, layer_idx: usize, heads: usize, weights: LayerWeights) -> Result<MergedLayer, String>;
+    /// Why it cannot, or that it was interrupted.
+    fn merge_layer(&mut self, layer_idx: usize, heads: usize, weights: LayerWeights)
+    -> Result<MergedLayer, LayerError>;
 }
 
 /// Whether a tensor is among those that a layer method is given and gives back.

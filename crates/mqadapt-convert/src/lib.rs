@@ -54,7 +54,7 @@ mod writer;
 pub use calibrated::CalibratedLayers;
 pub use convert::{convert, convert_layers};
 pub use error::{Error, Result};
-pub use layers::{LayerMerge, LayerWeights, MergedLayer};
+pub use layers::{LayerError, LayerMerge, LayerWeights, MergedLayer};
 pub use manifest::{MANIFEST_FILE, Manifest, PlanRecord, ShardRecord, SourceRecord};
 pub use options::{ConversionReport, ConvertOptions};
 pub use output::PARTIAL_SUFFIX;

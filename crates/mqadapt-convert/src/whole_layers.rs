@@ -9,7 +9,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::engine::{Engine, refuse_overflow};
 use crate::journal::Past;
-use crate::layers::{LayerMerge, LayerWeights, MergedLayer};
+use crate::layers::{LayerError, LayerMerge, LayerWeights, MergedLayer};
 use crate::layout::{How, Layout, OutputShard, OutputTensor};
 use crate::unfinished::{completed_before, open, partial};
 use crate::{Error, Result};
@@ -71,7 +71,10 @@ impl Engine<'_> {
         }
         let heads = self.plan.layers().get(layer_idx).map_or(0, |choice| choice.num_key_value_heads());
         let failed = |detail| Error::Method { method: self.options.method.name.to_owned(), detail };
-        let merged = method.merge_layer(layer_idx, heads, weights).map_err(failed)?;
+        let merged = method.merge_layer(layer_idx, heads, weights).map_err(|error| match error {
+            LayerError::Interrupted(interrupted) => Error::Interrupted(interrupted),
+            LayerError::Refused(detail) => failed(detail),
+        })?;
         for (_, place) in places {
             let name = &self.source(place.source)?.name;
             let expected = place.shape.iter().product::<usize>();

@@ -28,4 +28,4 @@ pub use config::{Activation, DType, ModelConfig, Rope, RopeScaling};
 pub use error::{Error, Result};
 pub use family::{FAMILIES, Family};
 pub use plan::{KvChoice, Plan};
-pub use progress::{Interrupted, NoProgress, Progress};
+pub use progress::{Interrupted, NoProgress, Progress, Progressing};

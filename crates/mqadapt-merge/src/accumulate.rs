@@ -5,6 +5,7 @@
 //! difference `E[k kT] - mu muT` loses no digits to a large common key.
 
 use faer::MatRef;
+use mqadapt_core::Progressing;
 use pulp::Arch;
 use rayon::prelude::*;
 
@@ -51,8 +52,15 @@ impl Accumulator {
     /// outputs before `o_proj`, `[tokens, num_attention_heads * head_dim]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] where the three disagree; [`Error::NotFinite`].
-    pub fn add_sequence(&mut self, q: &[f32], k: &[f32], v: &[f32]) -> Result<Vec<f32>, Error> {
+    /// [`Error::Shape`] where the three disagree; [`Error::NotFinite`]; [`Error::Interrupted`], after which the sums are of
+    /// no use.
+    pub fn add_sequence(
+        &mut self,
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        progress: &Progressing<'_>,
+    ) -> Result<Vec<f32>, Error> {
         let geometry = &self.geometry;
         let (d, heads, kv) = (geometry.head_dim, geometry.num_attention_heads, geometry.num_key_value_heads);
         let tokens = q.len() / (heads * d);
@@ -71,7 +79,7 @@ impl Accumulator {
         let block_heads = self.statistics.shape.block_heads;
         let blocks = stack(k, v, &k_rotated, kv * d, block_heads * d);
         let shape = self.statistics.shape;
-        let outputs: Vec<Vec<f32>> = self
+        let outputs = self
             .statistics
             .heads
             .par_iter_mut()
@@ -83,10 +91,10 @@ impl Accumulator {
                     k: view(&k_rotated[g * d..], tokens, d, kv * d),
                     geometry,
                 };
-                add_gram(sums.get_mut(Moment::Query), view(&q[h * d..], tokens, d, heads * d), None, 1.0);
-                add_head(sums, &probabilities, &blocks[g / block_heads], g % block_heads, &shape)
+                add_gram(sums.get_mut(Moment::Query), view(&q[h * d..], tokens, d, heads * d), None, 1.0, progress)?;
+                add_head(sums, &probabilities, &blocks[g / block_heads], g % block_heads, &shape, progress)
             })
-            .collect();
+            .collect::<Result<Vec<_>, Error>>()?;
         let mut joined = vec![0.0f32; tokens * heads * d];
         for (h, output) in outputs.iter().enumerate() {
             for (t, values) in output.chunks_exact(d).enumerate() {
@@ -157,7 +165,8 @@ fn add_head(
     block: &Block,
     slot: usize,
     shape: &StatisticsShape,
-) -> Vec<f32> {
+    progress: &Progressing<'_>,
+) -> Result<Vec<f32>, Error> {
     let (d, width, stride) = (shape.head_dim, shape.width(), 3 * shape.width());
     let tokens = block.stacked.len() / stride;
     let own = width + slot * d;
@@ -168,22 +177,23 @@ fn add_head(
     for first in (0..tokens).step_by(SUM_ROWS) {
         let rows = SUM_ROWS.min(tokens - first);
         let mu = &mut mu[..rows * stride];
-        let columns: Vec<Vec<f64>> = mu
+        let columns = mu
             .par_chunks_mut(ROWS * stride)
             .enumerate()
             .map_init(Vec::new, |p, (i, mu)| {
+                progress.tell()?;
                 let (start, rows) = (first + i * ROWS, mu.len() / stride);
                 probabilities.block(start, rows, p);
                 let keys = start + rows;
                 product(mu, view(p, rows, keys, keys), view(&block.stacked, keys, stride, stride));
-                Arch::new().dispatch(ColumnSums { probabilities: p, keys })
+                Ok(Arch::new().dispatch(ColumnSums { probabilities: p, keys }))
             })
-            .collect();
+            .collect::<Result<Vec<_>, Error>>()?;
         for column in &columns {
             weight.iter_mut().zip(column).for_each(|(w, c)| *w += c);
         }
-        add_gram(sums.get_mut(Moment::KeyCentred), view(mu, rows, width, stride), None, -1.0);
-        add_gram(sums.get_mut(Moment::ValueOutput), view(&mu[width..], rows, width, stride), None, 1.0);
+        add_gram(sums.get_mut(Moment::KeyCentred), view(mu, rows, width, stride), None, -1.0, progress)?;
+        add_gram(sums.get_mut(Moment::ValueOutput), view(&mu[width..], rows, width, stride), None, 1.0, progress)?;
         if shape.rotary_pairs > 0 {
             add_pairs(sums.get_mut(Moment::KeyRotated), &mu[2 * width..], stride, None, -1.0, shape);
         }
@@ -191,16 +201,34 @@ fn add_head(
     }
     drop(mu);
     let root: Vec<f32> = weight.iter().map(|w| crate::layer::round(w.sqrt())).collect();
-    add_gram(sums.get_mut(Moment::KeyCentred), view(&block.stacked, tokens, width, stride), Some(&root), 1.0);
-    add_gram(sums.get_mut(Moment::ValueSecond), view(&block.stacked[own..], tokens, d, stride), Some(&root), 1.0);
+    add_gram(
+        sums.get_mut(Moment::KeyCentred),
+        view(&block.stacked, tokens, width, stride),
+        Some(&root),
+        1.0,
+        progress,
+    )?;
+    add_gram(
+        sums.get_mut(Moment::ValueSecond),
+        view(&block.stacked[own..], tokens, d, stride),
+        Some(&root),
+        1.0,
+        progress,
+    )?;
     if shape.rotary_pairs > 0 {
         add_pairs(sums.get_mut(Moment::KeyRotated), &block.stacked[2 * width..], stride, Some(&root), 1.0, shape);
     }
-    output
+    Ok(output)
 }
 
 /// `sum += sign * xT diag(root)^2 x`, the lower triangle.
-fn add_gram(sum: &mut [f64], x: MatRef<'_, f32>, root: Option<&[f32]>, sign: f64) {
+fn add_gram(
+    sum: &mut [f64],
+    x: MatRef<'_, f32>,
+    root: Option<&[f32]>,
+    sign: f64,
+    progress: &Progressing<'_>,
+) -> Result<(), Error> {
     let n = x.ncols();
     let (mut scaled, mut panel) = (Vec::new(), Vec::new());
     for start in (0..x.nrows()).step_by(SUM_ROWS) {
@@ -216,6 +244,7 @@ fn add_gram(sum: &mut [f64], x: MatRef<'_, f32>, root: Option<&[f32]>, sign: f64
             part
         };
         for left in (0..n).step_by(PANEL) {
+            progress.tell()?;
             let columns = PANEL.min(n - left);
             panel.resize((n - left) * columns, 0.0);
             product(&mut panel, part.subcols(left, n - left).transpose(), part.subcols(left, columns));
@@ -226,6 +255,7 @@ fn add_gram(sum: &mut [f64], x: MatRef<'_, f32>, root: Option<&[f32]>, sign: f64
             }
         }
     }
+    Ok(())
 }
 
 /// `sum[pair, a, b] += sign * sum_t root_t^2 z_a conj(z_b)`, `z` the rotated pairs of each head.

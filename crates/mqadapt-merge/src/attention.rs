@@ -7,8 +7,11 @@
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
+use mqadapt_core::Progressing;
 use pulp::{Arch, NullaryFnOnce};
+use rayon::prelude::*;
 
+use crate::Error;
 use crate::layer::LayerGeometry;
 
 /// Query rows handled at a time: their probabilities stay in the cache.
@@ -28,15 +31,28 @@ pub(crate) fn product(out: &mut [f32], a: MatRef<'_, f32>, b: MatRef<'_, f32>) {
     matmul(dst, Accum::Replace, a, b, 1.0, Par::Seq);
 }
 
-/// `x WT`, `x [tokens, width]`, `weight [rows, width]`, plus the bias.
-pub(crate) fn project(x: &[f32], weight: &[f32], bias: Option<&[f32]>, width: usize) -> Vec<f32> {
+/// Rows handled by one thread at a time; a part of the result, so that no sum is divided.
+pub(crate) const PART: usize = 64;
+
+/// `x WT + b`, `x [tokens, width]`, `weight [rows, width]`, tokens divided among threads.
+pub(crate) fn project(
+    x: &[f32],
+    weight: &[f32],
+    bias: Option<&[f32]>,
+    width: usize,
+    progress: &Progressing<'_>,
+) -> Result<Vec<f32>, Error> {
     let (tokens, rows) = (x.len() / width, weight.len() / width);
     let mut out = vec![0.0; tokens * rows];
-    product(&mut out, view(x, tokens, width, width), view(weight, rows, width, width).transpose());
-    if let Some(bias) = bias {
-        out.chunks_exact_mut(rows).for_each(|row| row.iter_mut().zip(bias).for_each(|(a, b)| *a += b));
-    }
-    out
+    out.par_chunks_mut(PART * rows).zip(x.par_chunks(PART * width)).try_for_each(|(out, x)| {
+        progress.tell()?;
+        product(out, view(x, x.len() / width, width, width), view(weight, rows, width, width).transpose());
+        if let Some(bias) = bias {
+            out.chunks_exact_mut(rows).for_each(|row| row.iter_mut().zip(bias).for_each(|(a, b)| *a += b));
+        }
+        Ok::<(), Error>(())
+    })?;
+    Ok(out)
 }
 
 /// Rotates every head of `x` in place; row `t` is position `t`.
@@ -207,12 +223,12 @@ pub(crate) fn attend(
     k: &[f32],
     v: &[f32],
     num_key_value_heads: usize,
-) -> Vec<f32> {
-    use rayon::prelude::*;
+    progress: &Progressing<'_>,
+) -> Result<Vec<f32>, Error> {
     let (d, heads) = (geometry.head_dim, geometry.num_attention_heads);
     let (q_width, kv_width) = (heads * d, num_key_value_heads * d);
     let tokens = q.len() / q_width;
-    let per_head: Vec<Vec<f32>> = (0..heads)
+    let per_head = (0..heads)
         .into_par_iter()
         .map(|h| {
             let at = h / (heads / num_key_value_heads) * d;
@@ -222,22 +238,24 @@ pub(crate) fn attend(
                 geometry,
             };
             let mut out = vec![0.0; tokens * d];
-            out.par_chunks_mut(ROWS * d).enumerate().for_each_init(Vec::new, |p, (i, out)| {
+            out.par_chunks_mut(ROWS * d).enumerate().try_for_each_init(Vec::new, |p, (i, out)| {
+                progress.tell()?;
                 let (start, rows) = (i * ROWS, out.len() / d);
                 probabilities.block(start, rows, p);
                 let keys = start + rows;
                 product(out, view(p, rows, keys, keys), view(&v[at..], keys, d, kv_width));
-            });
-            out
+                Ok::<(), Error>(())
+            })?;
+            Ok(out)
         })
-        .collect();
+        .collect::<Result<Vec<Vec<f32>>, Error>>()?;
     let mut out = vec![0.0; tokens * q_width];
     for (h, head) in per_head.iter().enumerate() {
         for (t, values) in head.chunks_exact(d).enumerate() {
             out[t * q_width + h * d..][..d].copy_from_slice(values);
         }
     }
-    out
+    Ok(out)
 }
 
 #[cfg(test)]

@@ -36,4 +36,7 @@ pub enum Error {
     /// An option has a value that cannot be.
     #[error("{0}")]
     Option(String),
+    /// The user asked to stop.
+    #[error(transparent)]
+    Interrupted(#[from] mqadapt_core::Interrupted),
 }

@@ -82,7 +82,9 @@ mod tests {
             let norms: f64 = x
                 .iter()
                 .flat_map(|x| {
-                    let y = crate::closed_form::outputs(&silent, &geometry, 2, x);
+                    let y =
+                        crate::closed_form::outputs(&silent, &geometry, 2, x, &mqadapt_core::Progressing::UNWATCHED)
+                            .unwrap();
                     y.chunks_exact(40)
                         .map(|y| y.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt())
                         .collect::<Vec<_>>()

@@ -4,6 +4,8 @@
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par, Side};
+use mqadapt_core::Progressing;
+use rayon::prelude::*;
 
 use crate::Error;
 use crate::algebra::{dot, solve_factored};
@@ -12,6 +14,8 @@ use crate::layer::check_len;
 
 /// Rows whose products are summed in f32 before they go to f64.
 const SUM_ROWS: usize = 512;
+/// Columns that are solved at a time.
+const COLUMNS: usize = 64;
 
 /// Ridge strength in features scaled to unit energy.
 pub const REFIT_LAMBDA: f64 = 0.1;
@@ -67,8 +71,14 @@ impl Refit {
     /// the original stream (`Y` is its product), `[tokens, features]` each.
     ///
     /// # Errors
-    /// [`Error::Shape`] where the two have other lengths; [`Error::NotFinite`].
-    pub fn add_sequence(&mut self, converted: &[f32], original: &[f32]) -> Result<(), Error> {
+    /// [`Error::Shape`] where the two have other lengths; [`Error::NotFinite`]; [`Error::Interrupted`], after which the sums
+    /// are of no use.
+    pub fn add_sequence(
+        &mut self,
+        converted: &[f32],
+        original: &[f32],
+        progress: &Progressing<'_>,
+    ) -> Result<(), Error> {
         let (f, hidden) = (self.features, self.hidden_size);
         let tokens = converted.len() / f;
         check_len("converted", converted.len(), tokens * f)?;
@@ -79,6 +89,7 @@ impl Refit {
         let (o_proj, original_o_proj) = (view(&self.o_proj, hidden, f, f), view(&self.original_o_proj, hidden, f, f));
         let (mut y, mut rest) = (Vec::new(), Vec::new());
         for start in (0..tokens).step_by(SUM_ROWS) {
+            progress.tell()?;
             let rows = SUM_ROWS.min(tokens - start);
             let x = view(&converted[start * f..], rows, f, f);
             y.resize(rows * hidden, 0.0);
@@ -93,6 +104,7 @@ impl Refit {
                 self.energy += f64::from(*y) * f64::from(*y);
                 self.error += f64::from(*r) * f64::from(*r);
             }
+            progress.tell()?;
             let (gram, cross) = (&mut self.gram, &mut self.cross);
             rayon::join(|| accumulate(gram, x, x), || accumulate(cross, x, view(&rest, rows, hidden, hidden)));
         }
@@ -117,8 +129,8 @@ impl Refit {
     /// `O + [(Y - F OT)T F D^-1] (D^-1 FT F D^-1 + lambda I)^-1 D^-1`, `D = diag(FT F)^1/2`.
     ///
     /// # Errors
-    /// [`Error::Option`] for a `lambda` that is not positive.
-    pub fn solve(&self, lambda: f64) -> Result<Refitted, Error> {
+    /// [`Error::Option`] for a `lambda` that is not positive; [`Error::Interrupted`].
+    pub fn solve(&self, lambda: f64, progress: &Progressing<'_>) -> Result<Refitted, Error> {
         if !(lambda.is_finite() && lambda > 0.0) {
             return Err(Error::Option(format!("the refit's lambda must be positive, found {lambda}")));
         }
@@ -127,21 +139,27 @@ impl Refit {
             self.gram[(i, j)] * scale[i] * scale[j] + if i == j { lambda } else { 0.0 }
         });
         let factor = scaled.llt(Side::Lower).map_err(|_| Error::NotFinite)?;
-        let right = Mat::from_fn(self.features, self.hidden_size, |i, j| self.cross[(i, j)] * scale[i]);
-        let mut step = solve_factored(factor.L(), right);
-        for j in 0..self.hidden_size {
-            for i in 0..self.features {
-                step[(i, j)] *= scale[i];
-            }
-        }
+        // a few columns at a time: each of them, and what it gains, stands alone
+        let columns = |nth: usize| -> Result<(Mat<f64>, f64), Error> {
+            progress.tell()?;
+            let first = nth * COLUMNS;
+            let cross = self.cross.subcols(first, COLUMNS.min(self.hidden_size - first));
+            let right = Mat::from_fn(self.features, cross.ncols(), |i, j| cross[(i, j)] * scale[i]);
+            let solved = solve_factored(factor.L(), right);
+            let step = Mat::from_fn(self.features, cross.ncols(), |i, j| solved[(i, j)] * scale[i]);
+            // |Y - F (O + S)T|^2 = |R|^2 - 2 <S, FT R> + <S, FT F S>
+            let gain = 2.0 * dot(step.as_ref(), cross) - dot(step.as_ref(), (&self.gram * &step).as_ref());
+            Ok((step, gain))
+        };
+        let parts = (0..self.hidden_size.div_ceil(COLUMNS)).into_par_iter().map(columns);
+        let parts = parts.collect::<Result<Vec<_>, Error>>()?;
+        let gain: f64 = parts.iter().map(|(_, gain)| gain).sum();
         let mut o_proj = self.o_proj.clone();
         for (row, values) in o_proj.chunks_exact_mut(self.features).enumerate() {
             for (i, value) in values.iter_mut().enumerate() {
-                *value = crate::layer::round(f64::from(*value) + step[(i, row)]);
+                *value = crate::layer::round(f64::from(*value) + parts[row / COLUMNS].0[(i, row % COLUMNS)]);
             }
         }
-        // |Y - F (O + S)T|^2 = |R|^2 - 2 <S, FT R> + <S, FT F S>
-        let gain = 2.0 * dot(step.as_ref(), self.cross.as_ref()) - dot(step.as_ref(), (&self.gram * &step).as_ref());
         let relative = |error: f64| if self.energy > 0.0 { (error.max(0.0) / self.energy).sqrt() } else { 0.0 };
         Ok(Refitted { o_proj, error_before: relative(self.error), error_after: relative(self.error - gain) })
     }
@@ -160,6 +178,8 @@ fn accumulate(sum: &mut Mat<f64>, a: MatRef<'_, f32>, b: MatRef<'_, f32>) {
 
 #[cfg(test)]
 mod tests {
+    use mqadapt_core::Progressing;
+
     use super::Refit;
     use crate::attention::project;
     use crate::closed_form::tests::Noise;
@@ -176,25 +196,30 @@ mod tests {
         let fit = |sequences: &[Vec<f32>]| {
             let mut sums = Refit::new(&start, &truth, FEATURES, HIDDEN).unwrap();
             for x in sequences {
-                sums.add_sequence(x, x).unwrap();
+                sums.add_sequence(x, x, &Progressing::UNWATCHED).unwrap();
             }
             sums
         };
         let whole = fit(&x);
         let close = |a: &[f32], b: &[f32], tolerance: f32| a.iter().zip(b).all(|(a, b)| (a - b).abs() < tolerance);
-        assert!(close(&whole.solve(1e-9).unwrap().o_proj, &truth, 1e-5));
+        assert!(close(&whole.solve(1e-9, &Progressing::UNWATCHED).unwrap().o_proj, &truth, 1e-5));
         // nearly white features: lambda 1 goes half of the way
         let half: Vec<f32> = truth.iter().zip(&start).map(|(a, b)| f32::midpoint(*a, *b)).collect();
-        let refitted = whole.solve(1.0).unwrap();
+        let refitted = whole.solve(1.0, &Progressing::UNWATCHED).unwrap();
         assert!(close(&refitted.o_proj, &half, 0.15));
         let mut halves = fit(&x[..1]);
         halves.add(&fit(&x[1..])).unwrap();
-        assert!(close(&halves.solve(0.1).unwrap().o_proj, &whole.solve(0.1).unwrap().o_proj, 1e-6));
+        assert!(close(
+            &halves.solve(0.1, &Progressing::UNWATCHED).unwrap().o_proj,
+            &whole.solve(0.1, &Progressing::UNWATCHED).unwrap().o_proj,
+            1e-6
+        ));
         // the errors against their definition
         let relative = |o: &[f32]| {
+            let project = |x: &[f32], o: &[f32]| project(x, o, None, FEATURES, &Progressing::UNWATCHED).unwrap();
             let (mut error, mut energy) = (0.0, 0.0);
             for x in &x {
-                let (y, found) = (project(x, &truth, None, FEATURES), project(x, o, None, FEATURES));
+                let (y, found) = (project(x, &truth), project(x, o));
                 error += y.iter().zip(&found).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
                 energy += y.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>();
             }
@@ -207,9 +232,9 @@ mod tests {
     #[test]
     fn refuses_what_does_not_fit() {
         let mut sums = Refit::new(&[0.0; 30], &[0.0; 30], FEATURES, HIDDEN).unwrap();
-        assert!(sums.add_sequence(&[0.0; 12], &[0.0; 6]).is_err());
-        assert!(sums.add_sequence(&[f32::NAN; 6], &[0.0; 6]).is_err());
-        assert!(sums.solve(0.0).is_err());
+        assert!(sums.add_sequence(&[0.0; 12], &[0.0; 6], &Progressing::UNWATCHED).is_err());
+        assert!(sums.add_sequence(&[f32::NAN; 6], &[0.0; 6], &Progressing::UNWATCHED).is_err());
+        assert!(sums.solve(0.0, &Progressing::UNWATCHED).is_err());
         assert!(Refit::new(&[0.0; 29], &[0.0; 30], FEATURES, HIDDEN).is_err());
     }
 }

@@ -106,3 +106,13 @@ pub enum Error {
     #[error(transparent)]
     Interrupted(#[from] Interrupted),
 }
+
+impl Error {
+    /// What a layer's merge says, as an error of the layer; for `map_err`.
+    pub(crate) fn merge(layer_idx: usize) -> impl Fn(mqadapt_merge::Error) -> Self + Copy {
+        move |source| match source {
+            mqadapt_merge::Error::Interrupted(interrupted) => Self::Interrupted(interrupted),
+            source => Self::Merge { layer_idx, source },
+        }
+    }
+}

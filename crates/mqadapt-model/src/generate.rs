@@ -1,14 +1,14 @@
 //! Continuing many prompts at once (continuous batching): every pass takes one row of each sequence that is being
 //! continued, and fills up with prompts that wait. Prompts share the K/V of what they have in common.
 
-use mqadapt_core::Progress;
+use mqadapt_core::{Progress, Progressing};
 use mqadapt_kernels::Span;
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::options::GenerateOptions;
 use crate::sample::Sampler;
-use crate::session::{Progressing, Runner, Session};
+use crate::session::{Runner, Session};
 
 /// Sequences that are continued at the same time, at most.
 const MOST_SEQUENCES: usize = 64;

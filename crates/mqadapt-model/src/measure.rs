@@ -2,12 +2,12 @@
 
 use std::time::Instant;
 
-use mqadapt_core::Progress;
+use mqadapt_core::{Progress, Progressing};
 use mqadapt_kernels::Span;
 
 use crate::backend::{Backend, Linear};
 use crate::error::{Error, Result};
-use crate::session::{Progressing, Runner, Session};
+use crate::session::{Runner, Session};
 
 /// Rows of keys and values that are made up at a time.
 const ROWS: usize = 256;

@@ -45,7 +45,7 @@ pub fn predicted_errors(
             let geometry = layer_geometry(checkpoint.config(), layer_idx);
             let sample = saved.layer(layer_idx, &geometry)?;
             predicted_error(weights, &geometry, heads, &sample.statistics, fixed, context)
-                .map_err(|source| Error::Merge { layer_idx, source })
+                .map_err(Error::merge(layer_idx))
         })
     } else {
         let text = Calibration { sequences: Vec::new(), target_contexts: contexts.to_vec() };

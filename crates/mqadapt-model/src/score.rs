@@ -4,13 +4,13 @@
 //! once, as a piece of a packed pass that reads the K/V of the nodes above it; only the path to the current leaf stays
 //! in the cache. So the cache holds one sequence and one pass, however many requests there are, and nothing is padded.
 
-use mqadapt_core::Progress;
+use mqadapt_core::{Progress, Progressing};
 use mqadapt_kernels::Span;
 
 use crate::backend::{Backend, Scored, Wanted};
 use crate::decoder::{Moment, Workspace};
 use crate::error::{Error, Result};
-use crate::session::{Progressing, Runner, Session};
+use crate::session::{Runner, Session};
 
 /// The residual streams of a list of requests at the entrance of a layer, as they were computed: pass after pass.
 ///
@@ -224,7 +224,7 @@ impl<B: Backend> Walk<'_, B> {
                 for states in kept.iter_mut().filter(|kept| moment == Moment::Entering && kept.layer_idx == layer_idx) {
                     states.passes.push(decoder.backend.download(&ws.hidden)?);
                 }
-                progressing.tell()
+                Ok(progressing.tell()?)
             };
             session.observed_pass(decoder, first..decoder.layers.len(), self.start.is_none(), observer)?;
             self.passes += 1;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mqadapt_core::{DType, Progress};
+use mqadapt_core::{DType, Progressing};
 
 use crate::backend::{Backend, Heads};
 use crate::batch::Batch;
@@ -41,22 +41,6 @@ pub(crate) struct Session<B: Backend> {
     pub rope: RopeTable,
     pub batch: Batch,
     pub ws: Workspace<B>,
-}
-
-/// How far a call is, for the checks within its passes.
-#[derive(Clone, Copy)]
-pub(crate) struct Progressing<'a> {
-    pub progress: &'a dyn Progress,
-    pub phase: &'static str,
-    pub done: u64,
-    pub total: u64,
-}
-
-impl Progressing<'_> {
-    /// Says where the call is; the place where it is interrupted.
-    pub(crate) fn tell(&self) -> Result<()> {
-        Ok(self.progress.advance(self.phase, self.done, self.total)?)
-    }
 }
 
 impl<B: Backend> Runner<B> {
@@ -178,7 +162,7 @@ impl<B: Backend> Session<B> {
         embed: bool,
         progressing: &Progressing<'_>,
     ) -> Result<()> {
-        self.observed_pass(decoder, layers, embed, &mut |_: Moment, _: usize, _: &Workspace<B>| progressing.tell())
+        self.observed_pass(decoder, layers, embed, &mut |_: Moment, _: usize, _: &Workspace<B>| Ok(progressing.tell()?))
     }
 
     /// [`Self::pass`], watched.

@@ -10,14 +10,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use mqadapt_checkpoint::{Checkpoint, Header, HeaderEntry, MAX_HEADER_BYTES};
-use mqadapt_core::{NoProgress, Progress};
+use mqadapt_core::{Progress, Progressing};
 use mqadapt_merge::{LayerGeometry, LayerStatistics, NamedTensors, StatisticsShape};
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::activations::Spill;
 use crate::calibrate::{Calibration, Collector, LayerSample, block_heads, layer_geometry};
-use crate::stream::{StreamedLayer, embed};
+use crate::stream::{CALIBRATE, StreamedLayer, embed};
 use crate::{Error, Result};
 
 /// `format` of the metadata; the number changes when the meaning of a tensor does, or how it is computed.
@@ -74,13 +74,20 @@ pub fn collect_statistics(
         let folder = spill.filter(|spill| bytes as u64 > spill.max_memory).map(|spill| spill.folder.as_path());
         let mut hidden = embed(checkpoint, &calibration.sequences, folder)?;
         for layer_idx in 0..config.num_hidden_layers {
-            let layer = StreamedLayer::load(checkpoint, layer_idx, &NoProgress)?;
+            let layer = StreamedLayer::load(checkpoint, layer_idx, progress)?;
             let geometry = layer_geometry(config, layer_idx);
             let block = block_heads(&geometry, 1);
+            let (done, total) = (layer_idx as u64, config.num_hidden_layers as u64);
+            let progressing = Progressing { progress, phase: CALIBRATE, done, total };
             let mut collector = Collector::new(&geometry, &layer.o_proj(checkpoint)?, calibration, layer_idx, block)?;
-            layer.run(&mut hidden, Some(&mut |trace: &crate::LayerTrace<'_>| collector.add(trace)), progress)?;
+            layer.run(
+                &mut hidden,
+                Some(&mut |trace: &crate::LayerTrace<'_>| collector.add(trace, &progressing)),
+                progress,
+            )?;
             let sample = collector.finish();
             for (_, values) in sample.statistics.to_tensors().into_values() {
+                progressing.tell()?;
                 values.iter().try_for_each(|v| out.write_all(&v.to_le_bytes())).map_err(failed(&partial))?;
             }
             for input in &sample.inputs {
@@ -128,8 +135,7 @@ fn layout(checkpoint: &Checkpoint, calibration: &Calibration) -> Result<(Vec<u8>
     for layer_idx in 0..config.num_hidden_layers {
         let geometry = layer_geometry(config, layer_idx);
         let block = block_heads(&geometry, 1);
-        let shape =
-            StatisticsShape::new(&geometry, Some(block)).map_err(|source| Error::Merge { layer_idx, source })?;
+        let shape = StatisticsShape::new(&geometry, Some(block)).map_err(Error::merge(layer_idx))?;
         for (name, shape) in shape.tensors() {
             add(format!("layers.{layer_idx}.{name}"), "F64", &shape, 8);
         }
@@ -210,7 +216,7 @@ impl StatisticsFile {
     /// [`Error::Statistics`] where a tensor is missing or does not fit the layer; [`Error::Io`].
     pub fn layer(&self, layer_idx: usize, geometry: &LayerGeometry) -> Result<LayerSample> {
         let block = block_heads(geometry, 1);
-        let shape = StatisticsShape::new(geometry, Some(block)).map_err(|source| Error::Merge { layer_idx, source })?;
+        let shape = StatisticsShape::new(geometry, Some(block)).map_err(Error::merge(layer_idx))?;
         let mut tensors = NamedTensors::new();
         for (name, expected) in shape.tensors() {
             let entry = self.entry(&format!("layers.{layer_idx}.{name}"), safetensors::Dtype::F64, &expected)?;
@@ -218,8 +224,7 @@ impl StatisticsFile {
             let values = bytes.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b)).collect();
             tensors.insert(name.to_owned(), (entry.shape.clone(), values));
         }
-        let statistics =
-            LayerStatistics::from_tensors(shape, &tensors).map_err(|source| Error::Merge { layer_idx, source })?;
+        let statistics = LayerStatistics::from_tensors(shape, &tensors).map_err(Error::merge(layer_idx))?;
         let mut inputs = Vec::new();
         while let Some(entry) = self.entries.get(&format!("layers.{layer_idx}.inputs.{}", inputs.len())) {
             let expected = [entry.shape.first().copied().unwrap_or(0), geometry.hidden_size];

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_core::family::{EMBED_TOKENS, LayerTensor, Module};
-use mqadapt_core::{DType, ModelConfig, Progress};
+use mqadapt_core::{DType, ModelConfig, Progress, Progressing};
 use mqadapt_kernels::Precision;
 
 use crate::activations::Activations;
@@ -17,7 +17,7 @@ use crate::backend::{Backend, HostMatrix, Kernels};
 use crate::decoder::Decoder;
 use crate::load::{self, Weights};
 use crate::overlay::{self, AttentionWeights};
-use crate::session::{Progressing, Runner};
+use crate::session::Runner;
 use crate::states::{HiddenStates, LayerTrace};
 use crate::trace::Visitor;
 use crate::{Error, Result, WeightFormat};
@@ -54,6 +54,9 @@ pub(crate) fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>], folder: Opt
     Ok(out)
 }
 
+/// Phase of the progress: layers of the model.
+pub(crate) const CALIBRATE: &str = "calibrate";
+
 /// One layer of a checkpoint, ready to run.
 pub(crate) struct StreamedLayer {
     layer_idx: usize,
@@ -70,7 +73,9 @@ impl StreamedLayer {
         let config = checkpoint.config();
         let of_layer = |name: &String| LayerTensor::parse(name).is_some_and(|tensor| tensor.layer_idx == layer_idx);
         let names: Vec<String> = config.tensors().into_iter().map(|tensor| tensor.name).filter(of_layer).collect();
-        let tensors = load::read(checkpoint, &names, None, None, progress)?;
+        let (done, total) = (layer_idx as u64, config.num_hidden_layers as u64);
+        let within = Progressing { progress, phase: CALIBRATE, done, total };
+        let tensors = load::read(checkpoint, &names, None, None, &within)?;
         let backend = Kernels::new(Precision::Fast, WeightFormat::Stored)?;
         let block = Weights { backend: &backend, config, tensors }.block(layer_idx)?;
         // nothing is embedded and nothing scored here
@@ -160,9 +165,10 @@ impl StreamedLayer {
         Ok(())
     }
 
-    fn progressing<'a>(&self, progress: &'a dyn Progress) -> Progressing<'a> {
+    /// For the checks within the layer.
+    pub(crate) fn progressing<'a>(&self, progress: &'a dyn Progress) -> Progressing<'a> {
         let (done, total) = (self.layer_idx as u64, self.of_layers as u64);
-        Progressing { progress, phase: "calibrate", done, total }
+        Progressing { progress, phase: CALIBRATE, done, total }
     }
 
     /// The residual stream of one sequence, `behind` the layer or as it was.

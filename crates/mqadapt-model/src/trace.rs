@@ -4,13 +4,13 @@ mod layers;
 
 use std::ops::Range;
 
-use mqadapt_core::Progress;
+use mqadapt_core::{Progress, Progressing};
 use mqadapt_kernels::Span;
 
 use crate::backend::{Backend, Wanted};
 use crate::decoder::{Moment, Workspace};
 use crate::error::{Error, Result};
-use crate::session::{Progressing, Runner, Session};
+use crate::session::{Runner, Session};
 use crate::states::HiddenStates;
 
 pub(crate) use layers::Visitor;
@@ -79,7 +79,7 @@ impl<B: Backend> Runner<B> {
             if moment == Moment::Entering {
                 out[layer] = backend.download(&ws.hidden)?;
             }
-            progressing.tell()
+            Ok(progressing.tell()?)
         })?;
         let rows: Vec<usize> = (0..ids.len()).collect();
         self.decoder.finish(&rows, &mut session.ws)?;

@@ -1,7 +1,9 @@
 //! One target head: the source K/V heads it replaces and their query heads.
 
 use faer::{Mat, MatRef};
+use mqadapt_core::Progressing;
 
+use crate::Error;
 use crate::algebra::dot;
 use crate::layer::{LayerGeometry, LayerWeights, output_head};
 use crate::statistics::{LayerStatistics, Moment};
@@ -11,6 +13,8 @@ pub(crate) struct Group<'a> {
     pub(crate) geometry: &'a LayerGeometry,
     pub(crate) statistics: &'a LayerStatistics,
     pub(crate) members: &'a [usize],
+    /// Asked between query heads.
+    pub(crate) progress: &'a Progressing<'a>,
 }
 
 impl Group<'_> {
@@ -89,21 +93,25 @@ impl Stacked<'_> {
     }
 
     /// Hands out the moment of the `i`-th query head.
-    pub(crate) fn with<T>(&self, i: usize, f: impl FnOnce(MatRef<'_, f64>) -> T) -> T {
-        match self.held.get(i) {
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`].
+    pub(crate) fn with<T>(&self, i: usize, f: impl FnOnce(MatRef<'_, f64>) -> T) -> Result<T, Error> {
+        self.group.progress.tell()?;
+        Ok(match self.held.get(i) {
             Some(held) => f(held.as_ref()),
             None => f(self.make(i).as_ref()),
-        }
+        })
     }
 
     /// Sum of the moments by their weights, divided by the sum of weights.
-    pub(crate) fn pooled(&self, weights: &[f64]) -> Mat<f64> {
+    pub(crate) fn pooled(&self, weights: &[f64]) -> Result<Mat<f64>, Error> {
         let n = self.group.members.len() * self.dims.len();
         let total: f64 = weights.iter().sum::<f64>().max(1e-300);
         let mut sum = Mat::<f64>::zeros(n, n);
         for (i, weight) in weights.iter().enumerate() {
-            self.with(i, |moment| sum += faer::Scale(weight / total) * moment);
+            self.with(i, |moment| sum += faer::Scale(weight / total) * moment)?;
         }
-        sum
+        Ok(sum)
     }
 }

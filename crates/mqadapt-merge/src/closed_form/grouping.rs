@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 
+use mqadapt_core::Progressing;
 use rayon::prelude::*;
 
 use super::group::Group;
@@ -31,6 +32,7 @@ pub(crate) fn choose(
     statistics: &LayerStatistics,
     target: usize,
     cut: usize,
+    progress: &Progressing<'_>,
 ) -> Result<Groups, Error> {
     let start = contiguous(geometry, target);
     let heads = geometry.num_key_value_heads;
@@ -38,11 +40,11 @@ pub(crate) fn choose(
         return Ok(start);
     }
     let cost = |members: &[usize]| -> Result<f64, Error> {
-        let group = Group { geometry, statistics, members };
+        let group = Group { geometry, statistics, members, progress };
         let metrics = group.output_metrics(weights);
         let values = solve_values(&group, &metrics, 0)?;
         let keys = if geometry.qk_norm { None } else { Some(solve_keys(&group, cut)?) };
-        Ok(predict(&group, &metrics, keys.as_ref().map(|k| (k, cut)), &values).output_lost)
+        Ok(predict(&group, &metrics, keys.as_ref().map(|k| (k, cut)), &values)?.output_lost)
     };
     let pairs: Vec<(usize, usize)> = (0..heads).flat_map(|a| (a + 1..heads).map(move |b| (a, b))).collect();
     let costs: HashMap<(usize, usize), f64> =

@@ -3,6 +3,7 @@
 //! here each keeps its own.
 
 use faer::{Mat, MatRef};
+use mqadapt_core::Progressing;
 use rayon::prelude::*;
 
 use super::group::Stacked;
@@ -55,8 +56,10 @@ pub(crate) fn joint_rows(
     mean: &Mat<f64>,
     rows: Mat<f64>,
     iterations: usize,
+    progress: &Progressing<'_>,
 ) -> Result<Mat<f64>, Error> {
-    let total: f64 = heads.iter().map(|head| head.moments.with(head.index, |moment| head.total(moment))).sum();
+    let totals = heads.iter().map(|head| head.moments.with(head.index, |moment| head.total(moment)));
+    let total: f64 = totals.collect::<Result<Vec<_>, _>>()?.iter().sum();
     let (n, stacked) = (rows.nrows(), rows.ncols());
     let root = cholesky(mean.as_ref(), JITTER)?;
     let start = whiten(rows.to_owned(), mean.as_ref(), JITTER)?;
@@ -79,13 +82,14 @@ pub(crate) fn joint_rows(
         }
         loss / initial
     });
+    progress.tell()?; // an objective that was interrupted ends the search
     whiten(unflatten(&flat), mean.as_ref(), JITTER)
 }
 
 /// Sum over heads, in their order.
 fn objective(heads: &[JointHead<'_>], p: MatRef<'_, f64>) -> Result<(f64, Mat<f64>), Error> {
     let parts: Vec<_> =
-        heads.par_iter().map(|head| head.moments.with(head.index, |moment| head.loss(p, moment))).collect();
+        heads.par_iter().map(|head| head.moments.with(head.index, |moment| head.loss(p, moment))?).collect();
     let mut loss = 0.0;
     let mut gradient = Mat::<f64>::zeros(p.nrows(), p.ncols());
     for part in parts {

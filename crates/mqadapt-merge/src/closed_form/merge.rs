@@ -1,6 +1,7 @@
 //! A whole layer: groups, values, the cut, keys, and what it all costs.
 
 use faer::{Mat, MatRef};
+use mqadapt_core::Progressing;
 
 use super::cut::{Cut, candidates, context_cut};
 use super::group::Group;
@@ -75,7 +76,7 @@ pub struct LayerReport {
 ///
 /// # Errors
 /// [`Error::Target`], [`Error::Shape`], [`Error::StatisticsMismatch`],
-/// [`Error::Option`] for a measured cut without a measurement, [`Error::NotFinite`].
+/// [`Error::Option`] for a measured cut without a measurement, [`Error::NotFinite`], [`Error::Interrupted`].
 pub fn merge(
     weights: &LayerWeights,
     geometry: &LayerGeometry,
@@ -83,6 +84,7 @@ pub fn merge(
     statistics: &LayerStatistics,
     options: &ClosedFormOptions,
     measurement: Option<&Measurement>,
+    progress: &Progressing<'_>,
 ) -> Result<(LayerWeights, LayerReport), Error> {
     geometry.check_target(target)?;
     weights.validate(geometry, geometry.num_key_value_heads)?;
@@ -94,21 +96,21 @@ pub fn merge(
     statistics.check(geometry, geometry.num_key_value_heads / target)?;
     let (cuts, first_cut) = cuts(geometry, options, measurement)?;
     let groups = if options.regroup {
-        choose(weights, geometry, statistics, target, first_cut)?
+        choose(weights, geometry, statistics, target, first_cut, progress)?
     } else {
         contiguous(geometry, target)
     };
-    let solver = Solver { weights, geometry, statistics, groups: &groups, options };
+    let solver = Solver { weights, geometry, statistics, groups: &groups, options, progress };
     let values = solver.values()?;
     let mut merged = solver.with_values(&values);
     if geometry.qk_norm {
         report.fallbacks.push(Fallback::MeanKeys);
         solver.write_keys(&solver.mean_keys(), &mut merged);
-        let loss = solver.loss(None, &values);
+        let loss = solver.loss(None, &values)?;
         report.output_error = share(loss.output_lost, loss.output_total);
     } else {
         let (cut, keys) = solver.best_keys(&cuts, measurement, &mut merged, &mut report)?;
-        let loss = solver.loss(Some((&keys, cut)), &values);
+        let loss = solver.loss(Some((&keys, cut)), &values)?;
         report.cut = Some(cut);
         report.logit_error = Some(share(loss.logit_lost, loss.logit_total));
         report.output_error = share(loss.output_lost, loss.output_total);
@@ -160,11 +162,17 @@ struct Solver<'a> {
     statistics: &'a LayerStatistics,
     groups: &'a Groups,
     options: &'a ClosedFormOptions,
+    progress: &'a Progressing<'a>,
 }
 
 impl<'a> Solver<'a> {
     fn group(&self, i: usize) -> Group<'a> {
-        Group { geometry: self.geometry, statistics: self.statistics, members: &self.groups[i] }
+        Group {
+            geometry: self.geometry,
+            statistics: self.statistics,
+            members: &self.groups[i],
+            progress: self.progress,
+        }
     }
 
     fn groups(&self) -> impl Iterator<Item = Group<'a>> {
@@ -206,7 +214,7 @@ impl<'a> Solver<'a> {
             let mut error = 0.0;
             if let (true, Some(measurement)) = (cuts.len() > 1, measurement) {
                 self.write_keys(&keys, merged);
-                error = measurement.relative_error(merged, self.groups.len());
+                error = measurement.relative_error(merged, self.groups.len(), self.progress)?;
                 report.measured.push((cut, error));
             }
             if best.as_ref().is_none_or(|(least, ..)| error < *least) {
@@ -218,13 +226,13 @@ impl<'a> Solver<'a> {
         Ok((cut, keys))
     }
 
-    fn loss(&self, keys: Option<(&[KeySolution], usize)>, values: &[ValueSolution]) -> Loss {
+    fn loss(&self, keys: Option<(&[KeySolution], usize)>, values: &[ValueSolution]) -> Result<Loss, Error> {
         let mut loss = Loss::default();
         for (i, group) in self.groups().enumerate() {
             let metrics = group.output_metrics(self.weights);
-            loss.add(&predict(&group, &metrics, keys.map(|(k, cut)| (&k[i], cut)), &values[i]));
+            loss.add(&predict(&group, &metrics, keys.map(|(k, cut)| (&k[i], cut)), &values[i])?);
         }
-        loss
+        Ok(loss)
     }
 
     /// A merged layer with its values and `o_proj`; keys and queries still to be written.

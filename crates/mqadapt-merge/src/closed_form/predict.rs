@@ -7,6 +7,7 @@ use super::keys::KeySolution;
 use super::readout::unexplained;
 use super::slow::slow_dims;
 use super::values::ValueSolution;
+use crate::Error;
 use crate::algebra::{count, dot, gather};
 use crate::statistics::Moment;
 
@@ -33,12 +34,15 @@ impl Loss {
 ///
 /// Heads count as independent. A logit error of variance `e` costs head `h`
 /// about `e tr(Gamma_h Cov_p(v)) / head_dim` of output energy.
+///
+/// # Errors
+/// [`Error::Interrupted`].
 pub(crate) fn predict(
     group: &Group<'_>,
     metrics: &[Mat<f64>],
     keys: Option<(&KeySolution, usize)>,
     values: &ValueSolution,
-) -> Loss {
+) -> Result<Loss, Error> {
     let d = group.geometry.head_dim;
     let outputs = group.stacked(Moment::ValueOutput, group.all_dims());
     let energy = group.output_energy(metrics);
@@ -47,7 +51,7 @@ pub(crate) fn predict(
         let at = group.slot(i) * d;
         let unexplained =
             |moment: MatRef<'_, f64>| unexplained(values.rows.as_ref(), values.maps[i].as_ref(), moment, at);
-        let rest = outputs.with(i, unexplained);
+        let rest = outputs.with(i, unexplained)?;
         loss.output_lost += dot(metrics[i].as_ref(), rest.as_ref()).max(0.0);
         loss.output_total += energy[i];
         if let Some((keys, cut)) = keys {
@@ -59,7 +63,7 @@ pub(crate) fn predict(
             loss.output_lost += lost * per_logit;
         }
     }
-    loss
+    Ok(loss)
 }
 
 /// Variance of one head's logits over keys: lost by the merge, and in all.

@@ -1,6 +1,7 @@
 //! What statistics predict for methods that do not use them: heads averaged, taken or pruned.
 
 use faer::Mat;
+use mqadapt_core::Progressing;
 
 use super::cut::context_cut;
 use super::group::Group;
@@ -52,7 +53,7 @@ pub fn predicted_error(
     let (d, cut) = (geometry.head_dim, context_cut(geometry, context));
     let mut loss = Loss::default();
     for members in contiguous(geometry, target) {
-        let group = Group { geometry, statistics, members: &members };
+        let group = Group { geometry, statistics, members: &members, progress: &Progressing::UNWATCHED };
         let weight = |slot: usize| match merge {
             FixedMerge::Mean => 1.0 / crate::algebra::count(members.len()),
             FixedMerge::First => f64::from(u8::from(slot == 0)),
@@ -68,7 +69,7 @@ pub fn predicted_error(
         let judged = !geometry.qk_norm && merge != FixedMerge::Prune;
         let keys = KeySolution { rows: rows(), maps: heads.map(|_| Mat::identity(d, d)).collect() };
         let metrics = group.output_metrics(weights);
-        loss.add(&predict(&group, &metrics, judged.then_some((&keys, cut)), &values));
+        loss.add(&predict(&group, &metrics, judged.then_some((&keys, cut)), &values)?);
     }
     Ok(share(loss.output_lost, loss.output_total))
 }
@@ -93,7 +94,7 @@ mod tests {
         assert_eq!(predicted(&weights, &sums, 4, FixedMerge::Mean), 0.0);
 
         let (_, kept) = prune(&weights, &geometry, 2, &sums).unwrap();
-        let features = features(&weights, &geometry, 4, &x[0]);
+        let features = features(&weights, &geometry, 4, &x[0], &Progressing::UNWATCHED).unwrap();
         let (mut lost, mut total) = (0.0f64, 0.0f64);
         for row in features.chunks_exact(64) {
             for head in 0..8 {
@@ -141,7 +142,9 @@ mod tests {
         let options = MergeOptions::default();
         merge_tensor(mean, &options, KvTensor::k_proj(0), &weights.k_proj, 2, &mut merged.k_proj);
         merge_tensor(mean, &options, KvTensor::v_proj(0), &weights.v_proj, 2, &mut merged.v_proj);
-        let outputs = |weights: &LayerWeights, heads| crate::closed_form::outputs(weights, &geometry, heads, &x[0]);
+        let outputs = |weights: &LayerWeights, heads| {
+            crate::closed_form::outputs(weights, &geometry, heads, &x[0], &Progressing::UNWATCHED).unwrap()
+        };
         let (y, z) = (outputs(&weights, 2), outputs(&merged, 1));
         let energy = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
         let lost = energy(&mut y.iter().zip(&z).map(|(a, b)| a - b));
@@ -150,7 +153,7 @@ mod tests {
         // heads count as independent, and logit errors to first order only
         assert!(found > 0.6 * truth && found < 1.7 * truth, "{found} {truth}");
         let options = ClosedFormOptions { cut: Cut::Context(vec![64]), ..ClosedFormOptions::default() };
-        let (_, report) = merge(&weights, &geometry, 1, &sums, &options, None).unwrap();
+        let (_, report) = merge(&weights, &geometry, 1, &sums, &options, None, &Progressing::UNWATCHED).unwrap();
         assert!(report.output_error < found);
     }
 }

@@ -33,7 +33,7 @@ pub(crate) fn read_outs(
         .enumerate()
         .map(|(i, &at)| {
             let base = all.subcols(at, d); // [n, d]
-            let own = moments.with(i, |moment| p * moment); // [n, stacked]
+            let own = moments.with(i, |moment| p * moment)?; // [n, stacked]
             let gram = &own * p.transpose();
             let rest = own.subcols(at, d) - &gram * base;
             let step = solve_factored(cholesky(gram.as_ref(), HEAD_JITTER)?.as_ref(), rest);

@@ -2,6 +2,7 @@
 //! are not rotated. Any linear mix of them is allowed.
 
 use faer::{Mat, MatRef, c64};
+use mqadapt_core::Progressing;
 
 use super::group::{Group, Stacked};
 use super::pairs::PairMix;
@@ -40,7 +41,7 @@ pub(crate) fn solve_slow(group: &Group<'_>, cut: usize) -> Result<SlowKeys, Erro
         heads.iter().map(|h| gather(group.statistics.own(Moment::Query, *h).as_ref(), &dims, &dims)).collect();
     let key = group.stacked(Moment::KeyCentred, dims);
     let energy: Vec<f64> = query.iter().map(trace).collect();
-    let pooled = key.pooled(&energy);
+    let pooled = key.pooled(&energy)?;
     let moments = SlowMoments { query, key, pooled };
     let mut rows = principal_rows(group, &moments)?;
     let select: Vec<usize> = (0..heads.len()).map(|i| group.slot(i) * n).collect();
@@ -67,7 +68,7 @@ fn principal_rows(group: &Group<'_>, moments: &SlowMoments<'_>) -> Result<Mat<f6
         }
         sum
     });
-    weighted_principal_rows(blocks, moments.pooled.as_ref(), n, 1e-6)
+    weighted_principal_rows(blocks, moments.pooled.as_ref(), n, 1e-6, group.progress)
 }
 
 /// The `keep` leading rows of `UT RT` for `R = blockdiag chol(metrics)`.
@@ -76,18 +77,26 @@ pub(crate) fn weighted_principal_rows(
     pooled: MatRef<'_, f64>,
     keep: usize,
     jitter: f64,
+    progress: &Progressing<'_>,
 ) -> Result<Mat<f64>, Error> {
-    let stacked = pooled.nrows();
-    let mut root = Mat::<f64>::zeros(stacked, stacked);
-    let mut at = 0;
-    for metric in metrics {
-        let factor = cholesky(metric.as_ref(), jitter)?;
-        let n = factor.nrows();
-        root.submatrix_mut(at, at, n, n).copy_from(&factor);
-        at += n;
+    let roots = metrics.map(|metric| cholesky(metric.as_ref(), jitter)).collect::<Result<Vec<_>, _>>()?;
+    let places: Vec<usize> = roots.iter().scan(0, |at, root| Some(std::mem::replace(at, *at + root.nrows()))).collect();
+    let blocks = || roots.iter().zip(&places).map(|(root, at)| (root, *at, root.nrows()));
+    // RT Cbar R, block by block: R is mostly zeros
+    let mut weighted = Mat::<f64>::zeros(pooled.nrows(), pooled.nrows());
+    for (left, i, rows) in blocks() {
+        progress.tell()?;
+        for (right, j, columns) in blocks() {
+            let block = left.transpose() * pooled.submatrix(i, j, rows, columns) * right;
+            weighted.submatrix_mut(i, j, rows, columns).copy_from(&block);
+        }
     }
-    let vectors = top_eigenvectors(root.transpose() * pooled * &root, keep)?;
-    Ok(vectors.transpose() * root.transpose())
+    let vectors = top_eigenvectors(weighted, keep, progress)?;
+    let mut rows = Mat::<f64>::zeros(keep, pooled.nrows());
+    for (root, at, n) in blocks() {
+        rows.subcols_mut(at, n).copy_from(&(vectors.subrows(at, n).transpose() * root.transpose()));
+    }
+    Ok(rows)
 }
 
 /// Turns `rows` so that they follow the per-pair (per-dim, where not rotated)

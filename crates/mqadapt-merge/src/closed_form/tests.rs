@@ -2,6 +2,7 @@
 
 use super::{ClosedFormOptions, Cut, Fallback, Measurement, merge};
 use crate::{Accumulator, Error, LayerGeometry, LayerStatistics, LayerWeights};
+use mqadapt_core::Progressing;
 
 /// Gaussian-like numbers, seeded.
 pub(crate) struct Noise(pub(crate) u64);
@@ -68,11 +69,14 @@ pub(crate) fn statistics(weights: &LayerWeights, geometry: &LayerGeometry, seque
     let hidden = geometry.hidden_size;
     let mut sums = Accumulator::new(geometry.clone(), &weights.o_proj, None).unwrap();
     for x in sequences {
-        let project = |w: &[f32], b: &Option<Vec<f32>>| crate::attention::project(x, w, b.as_deref(), hidden);
+        let project = |w: &[f32], b: &Option<Vec<f32>>| {
+            crate::attention::project(x, w, b.as_deref(), hidden, &Progressing::UNWATCHED).unwrap()
+        };
         sums.add_sequence(
             &project(&weights.q_proj, &weights.q_proj_bias),
             &project(&weights.k_proj, &weights.k_proj_bias),
             &project(&weights.v_proj, &weights.v_proj_bias),
+            &Progressing::UNWATCHED,
         )
         .unwrap();
     }
@@ -97,13 +101,14 @@ fn repeated_heads_merge_back() {
         let (expanded, geometry) = expand(&source, &small, times);
         let sequences = inputs(&geometry, &[150, 90], &mut noise);
         let statistics = statistics(&expanded, &geometry, &sequences);
-        let measurement = Measurement::new(&expanded, &geometry, sequences).unwrap();
+        let measurement = Measurement::new(&expanded, &geometry, sequences, &Progressing::UNWATCHED).unwrap();
         for target in geometry.legal_targets().into_iter().filter(|t| t % kv == 0) {
             for cut in 0..=pairs {
                 let options =
                     ClosedFormOptions { cut: Cut::Pairs(cut), joint_iterations: 25 * (cut % 2), regroup: cut % 2 == 0 };
-                let (merged, report) = merge(&expanded, &geometry, target, &statistics, &options, None).unwrap();
-                let error = measurement.relative_error(&merged, target);
+                let (merged, report) =
+                    merge(&expanded, &geometry, target, &statistics, &options, None, &Progressing::UNWATCHED).unwrap();
+                let error = measurement.relative_error(&merged, target, &Progressing::UNWATCHED).unwrap();
                 assert!(error < 1e-5, "{heads}/{kv}x{times} d {d} pairs {pairs} -> {target}, cut {cut}: {error:e}");
                 assert!(report.output_error < 1e-4 && report.logit_error.unwrap() < 1e-4, "{report:?}");
                 assert_eq!(report.num_key_value_heads, target);
@@ -119,9 +124,10 @@ fn beats_the_mean_and_predicts_its_error() {
     let source = random_layer(&geometry, true, &mut noise);
     let sequences = inputs(&geometry, &[300, 300, 120], &mut noise);
     let statistics = statistics(&source, &geometry, &sequences);
-    let measurement = Measurement::new(&source, &geometry, sequences).unwrap();
-    let run =
-        |options: &ClosedFormOptions| merge(&source, &geometry, 1, &statistics, options, Some(&measurement)).unwrap();
+    let measurement = Measurement::new(&source, &geometry, sequences, &Progressing::UNWATCHED).unwrap();
+    let run = |options: &ClosedFormOptions| {
+        merge(&source, &geometry, 1, &statistics, options, Some(&measurement), &Progressing::UNWATCHED).unwrap()
+    };
     let plain = ClosedFormOptions { cut: Cut::Pairs(2), joint_iterations: 0, regroup: false };
     let (closed, report) = run(&plain);
     let (joint, joint_report) = run(&ClosedFormOptions { joint_iterations: 25, ..plain.clone() });
@@ -135,7 +141,7 @@ fn beats_the_mean_and_predicts_its_error() {
     mean.v_proj = third(&source.v_proj);
     mean.k_proj_bias = source.k_proj_bias.as_deref().map(third);
     mean.v_proj_bias = source.v_proj_bias.as_deref().map(third);
-    let error = |w| measurement.relative_error(w, 1);
+    let error = |w| measurement.relative_error(w, 1, &Progressing::UNWATCHED).unwrap();
     assert!(error(&closed) < 0.9 * error(&mean), "{} {}", error(&closed), error(&mean));
     assert!(joint_report.output_error < report.output_error);
     assert!(error(&best) <= error(&closed) + 1e-6, "{best_report:?}");
@@ -150,7 +156,9 @@ fn an_unchanged_layer_is_unchanged() {
     let geometry = geometry(4, 2, 8, 4);
     let weights = random_layer(&geometry, true, &mut Noise(3));
     let statistics = statistics(&weights, &geometry, &inputs(&geometry, &[20], &mut Noise(4)));
-    let (same, report) = merge(&weights, &geometry, 2, &statistics, &ClosedFormOptions::default(), None).unwrap();
+    let (same, report) =
+        merge(&weights, &geometry, 2, &statistics, &ClosedFormOptions::default(), None, &Progressing::UNWATCHED)
+            .unwrap();
     assert_eq!(same, weights);
     assert_eq!((report.output_error, report.logit_error), (0.0, Some(0.0)));
 }
@@ -165,14 +173,14 @@ fn alike_heads_are_grouped() {
     let mixed = expanded.permute(&geometry, &[0, 1, 4, 5, 2, 3, 6, 7], &[0, 2, 1, 3]);
     let sequences = inputs(&geometry, &[200], &mut noise);
     let statistics = statistics(&mixed, &geometry, &sequences);
-    let measurement = Measurement::new(&mixed, &geometry, sequences).unwrap();
+    let measurement = Measurement::new(&mixed, &geometry, sequences, &Progressing::UNWATCHED).unwrap();
     let options = ClosedFormOptions { cut: Cut::Pairs(2), ..ClosedFormOptions::default() };
-    let (merged, report) = merge(&mixed, &geometry, 2, &statistics, &options, None).unwrap();
+    let (merged, report) = merge(&mixed, &geometry, 2, &statistics, &options, None, &Progressing::UNWATCHED).unwrap();
     assert_eq!(report.regrouped, Some(vec![0, 2, 1, 3]));
-    assert!(measurement.relative_error(&merged, 2) < 1e-5);
+    assert!(measurement.relative_error(&merged, 2, &Progressing::UNWATCHED).unwrap() < 1e-5);
     let options = ClosedFormOptions { regroup: false, ..options };
-    let (contiguous, _) = merge(&mixed, &geometry, 2, &statistics, &options, None).unwrap();
-    assert!(measurement.relative_error(&contiguous, 2) > 1e-2);
+    let (contiguous, _) = merge(&mixed, &geometry, 2, &statistics, &options, None, &Progressing::UNWATCHED).unwrap();
+    assert!(measurement.relative_error(&contiguous, 2, &Progressing::UNWATCHED).unwrap() > 1e-2);
 }
 
 #[test]
@@ -183,9 +191,12 @@ fn results_do_not_depend_on_the_thread_count() {
     let run = |threads| {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
             let statistics = statistics(&weights, &geometry, &sequences);
-            let measurement = Measurement::new(&weights, &geometry, sequences.clone()).unwrap();
+            let measurement =
+                Measurement::new(&weights, &geometry, sequences.clone(), &Progressing::UNWATCHED).unwrap();
             let options = ClosedFormOptions { cut: Cut::Measured, ..ClosedFormOptions::default() };
-            let merged = merge(&weights, &geometry, 1, &statistics, &options, Some(&measurement)).unwrap();
+            let merged =
+                merge(&weights, &geometry, 1, &statistics, &options, Some(&measurement), &Progressing::UNWATCHED)
+                    .unwrap();
             (statistics, merged)
         })
     };
@@ -226,7 +237,7 @@ fn sums_are_what_they_are_called() {
     let mut noise = Noise(10);
     let (q, k, v) = (noise.vec(tokens * wide, 1.5), noise.vec(tokens * wide, 1.0), noise.vec(tokens * wide, 1.0));
     let mut sums = Accumulator::new(geometry.clone(), &noise.vec(40 * 8, 0.3), None).unwrap();
-    let outputs = sums.add_sequence(&q, &k, &v).unwrap();
+    let outputs = sums.add_sequence(&q, &k, &v, &Progressing::UNWATCHED).unwrap();
     let tensors = sums.finish().to_tensors();
     let rotate = |x: &[f32], t: usize| -> Vec<f64> {
         let mut x: Vec<f64> = x.iter().map(|v| f64::from(*v)).collect();
@@ -302,7 +313,7 @@ fn q_and_k_norms_fall_back_visibly() {
     let weights = random_layer(&geometry, false, &mut Noise(11));
     let statistics = statistics(&weights, &geometry, &inputs(&geometry, &[100], &mut Noise(12)));
     let options = ClosedFormOptions { cut: Cut::Measured, ..ClosedFormOptions::default() };
-    let (merged, report) = merge(&weights, &geometry, 1, &statistics, &options, None).unwrap();
+    let (merged, report) = merge(&weights, &geometry, 1, &statistics, &options, None, &Progressing::UNWATCHED).unwrap();
     assert_eq!((report.fallbacks, report.cut, report.logit_error), (vec![Fallback::MeanKeys], None, None));
     assert!(report.output_error > 0.0);
     assert_eq!(merged.q_proj, weights.q_proj);
@@ -319,16 +330,25 @@ fn wrong_arguments_are_refused() {
     let weights = random_layer(&geometry, false, &mut Noise(13));
     let good = statistics(&weights, &geometry, &inputs(&geometry, &[30], &mut Noise(14)));
     let options = ClosedFormOptions::default();
-    let error = merge(&weights, &geometry, 3, &good, &options, None).unwrap_err();
+    let error = merge(&weights, &geometry, 3, &good, &options, None, &Progressing::UNWATCHED).unwrap_err();
     assert_eq!(error.to_string(), "4 K/V heads cannot become 3: possible are [1, 2, 4]");
     let empty = LayerStatistics::zeros(*good.shape());
-    assert!(matches!(merge(&weights, &geometry, 1, &empty, &options, None), Err(Error::StatisticsMismatch(_))));
+    assert!(matches!(
+        merge(&weights, &geometry, 1, &empty, &options, None, &Progressing::UNWATCHED),
+        Err(Error::StatisticsMismatch(_))
+    ));
     let measured = ClosedFormOptions { cut: Cut::Measured, ..options.clone() };
-    assert!(matches!(merge(&weights, &geometry, 1, &good, &measured, None), Err(Error::Option(_))));
+    assert!(matches!(
+        merge(&weights, &geometry, 1, &good, &measured, None, &Progressing::UNWATCHED),
+        Err(Error::Option(_))
+    ));
     let mut short = weights.clone();
     short.k_proj.pop();
-    assert!(matches!(merge(&short, &geometry, 1, &good, &options, None), Err(Error::Shape { name: "k_proj", .. })));
+    assert!(matches!(
+        merge(&short, &geometry, 1, &good, &options, None, &Progressing::UNWATCHED),
+        Err(Error::Shape { name: "k_proj", .. })
+    ));
     let mut bad = weights;
     bad.o_proj[0] = f32::NAN;
-    assert!(merge(&bad, &geometry, 1, &good, &options, None).is_err());
+    assert!(merge(&bad, &geometry, 1, &good, &options, None, &Progressing::UNWATCHED).is_err());
 }

@@ -22,7 +22,7 @@ pub(crate) struct ValueSolution {
 pub(crate) fn solve_values(group: &Group<'_>, metrics: &[Mat<f64>], iterations: usize) -> Result<ValueSolution, Error> {
     let d = group.geometry.head_dim;
     let outputs = group.stacked(Moment::ValueOutput, group.all_dims());
-    let pooled = outputs.pooled(&group.output_energy(metrics));
+    let pooled = outputs.pooled(&group.output_energy(metrics))?;
     let blocks = (0..group.members.len()).map(|g| {
         let mut sum = Mat::<f64>::zeros(d, d);
         for (i, metric) in metrics.iter().enumerate() {
@@ -32,13 +32,13 @@ pub(crate) fn solve_values(group: &Group<'_>, metrics: &[Mat<f64>], iterations: 
         }
         sum
     });
-    let mut rows = weighted_principal_rows(blocks, pooled.as_ref(), d, 1e-9)?;
+    let mut rows = weighted_principal_rows(blocks, pooled.as_ref(), d, 1e-9, group.progress)?;
     let select: Vec<usize> = (0..outputs.len()).map(|i| group.slot(i) * d).collect();
     if iterations > 0 {
         let joint: Vec<JointHead<'_>> = (0..outputs.len())
             .map(|i| JointHead { metric: &metrics[i], moments: &outputs, index: i, select: select[i] })
             .collect();
-        rows = joint_rows(&joint, &outputs.pooled(&vec![1.0; outputs.len()]), rows, iterations)?;
+        rows = joint_rows(&joint, &outputs.pooled(&vec![1.0; outputs.len()])?, rows, iterations, group.progress)?;
     }
     let maps = read_outs(rows.as_ref(), &outputs, pooled.as_ref(), &select, d)?;
     Ok(ValueSolution { rows, maps })

@@ -5,9 +5,11 @@
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
+use mqadapt_core::Progressing;
 use rayon::prelude::*;
 
-use crate::attention::{Probabilities, ROWS, product, rotate, rotate_back, view};
+use crate::Error;
+use crate::attention::{PART, Probabilities, ROWS, product, project, rotate, rotate_back, view};
 use crate::layer::{LayerGeometry, LayerWeights};
 
 /// One sequence: what the projections read, and the attention output that is wanted, `[tokens, hidden_size]` each.
@@ -22,9 +24,17 @@ pub struct Target {
 impl Target {
     /// The output wanted is that of the original layer: `attention` (`[tokens, features]`) is what its `o_proj`
     /// (`[hidden_size, features]`) read.
-    #[must_use]
-    pub fn of_original(x: Vec<f32>, attention: &[f32], o_proj: &[f32], features: usize) -> Self {
-        Self { x, y: by_rows(attention, o_proj, None, features) }
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`].
+    pub fn of_original(
+        x: Vec<f32>,
+        attention: &[f32],
+        o_proj: &[f32],
+        features: usize,
+        progress: &Progressing<'_>,
+    ) -> Result<Self, Error> {
+        Ok(Self { x, y: project(attention, o_proj, None, features, progress)? })
     }
 }
 
@@ -51,21 +61,27 @@ struct HeadGradient {
 }
 
 /// The gradient for one sequence; the layer has `heads` K/V heads.
-pub(crate) fn gradient(weights: &LayerWeights, geometry: &LayerGeometry, heads: usize, target: &Target) -> Gradient {
+pub(crate) fn gradient(
+    weights: &LayerWeights,
+    geometry: &LayerGeometry,
+    heads: usize,
+    target: &Target,
+    progress: &Progressing<'_>,
+) -> Result<Gradient, Error> {
     let (d, hidden, q_heads) = (geometry.head_dim, geometry.hidden_size, geometry.num_attention_heads);
     let (q_width, kv_width) = (q_heads * d, heads * d);
     let (x, tokens) = (target.x.as_slice(), target.x.len() / hidden);
     let mut p = Projected {
-        q: by_rows(x, &weights.q_proj, weights.q_proj_bias.as_deref(), hidden),
-        k: by_rows(x, &weights.k_proj, weights.k_proj_bias.as_deref(), hidden),
-        v: by_rows(x, &weights.v_proj, weights.v_proj_bias.as_deref(), hidden),
+        q: project(x, &weights.q_proj, weights.q_proj_bias.as_deref(), hidden, progress)?,
+        k: project(x, &weights.k_proj, weights.k_proj_bias.as_deref(), hidden, progress)?,
+        v: project(x, &weights.v_proj, weights.v_proj_bias.as_deref(), hidden, progress)?,
     };
     rotate(&mut p.q, q_heads, geometry);
     rotate(&mut p.k, heads, geometry);
     let head = |h: usize| Head { p: &p, geometry, h, g: h / (q_heads / heads), q_width, kv_width, tokens };
-    let outputs: Vec<Vec<f32>> = (0..q_heads).into_par_iter().map(|h| head(h).forward()).collect();
+    let outputs = (0..q_heads).into_par_iter().map(|h| head(h).forward(progress)).collect::<Result<Vec<_>, Error>>()?;
     let attended = side_by_side(&outputs, d);
-    let mut rest = by_rows(&attended, &weights.o_proj, None, q_width);
+    let mut rest = project(&attended, &weights.o_proj, None, q_width, progress)?;
     let (mut error, mut energy) = (0.0, 0.0);
     for (r, y) in rest.iter_mut().zip(&target.y) {
         *r -= y;
@@ -75,8 +91,8 @@ pub(crate) fn gradient(weights: &LayerWeights, geometry: &LayerGeometry, heads: 
     // the factor 2 of the square is left out: only directions matter
     let o_proj = by_columns(&rest, hidden, &attended, q_width);
     let by_attended = times(&rest, hidden, &weights.o_proj, q_width);
-    let parts: Vec<HeadGradient> =
-        (0..q_heads).into_par_iter().map(|h| head(h).backward(&outputs[h], &by_attended)).collect();
+    let backward = |h: usize| head(h).backward(&outputs[h], &by_attended, progress);
+    let parts = (0..q_heads).into_par_iter().map(backward).collect::<Result<Vec<_>, Error>>()?;
     let queries: Vec<Vec<f32>> = parts.iter().map(|part| part.q.clone()).collect();
     let mut by_q = side_by_side(&queries, d);
     let shared = |of: fn(&HeadGradient) -> &Vec<f32>| {
@@ -105,7 +121,7 @@ pub(crate) fn gradient(weights: &LayerWeights, geometry: &LayerGeometry, heads: 
         k_proj_bias: bias(&weights.k_proj_bias, &by_k, kv_width),
         v_proj_bias: bias(&weights.v_proj_bias, &by_v, kv_width),
     };
-    Gradient { error, energy, by }
+    Ok(Gradient { error, energy, by })
 }
 
 /// One query head of a sequence.
@@ -135,22 +151,23 @@ impl<'a> Head<'a> {
     }
 
     /// `P V`, `[tokens, head_dim]`.
-    fn forward(&self) -> Vec<f32> {
+    fn forward(&self, progress: &Progressing<'_>) -> Result<Vec<f32>, Error> {
         let d = self.geometry.head_dim;
         let (probabilities, values) = (self.probabilities(), self.values());
         let mut out = vec![0.0; self.tokens * d];
         let mut p = Vec::new();
         for (i, out) in out.chunks_mut(ROWS * d).enumerate() {
+            progress.tell()?;
             let (start, rows) = (i * ROWS, out.len() / d);
             probabilities.block(start, rows, &mut p);
             let keys = start + rows;
             product(out, view(&p, rows, keys, keys), values.subrows(0, keys));
         }
-        out
+        Ok(out)
     }
 
     /// Gradients by the rotated queries and keys and by the values, from that by all heads' outputs.
-    fn backward(&self, output: &[f32], by_attended: &[f32]) -> HeadGradient {
+    fn backward(&self, output: &[f32], by_attended: &[f32], progress: &Progressing<'_>) -> Result<HeadGradient, Error> {
         let d = self.geometry.head_dim;
         let scaling = self.geometry.scaling as f32;
         let (probabilities, values) = (self.probabilities(), self.values());
@@ -162,6 +179,7 @@ impl<'a> Head<'a> {
         };
         let (mut p, mut by_p) = (Vec::new(), Vec::new());
         for start in (0..self.tokens).step_by(ROWS) {
+            progress.tell()?;
             let rows = ROWS.min(self.tokens - start);
             let keys = start + rows;
             probabilities.block(start, rows, &mut p);
@@ -180,7 +198,7 @@ impl<'a> Head<'a> {
             product(&mut out.q[start * d..keys * d], by_logits, probabilities.k.subrows(0, keys));
             add(&mut out.k[..keys * d], d, by_logits.transpose(), probabilities.q.subrows(start, rows));
         }
-        out
+        Ok(out)
     }
 }
 
@@ -188,22 +206,6 @@ impl<'a> Head<'a> {
 fn add(out: &mut [f32], width: usize, a: MatRef<'_, f32>, b: MatRef<'_, f32>) {
     let dst = MatMut::from_row_major_slice_mut(out, a.nrows(), width);
     matmul(dst, Accum::Add, a, b, 1.0, Par::Seq);
-}
-
-/// Rows handled by one thread at a time; a part of the result, so that no sum is divided.
-const PART: usize = 64;
-
-/// `x WT + b`, tokens divided among threads.
-pub(crate) fn by_rows(x: &[f32], weight: &[f32], bias: Option<&[f32]>, width: usize) -> Vec<f32> {
-    let (tokens, rows) = (x.len() / width, weight.len() / width);
-    let mut out = vec![0.0; tokens * rows];
-    out.par_chunks_mut(PART * rows).zip(x.par_chunks(PART * width)).for_each(|(out, x)| {
-        product(out, view(x, x.len() / width, width, width), view(weight, rows, width, width).transpose());
-        if let Some(bias) = bias {
-            out.chunks_exact_mut(rows).for_each(|row| row.iter_mut().zip(bias).for_each(|(a, b)| *a += b));
-        }
-    });
-    out
 }
 
 /// `a W`, `a [tokens, inner]`, `weight [inner, width]`.

@@ -9,6 +9,7 @@ mod tests;
 
 pub use gradient::Target;
 use gradient::gradient;
+use mqadapt_core::Progressing;
 
 use crate::Error;
 use crate::layer::{LayerGeometry, LayerWeights, check_len};
@@ -37,12 +38,13 @@ impl Default for RefineOptions {
 ///
 /// # Errors
 /// What `target` gives; [`Error::Shape`]; [`Error::Option`] for a layer with q/k norm or soft-capping, which the
-/// gradient does not cover; [`Error::NotFinite`].
+/// gradient does not cover; [`Error::NotFinite`]; [`Error::Interrupted`].
 pub fn refine<E: From<Error>>(
     weights: &LayerWeights,
     geometry: &LayerGeometry,
     heads: usize,
     options: &RefineOptions,
+    progress: &Progressing<'_>,
     mut target: impl FnMut(usize) -> Result<Target, E>,
 ) -> Result<LayerWeights, E> {
     weights.validate(geometry, heads)?;
@@ -56,7 +58,7 @@ pub fn refine<E: From<Error>>(
         let tokens = target.x.len() / geometry.hidden_size;
         check_len("x", target.x.len(), tokens * geometry.hidden_size)?;
         check_len("y", target.y.len(), target.x.len())?;
-        let mut found = gradient(&moved, geometry, heads, &target);
+        let mut found = gradient(&moved, geometry, heads, &target, progress)?;
         if !found.error.is_finite() {
             return Err(Error::NotFinite.into());
         }

@@ -1,4 +1,6 @@
 use super::{RefineOptions, Target, gradient, refine};
+use mqadapt_core::Progressing;
+
 use crate::closed_form::outputs;
 use crate::closed_form::tests::{Noise, geometry, random_layer};
 use crate::{Error, LayerGeometry};
@@ -10,7 +12,7 @@ fn targets(geometry: &LayerGeometry, heads: usize, noise: &mut Noise) -> Vec<Tar
         .iter()
         .map(|tokens| {
             let x = noise.vec(tokens * geometry.hidden_size, 1.0);
-            let y = outputs(&truth, geometry, heads, &x);
+            let y = outputs(&truth, geometry, heads, &x, &Progressing::UNWATCHED).unwrap();
             Target { x, y }
         })
         .collect()
@@ -22,8 +24,9 @@ fn the_gradient_is_that_of_the_error() {
     let geometry = LayerGeometry { sliding_window: Some(30), ..geometry(4, 2, 8, 3) };
     let weights = random_layer(&geometry, true, &mut noise);
     let target = &targets(&geometry, 2, &mut noise)[0];
-    let found = gradient(&weights, &geometry, 2, target);
-    let error = |weights: &crate::LayerWeights| gradient(weights, &geometry, 2, target).error;
+    let found = gradient(&weights, &geometry, 2, target, &Progressing::UNWATCHED).unwrap();
+    let error =
+        |weights: &crate::LayerWeights| gradient(weights, &geometry, 2, target, &Progressing::UNWATCHED).unwrap().error;
     let mut by = found.by.clone();
     for (at, by) in super::tensors(&mut by).into_iter().enumerate() {
         // along the gradient and along one other direction
@@ -53,14 +56,25 @@ fn steps_lower_the_error_and_do_not_depend_on_threads() {
     let run = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
-            refine::<Error>(&weights, &geometry, 1, &options, |step| Ok(targets[step % 2].clone())).unwrap()
+            refine::<Error>(&weights, &geometry, 1, &options, &Progressing::UNWATCHED, |step| {
+                Ok(targets[step % 2].clone())
+            })
+            .unwrap()
         })
     };
     let moved = run(1);
     assert_eq!(moved, run(3));
-    let error = |w| targets.iter().map(|t| gradient(w, &geometry, 1, t).error).sum::<f64>();
+    let error =
+        |w| targets.iter().map(|t| gradient(w, &geometry, 1, t, &Progressing::UNWATCHED).unwrap().error).sum::<f64>();
     assert!(error(&moved) < 0.8 * error(&weights), "{} {}", error(&moved), error(&weights));
-    let same = refine::<Error>(&weights, &geometry, 1, &RefineOptions { steps: 0, ..options }, |_| unreachable!());
+    let same = refine::<Error>(
+        &weights,
+        &geometry,
+        1,
+        &RefineOptions { steps: 0, ..options },
+        &Progressing::UNWATCHED,
+        |_| unreachable!(),
+    );
     assert_eq!(same.unwrap(), weights);
 }
 
@@ -68,10 +82,13 @@ fn steps_lower_the_error_and_do_not_depend_on_threads() {
 fn what_the_gradient_does_not_cover_is_refused() {
     let geometry = LayerGeometry { qk_norm: true, ..geometry(4, 2, 8, 3) };
     let weights = random_layer(&geometry, false, &mut Noise(33));
-    let refused = refine::<Error>(&weights, &geometry, 2, &RefineOptions::default(), |_| unreachable!());
+    let refused =
+        refine::<Error>(&weights, &geometry, 2, &RefineOptions::default(), &Progressing::UNWATCHED, |_| unreachable!());
     assert!(matches!(refused, Err(Error::Option(_))));
     let short = Target { x: vec![0.0; geometry.hidden_size], y: Vec::new() };
     let geometry = LayerGeometry { qk_norm: false, ..geometry };
-    let refused = refine::<Error>(&weights, &geometry, 2, &RefineOptions::default(), |_| Ok(short.clone()));
+    let refused = refine::<Error>(&weights, &geometry, 2, &RefineOptions::default(), &Progressing::UNWATCHED, |_| {
+        Ok(short.clone())
+    });
     assert!(matches!(refused, Err(Error::Shape { name: "y", .. })));
 }

@@ -1,5 +1,6 @@
 //! The statistics of one layer, summed while a stream goes through it.
 
+use mqadapt_core::Progressing;
 use mqadapt_merge::{Accumulator, LayerGeometry, StatisticsShape};
 
 use super::text::{Calibration, LayerSample};
@@ -37,21 +38,20 @@ impl Collector {
         layer_idx: usize,
         block_heads: usize,
     ) -> Result<Self> {
-        let sums = Accumulator::new(geometry.clone(), o_proj, Some(block_heads))
-            .map_err(|source| Error::Merge { layer_idx, source })?;
+        let sums = Accumulator::new(geometry.clone(), o_proj, Some(block_heads)).map_err(Error::merge(layer_idx))?;
         let wanted = if geometry.qk_norm { Vec::new() } else { calibration.measured() };
         let inputs = vec![Vec::new(); wanted.len()];
         Ok(Self { layer_idx, sums, wanted, inputs, hidden_size: geometry.hidden_size })
     }
 
-    pub(crate) fn add(&mut self, trace: &crate::LayerTrace<'_>) -> Result<()> {
+    pub(crate) fn add(&mut self, trace: &crate::LayerTrace<'_>, progress: &Progressing<'_>) -> Result<()> {
         for ((sequence, tokens), input) in self.wanted.iter().zip(&mut self.inputs) {
             if *sequence == trace.sequence {
                 input.extend_from_slice(&trace.attention_input[..tokens * self.hidden_size]);
             }
         }
-        let added = self.sums.add_sequence(trace.q, trace.k, trace.v);
-        added.map(drop).map_err(|source| Error::Merge { layer_idx: self.layer_idx, source })
+        let added = self.sums.add_sequence(trace.q, trace.k, trace.v, progress);
+        added.map(drop).map_err(Error::merge(self.layer_idx))
     }
 
     pub(crate) fn finish(self) -> LayerSample {

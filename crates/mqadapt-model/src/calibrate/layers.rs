@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use mqadapt_checkpoint::Checkpoint;
-use mqadapt_core::{DType, Progress};
+use mqadapt_core::{DType, Progress, Progressing};
 use mqadapt_merge::closed_form::{self, ClosedFormOptions, Cut, LayerReport, Measurement};
 use mqadapt_merge::{LayerGeometry, LayerWeights, REFIT_LAMBDA, RefineOptions, Refit, prune};
 
@@ -14,7 +14,7 @@ use super::weights::{attention_weights, layer_geometry};
 use crate::activations::{Activations, Spill};
 use crate::allocator::give_back;
 use crate::statistics_file::StatisticsFile;
-use crate::stream::{StreamedLayer, embed};
+use crate::stream::{CALIBRATE, StreamedLayer, embed};
 use crate::{Error, Result};
 
 /// Bytes of sums from which on freed memory is given back between the phases of a merge; below, taking it again costs more
@@ -107,6 +107,11 @@ impl<'a> CalibratedMerge<'a> {
         self.method.sequential()
     }
 
+    fn progressing<'p>(&self, layer_idx: usize, progress: &'p dyn Progress) -> Progressing<'p> {
+        let total = self.checkpoint.config().num_hidden_layers as u64;
+        Progressing { progress, phase: CALIBRATE, done: layer_idx as u64, total }
+    }
+
     /// Lets activations go to a file where they are more than some memory holds.
     #[must_use]
     pub fn with_spill(self, spill: Spill) -> Self {
@@ -125,7 +130,8 @@ impl<'a> CalibratedMerge<'a> {
         progress: &dyn Progress,
     ) -> Result<CalibratedLayer> {
         let geometry = layer_geometry(self.checkpoint.config(), layer_idx);
-        let failed = |source| Error::Merge { layer_idx, source };
+        let failed = Error::merge(layer_idx);
+        let progressing = self.progressing(layer_idx, progress);
         let sequential = self.sequential();
         let mut run = None;
         if self.saved.is_none() || sequential {
@@ -152,9 +158,17 @@ impl<'a> CalibratedMerge<'a> {
             }
             CalibratedMethod::ClosedForm { options, .. } => {
                 let (measurement, options) =
-                    measurement(weights, &geometry, &mut sample, options, &self.calibration).map_err(failed)?;
-                let merged =
-                    closed_form::merge(weights, &geometry, heads, &sample.statistics, &options, measurement.as_ref());
+                    measurement(weights, &geometry, &mut sample, options, &self.calibration, &progressing)
+                        .map_err(failed)?;
+                let merged = closed_form::merge(
+                    weights,
+                    &geometry,
+                    heads,
+                    &sample.statistics,
+                    &options,
+                    measurement.as_ref(),
+                    &progressing,
+                );
                 let (weights, report) = merged.map_err(failed)?;
                 CalibratedLayer { weights, report, refit: None, kept: None }
             }
@@ -194,7 +208,7 @@ impl<'a> CalibratedMerge<'a> {
             }
         };
         while streams.layer_idx < layer_idx {
-            let layer = StreamedLayer::load(self.checkpoint, streams.layer_idx, &mqadapt_core::NoProgress)?;
+            let layer = StreamedLayer::load(self.checkpoint, streams.layer_idx, progress)?;
             layer.run(&mut streams.original, None, progress)?;
             if let Some(converted) = &mut streams.converted {
                 layer.run(converted, None, progress)?;
@@ -214,8 +228,9 @@ impl<'a> CalibratedMerge<'a> {
         block: usize,
         progress: &dyn Progress,
     ) -> Result<Visit> {
-        let layer = StreamedLayer::load(self.checkpoint, layer_idx, &mqadapt_core::NoProgress)?;
+        let layer = StreamedLayer::load(self.checkpoint, layer_idx, progress)?;
         let (sequential, folder) = (self.sequential(), self.folder());
+        let progressing = self.progressing(layer_idx, progress);
         let Some(streams) = &mut self.streams else {
             return Err(Error::Argument { name: "layer_idx", detail: "has no residual stream".to_owned() });
         };
@@ -233,7 +248,7 @@ impl<'a> CalibratedMerge<'a> {
             if sequential {
                 attention.write(trace.sequence, trace.attention.to_vec())?;
             }
-            collector.as_mut().map_or(Ok(()), |collector| collector.add(trace))
+            collector.as_mut().map_or(Ok(()), |collector| collector.add(trace, &progressing))
         };
         layer.run(&mut streams.original, Some(&mut look), progress)?;
         streams.layer_idx += 1;
@@ -249,11 +264,12 @@ impl<'a> CalibratedMerge<'a> {
         merged: &mut CalibratedLayer,
         progress: &dyn Progress,
     ) -> Result<()> {
-        let failed = |source| Error::Merge { layer_idx, source };
+        let failed = Error::merge(layer_idx);
         let mut run = run;
+        let progressing = self.progressing(layer_idx, progress);
         let geometry = &run.geometry;
         // read again: the weights of its MLP are not held while the layer is merged
-        let layer = StreamedLayer::load(self.checkpoint, layer_idx, &mqadapt_core::NoProgress)?;
+        let layer = StreamedLayer::load(self.checkpoint, layer_idx, progress)?;
         let Some(stream) = self.streams.as_mut().and_then(|streams| streams.converted.as_mut()) else { return Ok(()) };
         let features = geometry.num_attention_heads * geometry.head_dim;
         if let (CalibratedMethod::ClosedForm { refine: Some(refine), .. }, false) = (&self.method, geometry.qk_norm) {
@@ -264,12 +280,13 @@ impl<'a> CalibratedMerge<'a> {
         let heads = merged.report.num_key_value_heads;
         let converted = layer.with_attention(&attention_weights(&merged.weights, heads), self.dtype)?;
         let mut add = |trace: &crate::LayerTrace<'_>| {
-            sums.add_sequence(trace.attention, &run.attention.read(trace.sequence)?).map_err(failed)?;
+            let original = run.attention.read(trace.sequence)?;
+            sums.add_sequence(trace.attention, &original, &progressing).map_err(failed)?;
             // the refit changes `o_proj` alone, so what it reads is not computed again
             run.attention.write(trace.sequence, trace.attention.to_vec())
         };
         converted.look(stream, &mut add, progress)?;
-        let refitted = sums.solve(REFIT_LAMBDA).map_err(failed)?;
+        let refitted = sums.solve(REFIT_LAMBDA, &progressing).map_err(failed)?;
         merged.weights.o_proj = refitted.o_proj;
         merged.refit = Some((refitted.error_before, refitted.error_after));
         let converted = layer.with_attention(&attention_weights(&merged.weights, heads), self.dtype)?;
@@ -293,6 +310,7 @@ fn measurement(
     sample: &mut LayerSample,
     options: &ClosedFormOptions,
     calibration: &Calibration,
+    progress: &Progressing<'_>,
 ) -> std::result::Result<(Option<Measurement>, ClosedFormOptions), mqadapt_merge::Error> {
     if options.cut != Cut::Measured || geometry.qk_norm {
         return Ok((None, options.clone()));
@@ -302,5 +320,5 @@ fn measurement(
         let cut = Cut::Context(calibration.target_contexts.clone());
         return Ok((None, ClosedFormOptions { cut, ..options.clone() }));
     }
-    Ok((Some(Measurement::new(weights, geometry, inputs)?), options.clone()))
+    Ok((Some(Measurement::new(weights, geometry, inputs, progress)?), options.clone()))
 }

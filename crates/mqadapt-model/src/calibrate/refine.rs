@@ -20,6 +20,7 @@ pub(super) fn refined(
 ) -> Result<LayerWeights> {
     let (layer_idx, geometry) = (layer.layer_idx(), &run.geometry);
     let features = geometry.num_attention_heads * geometry.head_dim;
+    let progressing = layer.progressing(progress);
     let mut inputs = run.attention.like(geometry.hidden_size)?;
     let mut keep = |trace: &crate::LayerTrace<'_>| inputs.write(trace.sequence, trace.attention_input.to_vec());
     layer.look(stream, &mut keep, progress)?;
@@ -28,12 +29,12 @@ pub(super) fn refined(
     let target = |step: usize| -> std::result::Result<Target, RefineFailed> {
         let sequence = sequences[step % sequences.len()];
         let (x, attention) = (inputs.read(sequence)?.into_owned(), run.attention.read(sequence)?);
-        Ok(Target::of_original(x, &attention, &original.o_proj, features))
+        Ok(Target::of_original(x, &attention, &original.o_proj, features, &progressing)?)
     };
     let heads = merged.report.num_key_value_heads;
-    refine(&merged.weights, geometry, heads, options, target).map_err(|error| match error {
+    refine(&merged.weights, geometry, heads, options, &progressing, target).map_err(|error| match error {
         RefineFailed::Reading(error) => error,
-        RefineFailed::Merging(source) => Error::Merge { layer_idx, source },
+        RefineFailed::Merging(source) => Error::merge(layer_idx)(source),
     })
 }
 

@@ -1,8 +1,10 @@
 //! Merging from calibration text, on tiny checkpoints.
 
-use mqadapt_core::{DType, NoProgress, Plan};
-use mqadapt_merge::Accumulator;
+use std::sync::atomic::{AtomicIsize, Ordering};
+
+use mqadapt_core::{DType, Interrupted, NoProgress, Plan, Progress, Progressing};
 use mqadapt_merge::closed_form::{ClosedFormOptions, Cut, Fallback};
+use mqadapt_merge::{Accumulator, RefineOptions};
 use serde_json::{Value, json};
 
 use super::fixtures::{Tiny, config, difference, ids};
@@ -98,7 +100,7 @@ fn saved_statistics_are_those_of_the_model_and_merge_alike() {
         })
         .collect();
     let mut visitor = |trace: &crate::LayerTrace<'_>| -> Result<(), Error> {
-        sums[trace.layer_idx].add_sequence(trace.q, trace.k, trace.v).map(drop).unwrap();
+        sums[trace.layer_idx].add_sequence(trace.q, trace.k, trace.v, &Progressing::UNWATCHED).map(drop).unwrap();
         Ok(())
     };
     // as a model runs by default
@@ -175,4 +177,36 @@ fn layers_say_what_was_done() {
     let pruned = merge(CalibratedMethod::Prune);
     let kept = pruned.kept.unwrap()[0];
     assert_eq!(pruned.weights.k_proj, weights.k_proj[kept * 16 * 48..][..16 * 48]);
+}
+
+/// Stops the work after some calls, for good.
+struct After(AtomicIsize);
+
+impl Progress for After {
+    fn advance(&self, _phase: &str, _done: u64, _total: u64) -> Result<(), Interrupted> {
+        if self.0.fetch_sub(1, Ordering::Relaxed) <= 0 { Err(Interrupted) } else { Ok(()) }
+    }
+}
+
+#[test]
+fn every_part_of_a_merge_can_be_interrupted() {
+    let tiny = Tiny::random(&config("llama", &json!({ "num_key_value_heads": 6 })), DType::F32);
+    let weights = layer_weights(&tiny.checkpoint, 1).unwrap();
+    let options = ClosedFormOptions { cut: Cut::Measured, ..ClosedFormOptions::default() };
+    let refine = Some(RefineOptions { steps: 2, ..RefineOptions::default() });
+    let method = CalibratedMethod::ClosedForm { options, sequential: true, refine };
+    let merged = |progress: &dyn Progress| {
+        let mut merge =
+            CalibratedMerge::new(&tiny.checkpoint, calibration(), method.clone(), None, DType::F32).unwrap();
+        merge.merge_layer(1, 2, &weights, progress)
+    };
+    let calls = After(AtomicIsize::new(isize::MAX));
+    let whole = merged(&calls).unwrap();
+    let calls = isize::MAX - calls.0.into_inner();
+    assert!(calls > 1000, "{calls}");
+    for patience in (0..calls).step_by(usize::try_from(calls / 60).unwrap()) {
+        let error = merged(&After(AtomicIsize::new(patience))).unwrap_err();
+        assert!(matches!(error, Error::Interrupted(_)), "after {patience} of {calls}: {error}");
+    }
+    assert_eq!(merged(&After(AtomicIsize::new(calls))).unwrap(), whole);
 }

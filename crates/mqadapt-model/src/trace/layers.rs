@@ -1,12 +1,12 @@
 //! What each layer saw of some sequences, and the residual stream behind it: layer by layer, a piece of a sequence at a time.
 
-use mqadapt_core::Progress;
+use mqadapt_core::{Progress, Progressing};
 use mqadapt_kernels::Span;
 
 use crate::backend::Backend;
 use crate::decoder::{Moment, Workspace};
 use crate::error::{Error, Result};
-use crate::session::{Progressing, Runner};
+use crate::session::Runner;
 use crate::states::{HiddenStates, LayerTrace};
 
 /// Most rows of a pass that is traced: its activations are small beside what is kept of a sequence.
@@ -93,7 +93,7 @@ impl<B: Backend> Runner<B> {
                     if visitor.is_some() {
                         seen.keep(moment, ws, &*self.decoder.backend, pieces - nth)?;
                     }
-                    progressing.tell()
+                    Ok(progressing.tell()?)
                 };
                 if behind {
                     session.observed_pass(&self.decoder, at..at + 1, false, &mut observer)?;
