@@ -30,6 +30,7 @@ def bench(
     steps: int = 32,
     rounds: int = 3,
     dtype: str | None = None,
+    weights: str = "stored",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measures a model, and the same under plans.
@@ -43,6 +44,7 @@ def bench(
         steps: tokens decoded in a round; their median counts.
         rounds: how often everything is measured; the best counts.
         dtype: of the weights; as stored where not given.
+        weights: `stored` or `int8`, as `Model.load` takes it.
         progress: called as everywhere, with the rounds done.
 
     Returns:
@@ -59,7 +61,7 @@ def bench(
     names = ["keep", *plans, *(f"gqa{count}:all" if count > 1 else "mqa:all" for count in groups)]
     names = list(dict.fromkeys(names))
     parsed = [Plan.parse(name, src) for name in names]
-    source = Model.load(src, dtype=dtype)
+    source = Model.load(src, dtype=dtype, weights=weights)
     models = [source.with_plan(plan, "first") if plan.changed_layers else source for plan in parsed]
     # one list of times for each plan and each kind of work
     prefill: dict[tuple[int, int], list[float]] = {(i, n): [] for n in prompts for i in range(len(models))}
@@ -74,6 +76,7 @@ def bench(
     return {
         "model": str(src),
         "dtype": source.dtype,
+        "weights": weights,
         "steps": steps,
         "rounds": rounds,
         "plans": [

@@ -102,9 +102,7 @@ def _parquet(file: Path, name: str, field: str) -> Iterator[str]:
         table = pyarrow.parquet.ParquetFile(file)
         columns = table.schema_arrow.names
         if field not in columns:
-            raise MqadaptError(
-                f"{name}: no column '{field}' (--calibration-field names another); found {', '.join(columns)}"
-            )
+            raise MqadaptError(f"{name}: no column '{field}' ({text.ANOTHER_FIELD}); found {', '.join(columns)}")
         for batch in table.iter_batches(batch_size=256, columns=[field]):
             for value in batch.column(0).to_pylist():
                 if not isinstance(value, str):

@@ -50,7 +50,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
 
     Args:
         pretrained: folder, `.gguf` file or hub id `org/name[@revision]`.
-        plan, method, seed, dtype, device: as `Model.load` takes them. In lm-eval's `key=value` arguments a plan cannot
+        plan, method, seed, dtype, device, weights: as `Model.load` takes them. In lm-eval's `key=value` arguments a plan cannot
             contain commas: `mqa:0;mqa:3-7`, or the name of a plan file.
         tokenizer: where the tokenizer lies, if not with the model.
         max_length: longest context in tokens; by default the model's `max_position_embeddings`.
@@ -75,6 +75,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         seed: int = 0,
         dtype: str | None = None,
         device: str | None = None,
+        weights: str = "stored",
         tokenizer: str | None = None,
         max_length: int | None = None,
         add_bos_token: bool | None = None,
@@ -102,6 +103,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
             seed=seed,
             dtype=None if dtype == "auto" else dtype,
             device=device or "cpu",
+            weights=weights,
             calibration=calibration or (Calibration(stats=stats) if stats else None),
         )
         self.tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code, add_bos_token)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 ROWS = 12
 """Plans in the table of the best."""
+SETTINGS = ("name", "model", "weights", "text", "method", "calibration", "metric", "strategy", "options", "seed",
+            "documents", "version")  # fmt: skip
+"""What the figures depend on, as the journal calls it."""
 HEADINGS = {
     "sensitivity": "Each layer alone",
     "from-end": "From the end",
@@ -107,8 +110,7 @@ class Page:
         """What the figures depend on."""
         result = self.result
         header, summary = result.header, result.summary or {}
-        names = ("name", "model", "text", "method", "metric", "strategy", "options", "seed", "documents", "version")
-        rows = [[name, str(header[name])] for name in names if header.get(name) not in (None, "", {})]
+        rows = [[name, str(header[name])] for name in SETTINGS if header.get(name) not in (None, "", {})]
         rate = header.get("error_rate")
         stopped = sum(evaluation.stopped for evaluation in result.evaluations)
         spent = sum(evaluation.seconds for evaluation in result.evaluations)

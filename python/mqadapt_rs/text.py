@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from mqadapt_rs.hub import Source
 
+ANOTHER_FIELD = "--field names another, of a calibration text --calibration-field"
+"""What to do where a record has no such field."""
+
 
 def read_documents(file: str | os.PathLike[str], field: str = "text") -> Iterator[str]:
     """The documents of a file: a plain text is one; `.jsonl` and `.jsonl.gz` hold one a line, in `field`.
@@ -71,9 +74,7 @@ def _document(line: str, field: str, where: str) -> str:
         raise MqadaptError(f"{where}: not JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise MqadaptError(
-            f"{where}: expected an object with a text in '{field}' (--field names another); found {found}"
-        )
+        raise MqadaptError(f"{where}: expected an object with a text in '{field}' ({ANOTHER_FIELD}); found {found}")
     return str(record[field])
 
 

@@ -146,13 +146,31 @@ def test_generate(lookalike: Path) -> None:
     assert json_of(*warm, 1)["ids"] == json_of(*warm, 1)["ids"] != json_of(*warm, 2)["ids"]
 
 
+def test_weights(lookalike: Path, text: Path) -> None:
+    model = mq.Model.load(lookalike, weights="int8")
+    ids = texts.token_ids(texts.load_tokenizer(lookalike), TEXT)
+    small = [
+        json_of("perplexity", lookalike, "--text", text, "--context", 64, "--weights", w) for w in ("int8", "stored")
+    ]
+    assert small[0]["perplexity"] == model.perplexity(ids[: len(ids) // 64 * 64], context=64) != small[1]["perplexity"]
+    result = json_of("generate", lookalike, "--prompt", "Once upon", "--max-new-tokens", 6, "--weights", "int8")
+    assert result["ids"] == model.generate(ids_of(lookalike, "Once upon"), max_new_tokens=6)
+    report = json_of("bench", lookalike, "--depth", 4, "--prompt", 8, "--steps", 2, "--rounds", 1, "--weights", "int8")
+    assert report["weights"] == "int8"
+
+
+def ids_of(src: Path, string: str) -> list[int]:
+    return texts.token_ids(texts.load_tokenizer(src), string)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["frobnicate"], 2, "No such command"),
         (["convert"], 2, "Missing argument"),
         (["search", "SRC", "--strategy", "sensitivity", "--text", "no.txt", "--out", "o"], 1, "no.txt: No such file"),
-        (["search", "SRC", "--strategy", "sensitivity", "--sequential", "--out", "o"], 2, "No such option"),
+        (["search", "SRC", "--strategy", "sensitivity", "--sequential", "--out", "o"], 2, "knows no refit"),
+        (["generate", "SRC", "--prompt", "x", "--weights", "int2"], 2, "int2"),
         (["convert", "SRC", "DST", "--plan", "gqa2:0"], 2, "1 and 3 are possible"),
         (["convert", "SRC", "DST", "--plan", "mqa:last99"], 2, "lastN takes N from 1 to 30"),
         (["convert", "SRC", "DST", "--method", "median"], 2, "is not one of mean, first"),

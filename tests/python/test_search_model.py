@@ -16,10 +16,13 @@ import pytest
 
 import tiny
 from mqadapt_rs import ArgumentError, Model, Plan, convert, load_calibration
+from mqadapt_rs.harness import MqadaptLM, evaluate
+from mqadapt_rs.report import Page
 from mqadapt_rs.search import Options, search
 from mqadapt_rs.search.order import branches, in_order
 from mqadapt_rs.search.overlays import PlanOverlays
 from mqadapt_rs.search.prefixes import Prefixes
+from mqadapt_rs.search.results import Results
 from mqadapt_rs.search.spec import Data, read_windows
 from mqadapt_rs.search.tasks import Task, TaskEvaluator, rows
 from mqadapt_rs.search.windows import WindowEvaluator
@@ -155,8 +158,6 @@ def test_scoring_from_kept_states_changes_no_bit(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tiny_choice/acc_norm", "tiny_write/exact_match"])
 def test_task_losses_are_lm_evals(checkpoint: Path, tasks: Path, name: str) -> None:
-    from mqadapt_rs.harness import MqadaptLM, evaluate
-
     lm = MqadaptLM(str(checkpoint))
     task = Task.load(name, Data(include_path=str(tasks), limit=30), seed=0, lm=lm)
     assert len(task.documents) == 30
@@ -254,10 +255,23 @@ def test_the_command_line(checkpoint: Path, text: Path, tasks: Path, tmp_path: P
         ({"counts": [3], "text": "TEXT"}, "nothing to search"),
         ({"workers": 1, "ray": ""}, "choose one"),
         ({"method": "best", "text": "TEXT"}, "best"),
+        ({"method": "best", "text": "TEXT", "strategy": "budget", "latency_budget": "90%", "depth": 4}, "best"),
+        (
+            {"method": "closed-form", "text": "TEXT", "calibration": "TEXT", "strategy": "budget", "kv_budget": "200%"},
+            "200%",
+        ),
+        ({"strategy": "given", "text": "TEXT", "plans": ["keep"]}, "other than 'keep'"),
+        ({"sequential": True, "text": "TEXT"}, "method mean knows no refit"),
+        (
+            {"refine": 2, "metric": "predicted", "method": "closed-form", "calibration": "TEXT"},
+            "predicted knows no refit",
+        ),
+        ({"weights": "int2", "text": "TEXT"}, "int2"),
         ({"method": "closed-form", "text": "TEXT"}, "--calibration FILE or --stats FILE"),
         ({"metric": "predicted"}, "--calibration FILE or --stats FILE"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.* tokens of calibration text:UserWarning")
 def test_wrong_arguments(
     checkpoint: Path, text: Path, tasks: Path, tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
@@ -266,7 +280,7 @@ def test_wrong_arguments(
     arguments = {"strategy": "sensitivity", **fitting, **given}
     with pytest.raises(ArgumentError, match=message):
         search(checkpoint, **arguments)  # type: ignore[arg-type]
-    assert not list(tmp_path.iterdir()) or options.get("method") == "best"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("method", ["mean", "closed-form", "prune"])
@@ -335,3 +349,62 @@ def test_methods_that_merge_from_text(checkpoint: Path, text: Path, tmp_path: Pa
     assert f"--stats {stats}" in summary["calibration_arguments"]
     header = json.loads((tmp_path / "s" / "journal.jsonl").read_text().splitlines()[0])
     assert "2048 tokens of text.txt" in header["calibration"]
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "task:tiny_choice/acc"])
+def test_a_refit_sees_the_whole_plan(checkpoint: Path, text: Path, tasks: Path, tmp_path: Path, metric: str) -> None:
+    """Every plan is merged as `convert --sequential` would: layers refitted one by one are others."""
+    drawn: dict[str, Any] = {"calibration_tokens": 1024, "calibration_context": 64, "target_context": [32]}
+    common: dict[str, Any] = {"strategy": "from-end", "metric": metric, "method": "closed-form", "counts": [1]}
+    data: dict[str, Any] = {"text": text, "context": 24, "windows": 4, "include_path": tasks, "limit": 20}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the text is short
+        found = {}
+        for name, refit in (("alone", {}), ("refitted", {"sequential": True}), ("refined", {"refine": 2})):
+            out = tmp_path / name
+            result = search(checkpoint, calibration=text, out=out, **drawn, **common, **data, **refit)
+            found[name] = {e.plan: e.losses for e in result.evaluations}
+        calibration = load_calibration(checkpoint, text, tokens=1024, context=64, target_context=[32], sequential=True)
+        assert len({tuple(map(str, losses.values())) for losses in found.values()}) == 3 or metric != "perplexity"
+        windows = read_windows(str(checkpoint), Data(text=str(text), context=24, windows=4), seed=0)
+        for plan, losses in found["refitted"].items():
+            model = Model.load(checkpoint, list(plan), "closed-form", calibration=calibration)
+            if metric == "perplexity":
+                assert losses == pytest.approx([np.log(model.perplexity(w, context=24)) for w in windows], abs=1e-6)
+            else:
+                lm = MqadaptLM(str(checkpoint))
+                lm.model = model
+                values = evaluate(lm, ["tiny_choice"], include_path=tasks, limit=20)["results"]["tiny_choice"]
+                assert -np.mean(losses) == pytest.approx(values["acc,none"])
+    header = json.loads((tmp_path / "refitted" / "journal.jsonl").read_text().splitlines()[0])
+    summary = json.loads((tmp_path / "refitted" / "summary.json").read_text())
+    assert header["calibration"].endswith(", refitted")
+    assert header["error_rate"] is None
+    assert " --sequential" in summary["calibration_arguments"]
+    assert " --sequential" in summary["command"]
+
+
+def test_int8_weights(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """Losses are those of models loaded so, and a journal of other weights is refused."""
+    common: dict[str, Any] = {
+        "strategy": "alternate",
+        "metric": "perplexity",
+        "text": text,
+        "context": 24,
+        "windows": 4,
+    }
+    plain = search(checkpoint, out=tmp_path / "stored", **common)
+    result = search(checkpoint, out=tmp_path / "int8", weights="int8", **common)
+    assert [e.plan for e in result.evaluations] == [e.plan for e in plain.evaluations]
+    assert [e.losses for e in result.evaluations] != [e.losses for e in plain.evaluations]
+    windows = read_windows(str(checkpoint), Data(text=str(text), context=24, windows=4), seed=0)
+    for evaluation in result.evaluations:
+        model = Model.load(checkpoint, list(evaluation.plan), weights="int8")
+        expected = [np.log(model.perplexity(window, context=24)) for window in windows]
+        assert evaluation.losses == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ArgumentError, match="belongs to another search"):
+        search(checkpoint, out=tmp_path / "int8", resume=True, **common)
+    summary = json.loads((tmp_path / "int8" / "summary.json").read_text())
+    assert "--weights int8" in summary["command"]
+    settings = dict(Page(Results.load(tmp_path / "int8"), []).settings()[1])
+    assert settings["weights"] == "int8"

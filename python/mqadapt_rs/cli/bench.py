@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mqadapt_rs.cli.options import Debug, DType, Json, Src
+from mqadapt_rs.cli.options import Debug, DType, Json, Src, Weights
 
 
 def _counts(text: str) -> list[int]:
@@ -35,6 +35,7 @@ def bench(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Tokens decoded in a round.")] = 32,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often all is measured; the best counts.")] = 3,
     dtype: DType = None,
+    weights: Weights = "stored",
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw decoding times into this file.", show_default=False)
     ] = None,
@@ -59,6 +60,7 @@ def bench(
             steps=steps,
             rounds=rounds,
             dtype=dtype,
+            weights=weights,
             progress=progress,
         )
     if plot is not None:
@@ -73,6 +75,7 @@ def bench(
     prompts = list(dict.fromkeys(row["tokens"] for row in report["prefill"]))
     depths = list(dict.fromkeys(row["depth"] for row in report["decode"]))
     header = ["plan", "K/V per token", *(f"prompt of {n:,}" for n in prompts), *(f"decode at {n:,}" for n in depths)]
+    kind = report["dtype"] if report["weights"] == "stored" else f"{report['dtype']}, weights {report['weights']}"
     rows = [
         [
             one["plan"],
@@ -85,4 +88,4 @@ def bench(
         ]
         for one in report["plans"]
     ]
-    output.print_columns(f"{src}, {report['dtype']}: tokens per second", header, rows)
+    output.print_columns(f"{src}, {kind}: tokens per second", header, rows)

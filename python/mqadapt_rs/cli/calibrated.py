@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from mqadapt_rs import Calibration
 
@@ -104,22 +104,18 @@ class Calibrated:
         )
 
 
-def calibrated(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Puts the options, but for some, where a command has the parameter `calibration: Calibrated`."""
-    options = {name: parameter for name, parameter in _PARAMETERS.items() if name not in without}
+def calibrated(command: Callable[..., None]) -> Callable[..., None]:
+    """Puts the options where a command has the parameter `calibration: Calibrated`."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def run(**arguments: Any) -> None:
-            chosen = {name: arguments.pop(name) for name in options}
-            command(**arguments, calibration=Calibrated(chosen))
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        chosen = {name: arguments.pop(name) for name in _PARAMETERS}
+        command(**arguments, calibration=Calibrated(chosen))
 
-        parameters: list[inspect.Parameter] = []
-        for parameter in inspect.signature(command, eval_str=True).parameters.values():
-            keyword = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            parameters.extend(options.values() if parameter.name == "calibration" else [keyword])
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return run
-
-    return decorate
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        keyword = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        parameters.extend(_PARAMETERS.values() if parameter.name == "calibration" else [keyword])
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

@@ -11,7 +11,7 @@ from mqadapt_rs.cli.calibrated import Calibrated, calibrated
 from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src, byte_count
 
 
-@calibrated()
+@calibrated
 def convert(
     src: Src,
     dst: Annotated[Path, typer.Argument(help="The new folder.", show_default=False)],

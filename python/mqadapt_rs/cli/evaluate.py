@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from mqadapt_rs.cli.calibrated import Calibrated, calibrated
-from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src
+from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src, Weights
 
 # of what lm-eval returns; the rest repeats the tasks' own definitions
 _KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
-@calibrated()
+@calibrated
 def evaluate(
     src: Src,
     tasks: Annotated[
@@ -24,6 +24,7 @@ def evaluate(
     method: Method = "mean",
     seed: Seed = 0,
     dtype: DType = None,
+    weights: Weights = "stored",
     *,
     calibration: Calibrated,
     include_path: Annotated[
@@ -63,12 +64,15 @@ def evaluate(
         "plan": plan,
         "method": method,
         "seed": seed,
+        "weights": weights,
         "tasks": tasks,
         "limit": limit,
         "num_fewshot": num_fewshot,
     }
     with tracked(wandb, name=f"eval {plan} {method}", config=settings) as run:
-        lm = harness.MqadaptLM(src, plan=plan, method=method, seed=seed, dtype=dtype, calibration=text_or_stats)
+        lm = harness.MqadaptLM(
+            src, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights, calibration=text_or_stats
+        )
         results = harness.evaluate(
             lm,
             [name.strip() for name in tasks.split(",") if name.strip()],

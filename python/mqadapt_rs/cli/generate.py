@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from mqadapt_rs.cli.calibrated import Calibrated, calibrated
-from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src
+from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src, Weights
 
 
-@calibrated()
+@calibrated
 def generate(
     src: Src,
     prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.", show_default=False)],
@@ -22,6 +22,7 @@ def generate(
     plan: PlanText = "keep",
     method: Method = "mean",
     dtype: DType = None,
+    weights: Weights = "stored",
     *,
     calibration: Calibrated,
     json: Json = False,
@@ -37,7 +38,14 @@ def generate(
     text_or_stats = calibration.load(src, seed)
     with output.progress_bars("bytes" if text_or_stats is None else "layers or bytes") as progress:
         model = Model.load(
-            src, plan=plan, method=method, seed=seed, dtype=dtype, calibration=text_or_stats, progress=progress
+            src,
+            plan=plan,
+            method=method,
+            seed=seed,
+            dtype=dtype,
+            weights=weights,
+            calibration=text_or_stats,
+            progress=progress,
         )
     start = time.perf_counter()
     with output.progress_bars("tokens") as progress:

@@ -54,5 +54,11 @@ DType = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, float16 or bfloat16; as stored where not given.", show_default=False),
 ]
+Weights = Annotated[
+    str,
+    typer.Option(
+        "--weights", help="stored, or int8: 8-bit integers, half the memory and faster decoding; on cpu only."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_note_debug)]

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from mqadapt_rs.cli.calibrated import Calibrated, calibrated
-from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src
+from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src, Weights
 
 
-@calibrated()
+@calibrated
 def perplexity(
     src: Src,
     text: Annotated[
@@ -28,6 +28,7 @@ def perplexity(
     method: Method = "mean",
     seed: Seed = 0,
     dtype: DType = None,
+    weights: Weights = "stored",
     *,
     calibration: Calibrated,
     json: Json = False,
@@ -47,7 +48,14 @@ def perplexity(
     text_or_stats = calibration.load(src, seed)
     with output.progress_bars("bytes" if text_or_stats is None else "layers or bytes") as progress:
         model = Model.load(
-            src, plan=plan, method=method, seed=seed, dtype=dtype, calibration=text_or_stats, progress=progress
+            src,
+            plan=plan,
+            method=method,
+            seed=seed,
+            dtype=dtype,
+            weights=weights,
+            calibration=text_or_stats,
+            progress=progress,
         )
     start = time.perf_counter()
     with output.progress_bars("windows") as progress:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mqadapt_rs.cli.calibrated import Calibrated, calibrated
-from mqadapt_rs.cli.options import Debug, DType, Json, Method, Seed, Src
+from mqadapt_rs.cli.options import Debug, DType, Json, Method, Seed, Src, Weights
 
 Strategy = Annotated[
     str,
@@ -39,8 +39,7 @@ def _option(name: str, text: str, **more: Any) -> Any:
     return typer.Option(f"--{name}", help=text, show_default=more.pop("show_default", False), **more)
 
 
-# layers are merged one by one, each from the source: what makes them depend on each other comes with the winner's conversion
-@calibrated(without=("sequential", "refine"))
+@calibrated
 def search(
     src: Src,
     strategy: Strategy,
@@ -82,6 +81,7 @@ def search(
     ] = 0.05,
     dtype: DType = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cpu-stock or cuda:N.")] = "cpu",
+    weights: Weights = "stored",
     max_memory: Annotated[
         int, typer.Option("--max-memory", min=1, help="MiB of hidden states kept beside the model.")
     ] = 1024,
@@ -131,6 +131,7 @@ def search(
             error_rate=error_rate or None,
             dtype=dtype,
             device=device,
+            weights=weights,
             max_memory=max_memory << 20,
             workers=workers,
             ray="" if ray == "local" else ray,

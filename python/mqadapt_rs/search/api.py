@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from mqadapt_rs.errors import ArgumentError
 
 from . import latency
-from .conduct import SearchResult, check, conduct
-from .executors import forget, in_process, processes, ray_cluster
+from .conduct import SearchResult, check, conduct, fits
+from .executors import adopt, forget, in_process, processes, ray_cluster
+from .journal import begun
 from .limit import Limit
 from .predicted import METRIC as PREDICTED
 from .space import describe, parse_budget
-from .spec import CALIBRATED, METRICS, CalibrationData, Data, ModelSpec, prepare
+from .spec import CALIBRATED, METRICS, CalibrationData, Data, ModelSpec, space_of
 from .study import Options
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def search(
     calibration_context: int = 2048,
     target_context: Sequence[int] = (512, 2048),
     stats: str | os.PathLike[str] | None = None,
+    sequential: bool = False,
+    refine: int = 0,
     text: str | os.PathLike[str] | None = None,
     field: str = "text",
     context: int = 512,
@@ -65,6 +68,7 @@ def search(
     error_rate: float | None = 0.05,
     dtype: str | None = None,
     device: str = "cpu",
+    weights: str = "stored",
     max_memory: int = 1 << 30,
     workers: int | None = None,
     ray: str | None = None,
@@ -88,6 +92,9 @@ def search(
         calibration_context: tokens of a drawn window.
         target_context: contexts that the converted model is for.
         stats: file of the statistics; used where it exists, written where not (`out/statistics.safetensors`).
+        sequential: refit of `closed-form`: every plan is merged anew, and none is stopped early, since merging takes longer
+            than evaluating.
+        refine: gradient steps on every merged layer before that; they imply `sequential`.
         text: for `kl` and `perplexity`: a file or a data set as `calibration`; best another one than that.
         field: the field of a `.jsonl` file that holds the text.
         context: tokens of a window.
@@ -108,6 +115,7 @@ def search(
         error_rate: probability that early stopping of hopeless plans changes a winner; `None` stops nothing.
         dtype: of the weights; as stored by default.
         device: as `Model.load` takes it.
+        weights: `stored`, or `int8` for speed; then the source has 8-bit weights too.
         max_memory: bytes of hidden states that are kept beside the model.
         workers: processes on this machine; in this process by default.
         ray: address of a Ray cluster; an empty text starts one on this machine.
@@ -135,6 +143,10 @@ def search(
         plans=None if plans is None else (),
     )
     check(strategy, options)
+    begun(Path(out), resume=resume)
+    if (sequential or refine) and (method != "closed-form" or metric == PREDICTED.name):
+        what = f"the metric {metric}" if metric == PREDICTED.name else f"the method {method}"
+        raise ArgumentError(f"{what} knows no refit: leave out --sequential and --refine")
     if (method in CALIBRATED or metric == PREDICTED.name) and calibration is None and stats is None:
         what = f"the method {method} merges" if method in CALIBRATED else "the metric predicted is computed"
         raise ArgumentError(f"{what} from statistics of a text: --calibration FILE or --stats FILE")
@@ -149,24 +161,39 @@ def search(
         limit=limit,
         num_fewshot=num_fewshot,
     )
-    spec = ModelSpec(str(src), metric, data, method, seed, dtype, device, max_memory)
+    spec = ModelSpec(str(src), metric, data, method, seed, dtype, device, weights, max_memory)
     if method in CALIBRATED or metric == PREDICTED.name:
         saved = Path(out) / "statistics.safetensors" if stats is None else Path(stats)
-        saved.parent.mkdir(parents=True, exist_ok=True)
-        file = None if calibration is None else str(calibration)
-        contexts = tuple(target_context)
-        drawn = CalibrationData(file, str(saved), calibration_field, calibration_tokens, calibration_context, contexts)
+        drawn = CalibrationData(
+            None if calibration is None else str(calibration),
+            str(saved),
+            calibration_field,
+            calibration_tokens,
+            calibration_context,
+            tuple(target_context),
+            sequential,
+            refine,
+        )
         spec = replace(spec, calibration=drawn)
+        error_rate = None if drawn.refits else error_rate
     try:
-        spec, space = prepare(spec, options.counts, keep=workers is None and ray is None)
+        evaluator, model, spec = spec.load()
+        space = space_of(model, options.counts)
         if plans is not None:
             options = replace(options, plans=tuple(heads_of(src, plan) for plan in plans))
         if kv_budget is not None:
             options = replace(options, kv_budget=parse_budget(kv_budget, space.kv_bytes(space.source)))
         if latency_budget is not None:
-            space = latency.measured(Path(out), spec.overlays(), space, depth, resume=resume)
+            space = latency.measured(Path(out), model, space, depth, resume=resume)
             source = Limit(space, math.inf, latency=True).cost(space.source)
             options = replace(options, latency_budget=parse_budget(latency_budget, source, "seconds"))
+        fits(strategy, options, space)
+        spec.try_out(evaluator, space)
+        if latency_budget is not None:
+            latency.save(Path(out), space, depth)
+        if workers is None and ray is None:
+            adopt(spec, evaluator)
+        del evaluator, model  # workers load their own
         budgets = {"kv-budget": kv_budget, "latency-budget": latency_budget, "depth": depth if latency_budget else None}
         with ExitStack() as stack:
             pool: Pool = stack.enter_context(_pool(workers, ray))
@@ -282,18 +309,20 @@ def command(
         "plan": [describe(plan, source) for plan in options.plans or ()],
         "seed": spec.seed or None,
         "dtype": spec.dtype,
+        "device": spec.device if spec.device != "cpu" else None,
+        "weights": spec.weights if spec.weights != "stored" else None,
         "out": out,
     }
     return shlex.join(words) + in_words(given)
 
 
 def in_words(options: dict[str, Any]) -> str:
-    """Options as on the command line, a space before each; those with several values are repeated."""
+    """Options as on the command line, a space before each; those with several values are repeated, switches have none."""
     words = ""
     for name, value in options.items():
         for one in value if isinstance(value, list) else [value]:
             if one is not None:
-                words += f" --{name} {shlex.quote(str(one))}"
+                words += f" --{name}" if one is True else f" --{name} {shlex.quote(str(one))}"
     return words
 
 
@@ -308,4 +337,6 @@ def calibration_options(data: CalibrationData) -> dict[str, Any]:
         "calibration-context": data.context if data.context != usual.context else None,
         "target-context": contexts if data.target_context != usual.target_context else None,
         "stats": data.stats,
+        "sequential": data.sequential or None,
+        "refine": data.refine or None,
     }

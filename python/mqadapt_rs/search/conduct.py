@@ -75,6 +75,20 @@ def check(strategy: str, options: Options) -> None:
         raise ArgumentError(f"the strategy '{strategy}' needs {' or '.join(map(_switch, needs))}")
 
 
+def fits(strategy: str, options: Options, space: Space) -> None:
+    """Refuses what a model cannot be searched for.
+
+    Raises:
+        ArgumentError: so.
+    """
+    limit = Rule.of(space, options).limit
+    if limit is not None and limit.smallest() > limit.most:
+        raise ArgumentError(limit.refusal())
+    refuse = STRATEGIES[strategy].refuse
+    if refuse is not None:
+        refuse(space, options)
+
+
 def _switch(option: str) -> str:
     """An option as the command line has it."""
     return "--plan" if option == "plans" else f"--{option.replace('_', '-')}"
@@ -113,10 +127,9 @@ def conduct(
         ArgumentError: options that do not fit; `JournalError` (one of them) for a journal that cannot be continued.
     """
     check(strategy, options)
+    fits(strategy, options, space)
     test = None if error_rate is None or spec.documents == 0 else SequentialTest(error_rate)
     rule = Rule.of(space, options)
-    if rule.limit is not None and rule.limit.smallest() > rule.limit.most:
-        raise ArgumentError(rule.limit.refusal())
     known = spec.fingerprints()
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
     header = {

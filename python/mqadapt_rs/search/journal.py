@@ -37,9 +37,7 @@ class Journal:
         self.space = space
         self.metric = metric
         self.header = {"journal": FORMAT, **header}
-        exists = self.path.exists() and self.path.stat().st_size > 0
-        if exists and not resume:
-            raise JournalError(f"{self.path} exists: continue it with --resume, or choose another folder")
+        exists = begun(folder, resume=resume)
         folder.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a+b")
         try:
@@ -112,6 +110,19 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def begun(folder: Path, *, resume: bool) -> bool:
+    """Whether a folder has a journal.
+
+    Raises:
+        JournalError: it has one that is not to be resumed.
+    """
+    path = folder / JOURNAL
+    exists = path.exists() and path.stat().st_size > 0
+    if exists and not resume:
+        raise JournalError(f"{path} exists: continue it with --resume, or choose another folder")
+    return exists
 
 
 def record(evaluation: Evaluation, header: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Time of a decoded token, layer by layer and count by count, measured on this machine.
 
-In: a model under plans. Out: seconds that a layer takes with each number of K/V heads. Layers with the same K/V heads in
-the source are changed together, and the time is shared among them; what does not depend on the plan is shared by all.
+In: a model. Out: seconds that a layer takes with each number of K/V heads. Layers with the same K/V heads in the source
+are changed together, and the time is shared among them; what does not depend on the plan is shared by all. Which weights a
+merged head gets changes no time.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
     from mqadapt_rs import Model
 
-    from .overlays import PlanOverlays
-
 FILE = "latency.json"
 TOKENS = 24
 """Tokens whose times are measured in each of the rounds."""
@@ -33,15 +32,15 @@ def decode_seconds(model: Model, depth: int) -> float:
     return min(statistics.median(model.measure_decode(depth, TOKENS)) for _ in range(ROUNDS))
 
 
-def measure(overlays: PlanOverlays, space: Space, depth: int) -> LayerSeconds:
+def measure(model: Model, space: Space, depth: int) -> LayerSeconds:
     """Seconds of each layer with each of its counts, at a depth of `depth` tokens."""
-    source = decode_seconds(overlays.source, depth)
+    source = decode_seconds(model, depth)
     shared = source / space.num_hidden_layers
     difference: dict[tuple[int, int], float] = {}
     for own in sorted(set(space.source)):
         alike = [layer for layer, heads in enumerate(space.source) if heads == own]
         for count in space.choices(alike[0])[:-1]:
-            planned = decode_seconds(overlays.model(space.with_layers(alike, count)), depth)
+            planned = decode_seconds(model.with_plan(list(space.with_layers(alike, count)), "first"), depth)
             difference[own, count] = (planned - source) / len(alike)
     return tuple(
         tuple((count, shared + difference.get((own, count), 0.0)) for count in space.choices(layer))
@@ -49,14 +48,18 @@ def measure(overlays: PlanOverlays, space: Space, depth: int) -> LayerSeconds:
     )
 
 
-def measured(folder: Path, overlays: PlanOverlays, space: Space, depth: int, *, resume: bool) -> Space:
+def measured(folder: Path, model: Model, space: Space, depth: int, *, resume: bool) -> Space:
     """The space with measured times; a search that is resumed keeps those that it began with."""
     path = folder / FILE
     if resume and path.exists():
         content = json.loads(path.read_text())
         seconds = tuple(tuple((int(c), float(s)) for c, s in layer) for layer in content["layer_seconds"])
     else:
-        seconds = measure(overlays, space, depth)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"depth": depth, "layer_seconds": seconds})
+        seconds = measure(model, space, depth)
     return Space(space.source, space.head_bytes, space.counts, seconds)
+
+
+def save(folder: Path, space: Space, depth: int) -> None:
+    """Writes the times of a space for a search that is resumed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FILE, {"depth": depth, "layer_seconds": space.layer_seconds})

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from mqadapt_rs.errors import ArgumentError
 
 from .evaluation import Metric
-from .executors import adopt
 from .overlays import PlanOverlays
 from .predicted import METRIC as PREDICTED
 from .predicted import PredictedEvaluator
@@ -68,6 +67,13 @@ class CalibrationData:
     tokens: int = 16384
     context: int = 2048
     target_context: tuple[int, ...] = (512, 2048)
+    sequential: bool = False
+    refine: int = 0
+
+    @property
+    def refits(self) -> bool:
+        """Whether what becomes of a layer depends on those before it."""
+        return self.sequential or self.refine > 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class ModelSpec:
     seed: int = 0
     dtype: str | None = None
     device: str = "cpu"
+    weights: str = "stored"
     max_memory: int = 1 << 30
     calibration: CalibrationData | None = None
     # known once the evaluator was built for the first time
@@ -114,14 +121,34 @@ class ModelSpec:
             "such as task:hellaswag/acc_norm"
         )
 
-    def overlays(self) -> PlanOverlays:
-        """The model under any plan."""
+    def overlays(self, model: Model) -> PlanOverlays:
+        """A loaded model under any plan."""
+        refits = self.calibration is not None and self.calibration.refits
+        return PlanOverlays(model, self.method, self.seed, self._calibration(), together=refits)
+
+    def try_out(self, evaluator: ModelEvaluator, space: Space) -> None:
+        """Merges one layer: a method that does not exist is refused, and statistics are collected before workers need them.
+
+        Raises:
+            ArgumentError: the method cannot do it.
+        """
+        layer = next(idx for idx in range(space.num_hidden_layers) if len(space.choices(idx)) > 1)
+        plan = space.single(layer, space.choices(layer)[0])
+        if self.calibration is not None:
+            Path(self.calibration.stats).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(evaluator, PredictedEvaluator):
+            list(evaluator.losses([plan], [()], range(1)))
+        elif self.calibration is not None and self.calibration.refits:
+            # a refit takes every plan by itself; statistics do without
+            once = replace(self, calibration=replace(self.calibration, sequential=False, refine=0))
+            once.overlays(evaluator.overlays.source).model(plan)
+        else:
+            evaluator.overlays.model(plan)
+
+    def _model(self) -> Model:
         from mqadapt_rs import Model
 
-        return self._over(Model.load(self.src, dtype=self.dtype, device=self.device))
-
-    def _over(self, model: Model) -> PlanOverlays:
-        return PlanOverlays(model, self.method, self.seed, self._calibration())
+        return Model.load(self.src, dtype=self.dtype, device=self.device, weights=self.weights)
 
     def _calibration(self) -> Calibration | None:
         from mqadapt_rs import load_calibration
@@ -138,22 +165,23 @@ class ModelSpec:
             seed=self.seed,
             target_context=data.target_context,
             stats=data.stats,
+            sequential=data.sequential,
+            refine=data.refine,
         )
 
     def _predicted(self) -> tuple[PredictedEvaluator, Model, ModelSpec]:
-        from mqadapt_rs import Model
+        model = self._model()
+        return self._predictor(model), model, replace(self, metric=PREDICTED, prints=self._prints(model, []))
 
+    def _predictor(self, model: Model) -> PredictedEvaluator:
         calibration = self._calibration()
         if calibration is None:
             raise ArgumentError("the metric predicted needs statistics: --calibration FILE or --stats FILE")
-        model = Model.load(self.src, dtype=self.dtype, device=self.device)
-        source = tuple(model.plan.num_key_value_heads)
-        evaluator = PredictedEvaluator(self.src, self.method, calibration, source)
-        return evaluator, model, replace(self, metric=PREDICTED, prints=self._prints(model, []))
+        return PredictedEvaluator(self.src, self.method, calibration, tuple(model.plan.num_key_value_heads))
 
     def _windows(self) -> tuple[WindowEvaluator, Model, ModelSpec]:
         windows = read_windows(self.src, self.data, self.seed)
-        overlays = self.overlays()
+        overlays = self.overlays(self._model())
         model = overlays.source
         # hidden states of all windows that fit into the memory, beside the source's
         states = len(windows) * self.data.context * model.config.hidden_size * 4
@@ -180,10 +208,10 @@ class ModelSpec:
 
         from .tasks import Task, TaskEvaluator
 
-        lm = MqadaptLM(self.src, dtype=self.dtype, device=self.device)
+        lm = MqadaptLM(self.src, dtype=self.dtype, device=self.device, weights=self.weights)
         task = Task.load(self.metric_name.removeprefix("task:"), self.data, self.seed, lm)
         model = lm.model
-        evaluator = TaskEvaluator(self._over(model), lm, task, self.max_memory)
+        evaluator = TaskEvaluator(self.overlays(model), lm, task, self.max_memory)
         spec = replace(
             self,
             metric=task.metric,
@@ -203,6 +231,7 @@ class ModelSpec:
             ("model", model.fingerprint),
             ("text", f"{digest} ({self._data_in_words()})"),
             ("method", method),
+            *(() if self.weights == "stored" else (("weights", self.weights),)),
             *calibration,
             ("version", __version__),
         )
@@ -212,7 +241,8 @@ class ModelSpec:
         if data is None or data.file is None:
             return "saved statistics"
         contexts = ", ".join(map(str, data.target_context))
-        return f"{data.tokens} tokens of {_called(data.file)}, target context {contexts}"
+        refit = f", refined in {data.refine} steps" if data.refine else ", refitted" if data.sequential else ""
+        return f"{data.tokens} tokens of {_called(data.file)}, target context {contexts}{refit}"
 
     def _data_in_words(self) -> str:
         data = self.data
@@ -252,20 +282,3 @@ def space_of(model: Model, counts: tuple[int, ...] | None) -> Space:
     config = model.config
     head_bytes = 2 * config.head_dim * VALUE_BYTES  # a key and a value
     return Space(tuple(config.num_key_value_heads), (head_bytes,) * config.num_hidden_layers, counts)
-
-
-def prepare(spec: ModelSpec, counts: tuple[int, ...] | None, *, keep: bool) -> tuple[ModelSpec, Space]:
-    """Completes a specification and finds its space of plans; `keep`: this process will evaluate, so stay loaded."""
-    evaluator, model, known = spec.load()
-    if spec.calibration is not None:
-        # collects the statistics, once, before workers look for them
-        space = space_of(model, counts)
-        layer = next(idx for idx in range(space.num_hidden_layers) if len(space.choices(idx)) > 1)
-        plan = space.single(layer, space.choices(layer)[0])
-        if isinstance(evaluator, PredictedEvaluator):
-            list(evaluator.losses([plan], [()], range(1)))
-        else:
-            evaluator.overlays.model(plan)
-    if keep:
-        adopt(known, evaluator)
-    return known, space_of(model, counts)

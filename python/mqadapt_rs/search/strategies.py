@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from . import alternate, budget, from_end, given, greedy, pareto, random_plans, sensitivity
 
 if TYPE_CHECKING:
-    from .study import Run
+    from collections.abc import Callable
+
+    from .space import Space
+    from .study import Options, Run
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Strategy:
     """The fields of `Options` that it reads, beside `counts`."""
     needs: tuple[str, ...] = ()
     """Of these it needs one."""
+    refuse: Callable[[Space, Options], None] | None = None
+    """Raises `ArgumentError` for options that this model cannot be searched with."""
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -43,6 +48,12 @@ STRATEGIES: dict[str, Strategy] = {
     "pareto": Strategy(
         "the front of K/V bytes against damage", pareto.run, frozenset({"points", "swaps", "max_damage"})
     ),
-    "given": Strategy("the plans that --plan names, side by side", given.run, frozenset({"plans"}), needs=("plans",)),
+    "given": Strategy(
+        "the plans that --plan names, side by side",
+        given.run,
+        frozenset({"plans"}),
+        needs=("plans",),
+        refuse=given.refuse,
+    ),
     "random": Strategy("plans by chance: the control", random_plans.run, frozenset({"kv_budget", "trials"})),
 }
