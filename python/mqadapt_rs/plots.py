@@ -270,7 +270,11 @@ def pareto(results: Sequence[Results]) -> Figure:
     _titled(axes, "What K/V memory costs in quality", results)
     _damage_axis(axes, results, shown)
     axes.set_xlabel(f"K/V bytes per token [% of the source's {size:,}]")
-    axes.legend(fontsize=8)
+    if len(results) > 2:  # a long legend would lie over the plans
+        figure.set_figheight(5.2)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    else:
+        axes.legend(fontsize=8)
     return figure
 
 
