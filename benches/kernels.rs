@@ -6,8 +6,8 @@
 use criterion::{Criterion, Throughput};
 use half::bf16;
 use mqadapt_kernels::{
-    Activation, AttentionParams, Cpu, FloatsMut, FloatsRef, Isa, KvRef, MatmulOut, Precision, RopeTables, RowScore,
-    ScoreHead, Segment, Span, Store, WeightsRef,
+    Activation, AttentionParams, Cpu, FloatsMut, FloatsRef, Int8Weights, Isa, KvRef, MatmulOut, Precision, RopeTables,
+    RowScore, ScoreHead, Segment, Span, Store, WeightsRef,
 };
 use std::{cell::RefCell, hint::black_box, time::Duration, time::Instant};
 
@@ -83,17 +83,22 @@ impl<'a> Suite<'a> {
 
     fn table(&self) {
         let read = limits::read(self.cpu);
-        let [single, half] = limits::flops(self.cpu);
+        let [single, half, byte] = limits::flops(self.cpu);
         println!("\n{:?}", self.cpu);
         println!(
-            "limits: read {:.1} GB/s, f32 {:.0} GFLOP/s, bf16 {:.0} GFLOP/s",
+            "limits: read {:.1} GB/s, f32 {:.0} GFLOP/s, bf16 {:.0} GFLOP/s, int8 {:.0} GOP/s",
             read / 1e9,
             single / 1e9,
-            half / 1e9
+            half / 1e9,
+            byte / 1e9
         );
         println!("{:<40} {:>10} {:>9} {:>7} {:>9} {:>7}", "kernel", "time us", "GB/s", "of read", "GFLOP/s", "of peak");
         for Measured { name, flops, bytes, seconds } in &*self.results.borrow() {
-            let peak = if name.ends_with("fast") { half } else { single };
+            let peak = match name {
+                _ if name.ends_with("int8 fast") => byte,
+                _ if name.ends_with("fast") => half,
+                _ => single,
+            };
             println!(
                 "{name:<40} {:>10.1} {:>9.1} {:>6.0}% {:>9.1} {:>6.0}%",
                 seconds * 1e6,
@@ -128,8 +133,10 @@ fn products(suite: &Suite<'_>) {
     let shapes = [("q, k, v", 960, HIDDEN), ("o", HIDDEN, HIDDEN), ("gate, up", 2 * INTERMEDIATE, HIDDEN)];
     for (name, n, k) in shapes.into_iter().chain([("down", HIDDEN, INTERMEDIATE), ("4096", 4096, 4096)]) {
         let (x, single, half) = (random(m * k), random(n * k), random_bf16(n * k));
+        let (bytes, scales): (Vec<i8>, _) = (single.iter().map(|x| (x * 127.0) as i8).collect(), vec![1.0; n]);
         let mut out = vec![0.0; m * n];
         for (dtype, weights, precision) in [
+            ("int8 fast", WeightsRef::Int8(Int8Weights { values: &bytes, scales: &scales }), Precision::Fast),
             ("bf16 fast", WeightsRef::Bf16(&half), Precision::Fast),
             ("bf16 exact", WeightsRef::Bf16(&half), Precision::Exact),
             ("f32 exact", WeightsRef::F32(&single), Precision::Exact),
@@ -304,8 +311,8 @@ mod limits {
         })
     }
 
-    /// `f32` and `bf16` operations a second, from registers; what the instruction set lacks counts as `f32`.
-    pub fn flops(cpu: &Cpu) -> [f64; 2] {
+    /// `f32`, `bf16` and `int8` operations a second, from registers; what the instruction set lacks counts as `f32`.
+    pub fn flops(cpu: &Cpu) -> [f64; 3] {
         const STEPS: usize = 1 << 20;
         let run = |per_step: usize, burn: unsafe fn(usize)| {
             let work = (cpu.threads() * STEPS * per_step) as f64;
@@ -314,12 +321,12 @@ mod limits {
         };
         match cpu.isa() {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => [run(24 * 32, x86::fma_512), run(24 * 64, x86::dot_512)],
+            Isa::Avx512Bf16 => [run(24 * 32, x86::fma_512), run(24 * 64, x86::dot_512), run(24 * 128, x86::fours_512)],
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => [run(24 * 32, x86::fma_512); 2],
+            Isa::Avx512 => [run(24 * 32, x86::fma_512); 3],
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => [run(12 * 16, x86::fma_256); 2],
-            _ => [run(16, plain); 2],
+            Isa::Avx2 => [run(12 * 16, x86::fma_256); 3],
+            _ => [run(16, plain); 3],
         }
     }
 
@@ -337,7 +344,8 @@ mod limits {
         use std::arch::{
             asm,
             x86_64::{
-                _mm256_fmadd_ps, _mm256_set1_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_set1_epi32, _mm512_set1_ps,
+                _mm256_fmadd_ps, _mm256_set1_ps, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
+                _mm512_set1_epi32, _mm512_set1_ps,
             },
         };
 
@@ -379,6 +387,19 @@ mod limits {
             for _ in 0..steps {
                 for sum in &mut sums {
                     *sum = _mm512_dpbf16_ps(*sum, x, x);
+                }
+                // SAFETY: no instruction; keeps the loop.
+                unsafe { asm!("/* {0} */", in(zmm_reg) sums[0]) };
+            }
+            black_box(sums);
+        }
+
+        #[target_feature(enable = "avx512f,avx512vnni")]
+        pub fn fours_512(steps: usize) {
+            let (mut sums, x) = ([_mm512_set1_epi32(0); 24], _mm512_set1_epi32(black_box(0x0101_0101)));
+            for _ in 0..steps {
+                for sum in &mut sums {
+                    *sum = _mm512_dpbusd_epi32(*sum, x, x);
                 }
                 // SAFETY: no instruction; keeps the loop.
                 unsafe { asm!("/* {0} */", in(zmm_reg) sums[0]) };
