@@ -162,6 +162,16 @@ def test_what_merging_costs(smollm2: Path, windows: list[int]) -> None:
 
 
 @pytest.mark.slow
+def test_what_8_bit_weights_cost(smollm2: Path, windows: list[int]) -> None:
+    """One percent of perplexity (docs/performance.md), and twice that at most; activations are what it comes from."""
+    stored, fast, exact = (
+        Model.load(smollm2, dtype="bfloat16", weights=weights, precision=precision).perplexity(windows[:4096], 512)
+        for weights, precision in (("stored", "fast"), ("int8", "fast"), ("int8", "exact"))
+    )
+    assert 1.0 < fast / stored < 1.02
+    assert 0.99 < exact / stored < 1.01
+
+
 @pytest.mark.parametrize(
     ("plan", "method"),
     [("mqa:0", "mean"), ("mqa:0", "first"), ("mqa:20", "first"), ("mqa:alternate5", "first"), ("mqa:last8", "mean")],
