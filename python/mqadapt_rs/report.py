@@ -255,7 +255,7 @@ figure svg { width: 100%; min-width: 34rem; max-height: 34rem; height: auto; dis
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
-tbody th { font-weight: normal; }
+tbody th { font-weight: normal; min-width: 9rem; }
 td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; font-size: .85rem; }
 @media print { .scroll, figure, pre { overflow: visible; } pre { white-space: pre-wrap; } section { break-inside: avoid; } }

@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mqadapt_rs import Calibration
+    from mqadapt_rs import Calibration, Model
 
 
 def _options(
@@ -102,6 +102,15 @@ class Calibrated:
             sequential=given["sequential"],
             refine=given["refine"],
         )
+
+    def model(self, src: str, *, seed: int, **options: Any) -> Model:
+        """The model, as `Model.load` takes the options; shows how far it is."""
+        from mqadapt_rs import Model
+        from mqadapt_rs.cli import output
+
+        calibration = self.load(src, seed)
+        with output.progress_bars("bytes" if calibration is None else "layers or bytes") as progress:
+            return Model.load(src, seed=seed, calibration=calibration, progress=progress, **options)
 
 
 def calibrated(command: Callable[..., None]) -> Callable[..., None]:

@@ -29,24 +29,12 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Continue a text."""
-    from mqadapt_rs import Model
     from mqadapt_rs import text as texts
     from mqadapt_rs.cli import output
 
     tokenizer = texts.load_tokenizer(src)
     ids = texts.token_ids(tokenizer, prompt)
-    text_or_stats = calibration.load(src, seed)
-    with output.progress_bars("bytes" if text_or_stats is None else "layers or bytes") as progress:
-        model = Model.load(
-            src,
-            plan=plan,
-            method=method,
-            seed=seed,
-            dtype=dtype,
-            weights=weights,
-            calibration=text_or_stats,
-            progress=progress,
-        )
+    model = calibration.model(src, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights)
     start = time.perf_counter()
     with output.progress_bars("tokens") as progress:
         new = model.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=progress)

@@ -39,24 +39,12 @@ def perplexity(
     The documents are concatenated, tokenised as the model's tokenizer does by default and cut into windows; the mean is over
     all tokens of a window but its first.
     """
-    from mqadapt_rs import Model
     from mqadapt_rs import text as texts
     from mqadapt_rs.cli import output
 
     ids = texts.token_ids(texts.load_tokenizer(src), "".join(texts.read_documents(text, field)))
     ids = texts.first_windows(ids, context, windows)
-    text_or_stats = calibration.load(src, seed)
-    with output.progress_bars("bytes" if text_or_stats is None else "layers or bytes") as progress:
-        model = Model.load(
-            src,
-            plan=plan,
-            method=method,
-            seed=seed,
-            dtype=dtype,
-            weights=weights,
-            calibration=text_or_stats,
-            progress=progress,
-        )
+    model = calibration.model(src, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights)
     start = time.perf_counter()
     with output.progress_bars("windows") as progress:
         value = model.perplexity(ids, context=context, progress=progress)
