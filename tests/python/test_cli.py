@@ -159,6 +159,15 @@ def test_weights(lookalike: Path, text: Path) -> None:
     assert report["weights"] == "int8"
 
 
+def test_a_warning_takes_a_line(lookalike: Path, text: Path) -> None:
+    merge = ["--plan", "mqa:0", "--method", "closed-form", "--calibration", text, "--calibration-context", 64]
+    done = mqadapt("perplexity", lookalike, "--text", text, "--context", 64, "--windows", 1, *merge)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "are few" in line]
+    assert line.startswith("mqadapt: ")
+    assert ".py" not in done.stderr
+
+
 def ids_of(src: Path, string: str) -> list[int]:
     return texts.token_ids(texts.load_tokenizer(src), string)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 from mqadapt_rs.errors import ArgumentError, MqadaptError
 
@@ -16,6 +17,7 @@ def main() -> None:
     if not sys.stderr.isatty():
         for switch in _BARS:
             os.environ.setdefault(switch, "1")
+    warnings.formatwarning = _in_a_line
     from mqadapt_rs.cli.app import app
     from mqadapt_rs.cli.options import debug_wanted
 
@@ -36,6 +38,11 @@ def main() -> None:
         if debug_wanted():
             raise
         sys.exit(_report(error))
+
+
+def _in_a_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+    """A warning without its place in the code, which says nothing to a user."""
+    return f"mqadapt: {message}\n" if category is UserWarning else f"mqadapt: {category.__name__}: {message}\n"
 
 
 def _report(error: Exception) -> int:
