@@ -57,7 +57,7 @@ DType = Annotated[
 Weights = Annotated[
     str,
     typer.Option(
-        "--weights", help="stored, or int8: 8-bit integers, half the memory and faster decoding; on cpu only."
+        "--weights", help="stored, or int8: 8-bit integers, half the memory, faster, a little less exact; on cpu only."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
