@@ -111,6 +111,7 @@ class Page:
         result = self.result
         header, summary = result.header, result.summary or {}
         rows = [[name, str(header[name])] for name in SETTINGS if header.get(name) not in (None, "", {})]
+        rows = [[name, options(result) if name == "options" else value] for name, value in rows]
         rate = header.get("error_rate")
         stopped = sum(evaluation.stopped for evaluation in result.evaluations)
         spent = sum(evaluation.seconds for evaluation in result.evaluations)
@@ -207,6 +208,17 @@ def interval(evaluation: Evaluation) -> str:
     """The interval of the damage."""
     damage = evaluation.damage
     return "" if damage.low is None else f"{damage.low:.4g} to {damage.high:.4g}"
+
+
+def options(result: Results) -> str:
+    """What the strategy was told, in words."""
+    source = result.space.source
+    said = []
+    for name, given in result.header["options"].items():
+        values = given if isinstance(given, list) else [given]
+        spelled = [describe(tuple(one), source) if isinstance(one, list) else f"{one:.10g}" for one in values]
+        said.append(f"{name}: {', '.join(spelled)}")
+    return "; ".join(said)
 
 
 def changed(evaluation: Evaluation, result: Results) -> int:

@@ -115,11 +115,18 @@ def test_the_page_is_whole_and_self_contained(searched: Path) -> None:
     markdown = card.read_text()
     assert markdown.startswith("---\nlibrary_name: transformers\ntags:\n- mqadapt\n")
     assert verdict in markdown
+    assert f"| options | kv_budget: {FULL // 2} |" in markdown
     for name in re.findall(r"\]\((plots/[^)]+)\)", markdown):
         assert (searched / name).is_file()
     for line in markdown.splitlines():
         if line.startswith("| ") and "script" in line:
             assert line.count("|") - line.count("\\|") == 3
+
+
+def test_options_are_told_in_words(tmp_path: Path) -> None:
+    plans = (SPACE.single(1, 2), SPACE.last(3, 1))
+    conduct(FakeSpec(), SPACE, "given", Options(plans=plans), tmp_path)
+    assert "| options | plans: gqa2:1, mqa:5-7 |" in report(tmp_path)[1].read_text()
 
 
 def test_a_running_search_can_be_looked_at(searched: Path, tmp_path: Path) -> None:
