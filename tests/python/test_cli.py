@@ -185,6 +185,7 @@ def ids_of(src: Path, string: str) -> list[int]:
         (["convert", "SRC", "DST", "--method", "median"], 2, "is not one of mean, first"),
         (["convert", "SRC", "DST", "--dtype", "int3"], 2, "is not one of float32"),
         (["convert", "SRC", "SRC"], 2, "never in place"),
+        (["convert", "SRC", "DST", "--plan", "mqa:0", "--sequential"], 2, "need --method closed-form"),
         (["convert", "SRC", "DST", "--plan", "absent.json"], 1, "absent.json"),
         (["convert", "no-such-folder", "DST"], 1, "no such folder or file"),
         (["inspect", "no/such/folder"], 1, "no such folder or file"),

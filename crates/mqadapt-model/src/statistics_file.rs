@@ -175,7 +175,7 @@ impl StatisticsFile {
         let metadata: BTreeMap<String, String> = header.metadata.unwrap_or_default().into_iter().collect();
         let format = metadata.get("format").map_or("nothing", String::as_str);
         if format != FORMAT {
-            return Err(wrong(format!("its metadata says format {format}, expected {FORMAT}")));
+            return Err(wrong(format!("its metadata says format {format}, expected {FORMAT}; collect them again")));
         }
         let entries = header.entries.into_iter().map(|entry| (entry.name.clone(), entry)).collect();
         Ok(Self { path: path.to_owned(), file, data_start: header.data_start, entries, metadata })

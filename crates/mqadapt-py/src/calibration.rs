@@ -92,14 +92,28 @@ impl Calibration {
     }
 }
 
-/// The calibration of a method that needs one; none for the others.
+/// The calibration of a method that needs one; refused where the method does nothing with it.
 pub(crate) fn needed<'a>(
     method: &Method,
     calibration: Option<&'a Bound<'_, Calibration>>,
 ) -> PyResult<Option<&'a Calibration>> {
     match (method.rows(), calibration) {
-        (Some(_), _) => Ok(None),
-        (None, Some(calibration)) => Ok(Some(calibration.get())),
+        (Some(_), None) => Ok(None),
+        (Some(_), Some(_)) => {
+            let name = method.name;
+            Err(argument(format!(
+                "method '{name}' reads no text: leave the calibration out, or choose closed-form or prune"
+            )))
+        }
+        (None, Some(calibration)) => {
+            let calibration = calibration.get();
+            if method.name == "prune" && (calibration.sequential || calibration.refine.is_some()) {
+                return Err(argument(
+                    "sequential and refine belong to closed-form; prune has no use for them".to_owned(),
+                ));
+            }
+            Ok(Some(calibration))
+        }
         (None, None) => {
             let name = method.name;
             Err(argument(format!(
@@ -170,8 +184,14 @@ impl Calibration {
     /// What the manifest says of it.
     pub(crate) fn describe(&self) -> Map<String, Value> {
         let mut out = Map::new();
-        out.insert("calibration_tokens".to_owned(), json!(self.tokens()));
-        out.insert("calibration_fingerprint".to_owned(), json!(self.text.fingerprint()));
+        // without a text, that of the statistics; what is wrong with their file is said where it is used
+        let saved = self.stats.as_ref().filter(|_| self.tokens() == 0).and_then(|path| StatisticsFile::open(path).ok());
+        let (tokens, text) = match &saved {
+            Some(saved) => (saved.tokens(), saved.text().to_owned()),
+            None => (self.tokens() as u64, self.text.fingerprint()),
+        };
+        out.insert("calibration_tokens".to_owned(), json!(tokens));
+        out.insert("calibration_fingerprint".to_owned(), json!(text));
         out.insert("target_context".to_owned(), json!(self.text.target_contexts));
         out.insert("sequential".to_owned(), json!(self.sequential));
         if let Some(refine) = self.refine {

@@ -84,9 +84,18 @@ class Calibrated:
             raise ArgumentError(f"--target-context '{text}' is not numbers joined by commas") from error
 
     def load(self, src: str, seed: int) -> Calibration | None:
-        """The text or the statistics for a model; none where neither was given."""
+        """The text or the statistics for a model; none where neither was given.
+
+        Raises:
+            ArgumentError: an option that needs them was given alone.
+            OSError, MqadaptError: as `load_calibration`.
+        """
         given = self.values
         if given["calibration"] is None and given["stats"] is None:
+            if given["sequential"] or given["refine"]:
+                from mqadapt_rs import ArgumentError
+
+                raise ArgumentError("--sequential and --refine need --method closed-form and a --calibration")
             return None
         from mqadapt_rs import load_calibration
 
