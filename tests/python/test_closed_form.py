@@ -121,3 +121,17 @@ def test_gradient_steps_bring_the_converted_stream_nearer(tmp_path: Path) -> Non
 
     # the first layer alone: what follows reads another stream
     assert errors(refine=200)[0] < 0.98 * errors()[0]
+
+
+def test_a_method_refuses_what_it_does_nothing_with(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "src", "llama")
+    cases = [
+        ("mean", Calibration(TEXT), "method 'mean' reads no text"),
+        ("prune", Calibration(TEXT, sequential=True), "belong to closed-form"),
+        ("prune", Calibration(TEXT, refine=3), "belong to closed-form"),
+    ]
+    for method, calibration, message in cases:
+        with pytest.raises(ArgumentError, match=message):
+            convert(tmp_path / "src", tmp_path / "dst", "mqa:0", method, calibration=calibration, sync=False)
+        with pytest.raises(ArgumentError, match=message):
+            Model.load(tmp_path / "src", plan="mqa:0", method=method, calibration=calibration)

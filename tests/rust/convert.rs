@@ -7,11 +7,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use half::{bf16, f16};
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_convert::{
-    ConversionReport, ConvertOptions, Error, LayerError, LayerMerge, LayerWeights, MANIFEST_FILE, Manifest,
-    MergedLayer, PARTIAL_SUFFIX, Result, convert, convert_layers,
+    CalibratedLayers, ConversionReport, ConvertOptions, Error, LayerError, LayerMerge, LayerWeights, MANIFEST_FILE,
+    Manifest, MergedLayer, PARTIAL_SUFFIX, Result, convert, convert_layers,
 };
 use mqadapt_core::{DType, Interrupted, NoProgress, Plan, Progress};
+use mqadapt_merge::closed_form::ClosedFormOptions;
 use mqadapt_merge::{MergeOptions, method};
+use mqadapt_model::{CalibratedMerge, CalibratedMethod, Calibration};
 use tempfile::TempDir;
 
 use crate::synthetic::{CONFIG, Synthetic, files, values};
@@ -393,7 +395,7 @@ fn an_interrupted_layer_method_leaves_nothing() {
 }
 
 #[test]
-fn a_layer_method_resumes_only_with_what_it_gave_before() {
+fn a_layer_method_resumes_where_it_was() {
     let (source, out) = (Synthetic { per_shard: 6, ..Synthetic::default() }.folder(), TempDir::new().unwrap());
     let (dst, whole) = (out.path().join("dst"), out.path().join("whole"));
     let checkpoint = Checkpoint::open(source.path()).unwrap();
@@ -402,12 +404,63 @@ fn a_layer_method_resumes_only_with_what_it_gave_before() {
     let run = |dst: &Path, method: &mut dyn LayerMerge, progress: &dyn Progress| {
         convert_layers(&checkpoint, dst, &plan, &resume, method, progress)
     };
-    run(&dst, &mut Doubling(Vec::new()), &StopAt(30_000, AtomicU64::new(0))).unwrap_err();
-    let error = run(&dst, &mut Keeping, &NoProgress).unwrap_err();
-    assert!(error.to_string().contains("another calibration text"), "{error}");
-    run(&dst, &mut Doubling(Vec::new()), &NoProgress).unwrap();
-    run(&whole, &mut Doubling(Vec::new()), &NoProgress).unwrap();
+    let stopped = |dst: &Path| run(dst, &mut Doubling(Vec::new()), &StopAt(30_000, AtomicU64::new(0))).unwrap_err();
+    let resumed = |dst: &Path| {
+        let mut method = Doubling(Vec::new());
+        run(dst, &mut method, &NoProgress).unwrap();
+        method.0
+    };
+    assert_eq!(resumed(&whole), [1, 3]);
+    stopped(&dst);
+    assert_eq!(resumed(&dst), [0; 0]);
     assert_eq!(files(&dst), files(&whole));
+    // what did not reach the disk is merged again
+    let dst = out.path().join("other");
+    stopped(&dst);
+    let mut lost = 0;
+    for entry in fs::read_dir(out.path().join("other.mqadapt-partial")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "partial") {
+            fs::write(&path, vec![0; fs::metadata(&path).unwrap().len() as usize]).unwrap();
+            lost += 1;
+        }
+    }
+    assert!(lost > 0 && !resumed(&dst).is_empty());
+    assert_eq!(files(&dst), files(&whole));
+}
+
+/// Stops where the merge enters a layer.
+struct StopBefore(u64);
+
+impl Progress for StopBefore {
+    fn advance(&self, phase: &str, done: u64, _total: u64) -> std::result::Result<(), Interrupted> {
+        if phase == "calibrate" && done == self.0 { Err(Interrupted) } else { Ok(()) }
+    }
+}
+
+#[test]
+fn a_merge_from_text_resumes_where_it_was() {
+    let (source, out) = (Synthetic::default().folder(), TempDir::new().unwrap());
+    let checkpoint = Checkpoint::open(source.path()).unwrap();
+    let plan = Plan::parse("gqa2:all", checkpoint.config()).unwrap();
+    let resume = ConvertOptions { resume: true, ..options("closed-form") };
+    let sequences = (0..3).map(|at| (0..60).map(|t| (t * 7 + at * 11) % 50).collect()).collect();
+    let text = Calibration { sequences, target_contexts: vec![40] };
+    for sequential in [false, true] {
+        let run = |dst: &str, progress: &dyn Progress| {
+            let cut = ClosedFormOptions::default();
+            let method = CalibratedMethod::ClosedForm { options: cut, sequential, refine: None };
+            let merge = CalibratedMerge::new(&checkpoint, text.clone(), method, None, DType::BF16).unwrap();
+            let (mut layers, dst) =
+                (CalibratedLayers::new(merge, progress), out.path().join(format!("{dst}{sequential}")));
+            convert_layers(&checkpoint, &dst, &plan, &resume, &mut layers, progress).map(|_report| files(&dst))
+        };
+        assert!(matches!(run("dst", &StopBefore(2)), Err(Error::Interrupted(_))));
+        let journal = out.path().join(format!("dst{sequential}.mqadapt-partial")).join("mqadapt.journal.jsonl");
+        let layers = fs::read_to_string(journal).unwrap().matches("layer_xxh3_128").count();
+        assert_eq!(layers, 2);
+        assert_eq!(run("dst", &NoProgress).unwrap(), run("whole", &NoProgress).unwrap(), "sequential {sequential}");
+    }
 }
 
 /// Keeps the first K/V heads and everything else.

@@ -29,23 +29,8 @@ impl LayerMerge for CalibratedLayers<'_> {
         weights: LayerWeights,
     ) -> Result<MergedLayer, LayerError> {
         let name = |module, bias| LayerTensor { layer_idx, module, bias }.name();
-        let mut weights = weights;
-        let mut take = |module, bias| weights.remove(&name(module, bias));
-        let mut needed = |module| take(module, false).ok_or_else(|| format!("was not given '{}'", name(module, false)));
-        let source = mqadapt_merge::LayerWeights {
-            q_proj: needed(Module::QProj)?,
-            k_proj: needed(Module::KProj)?,
-            v_proj: needed(Module::VProj)?,
-            o_proj: needed(Module::OProj)?,
-            q_proj_bias: take(Module::QProj, true),
-            k_proj_bias: take(Module::KProj, true),
-            v_proj_bias: take(Module::VProj, true),
-        };
-        let o_proj_bias = take(Module::OProj, true); // no merge changes it
-        let merged = self.merge.merge_layer(layer_idx, heads, &source, self.progress).map_err(|error| match error {
-            Error::Interrupted(interrupted) => LayerError::Interrupted(interrupted),
-            error => LayerError::Refused(error.to_string()),
-        })?;
+        let (source, o_proj_bias) = by_field(layer_idx, weights)?;
+        let merged = self.merge.merge_layer(layer_idx, heads, &source, self.progress).map_err(failed)?;
         let (relative_error, notes) = (relative_error(&merged), notes(&merged));
         let new = merged.weights;
         let named = [
@@ -62,6 +47,38 @@ impl LayerMerge for CalibratedLayers<'_> {
             named.into_iter().filter_map(|(module, bias, values)| Some((name(module, bias), values?))).collect();
         Ok(MergedLayer { weights, relative_error, notes })
     }
+
+    fn resume_layer(&mut self, layer_idx: usize, heads: usize, weights: LayerWeights) -> Result<(), LayerError> {
+        let (stored, _) = by_field(layer_idx, weights)?;
+        self.merge.resume_layer(layer_idx, heads, &stored, self.progress).map_err(failed)
+    }
+}
+
+/// The weights of a layer by their fields, and the bias of `o_proj`, which no merge changes.
+fn by_field(
+    layer_idx: usize,
+    mut weights: LayerWeights,
+) -> Result<(mqadapt_merge::LayerWeights, Option<Vec<f32>>), LayerError> {
+    let name = |module, bias| LayerTensor { layer_idx, module, bias }.name();
+    let mut take = |module, bias| weights.remove(&name(module, bias));
+    let mut needed = |module| take(module, false).ok_or_else(|| format!("was not given '{}'", name(module, false)));
+    let source = mqadapt_merge::LayerWeights {
+        q_proj: needed(Module::QProj)?,
+        k_proj: needed(Module::KProj)?,
+        v_proj: needed(Module::VProj)?,
+        o_proj: needed(Module::OProj)?,
+        q_proj_bias: take(Module::QProj, true),
+        k_proj_bias: take(Module::KProj, true),
+        v_proj_bias: take(Module::VProj, true),
+    };
+    Ok((source, take(Module::OProj, true)))
+}
+
+fn failed(error: Error) -> LayerError {
+    match error {
+        Error::Interrupted(interrupted) => LayerError::Interrupted(interrupted),
+        error => LayerError::Refused(error.to_string()),
+    }
 }
 
 /// Relative error of the attention output: as measured by the refit, else as the statistics predict it.
@@ -76,13 +93,13 @@ fn notes(merged: &CalibratedLayer) -> Value {
         return json!({ "kept_heads": kept });
     }
     let mut notes = json!({
-        "predicted_output_error": report.output_error,
-        "predicted_logit_error": report.logit_error,
+        "predicted_output_error": digits(report.output_error),
+        "predicted_logit_error": report.logit_error.map(digits),
         "fast_pairs": report.cut,
     });
     let mut add = |name: &str, value: Value| notes[name] = value;
     if !report.measured.is_empty() {
-        add("measured_output_error", report.measured.iter().map(|(cut, error)| json!([cut, error])).collect());
+        add("measured_output_error", report.measured.iter().map(|(cut, error)| json!([cut, digits(*error)])).collect());
     }
     if let Some(order) = &report.regrouped {
         add("key_value_heads_in_group_order", json!(order));
@@ -91,8 +108,13 @@ fn notes(merged: &CalibratedLayer) -> Value {
         add("fallbacks", report.fallbacks.iter().map(|fallback| json!(fallback.describe())).collect());
     }
     if let Some((before, after)) = merged.refit {
-        add("output_error_before_refit", json!(before));
-        add("output_error_after_refit", json!(after));
+        add("output_error_before_refit", json!(digits(before)));
+        add("output_error_after_refit", json!(digits(after)));
     }
     notes
+}
+
+/// Six digits: as many as mean something, and no more than a journal gives back exactly.
+fn digits(error: f64) -> f64 {
+    format!("{error:.5e}").parse().unwrap_or(error)
 }

@@ -82,7 +82,7 @@ fn run(
     let mut engine = Engine::new(checkpoint, plan, options, output.work(), layout.bytes(), progress);
     let notes = match layers {
         Some(layers) => {
-            let notes = engine.layers(&layout, &past, layers)?;
+            let notes = engine.layers(&layout, &past, &mut journal, layers)?;
             journal.layers(output.work(), &past, &notes.xxh3_128)?;
             notes
         }

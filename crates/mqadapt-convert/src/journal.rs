@@ -1,6 +1,6 @@
 //! What a conversion has done so far, one JSON line each, so that a killed one can be continued.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -61,10 +61,22 @@ struct Layers {
     layers_xxh3_128: String,
 }
 
+/// A line for each layer that such a method gave, once it is in its place.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct LayerLine {
+    pub layer_idx: usize,
+    /// XXH3 (128 bits) of its tensors as they are stored, in the order of their places.
+    pub layer_xxh3_128: String,
+    pub relative_error_bits: u64,
+    pub notes: Value,
+}
+
 /// What the journal of an unfinished conversion says.
 #[derive(Debug, Default)]
 pub(crate) struct Past {
     layers: Option<String>,
+    /// By index.
+    merged: BTreeMap<usize, LayerLine>,
     /// The marks of each shard, in order.
     marks: HashMap<String, Vec<Mark>>,
 }
@@ -73,6 +85,11 @@ impl Past {
     /// The marks of a shard, in order.
     pub fn marks(&self, shard: &str) -> &[Mark] {
         self.marks.get(shard).map_or(&[], Vec::as_slice)
+    }
+
+    /// What is known of a layer that a layer method gave.
+    pub fn layer(&self, layer_idx: usize) -> Option<&LayerLine> {
+        self.merged.get(&layer_idx)
     }
 }
 
@@ -105,6 +122,11 @@ impl Journal {
     /// Adds a mark.
     pub fn mark(&mut self, mark: &Mark) -> Result<()> {
         self.line(mark)
+    }
+
+    /// Notes a layer that is in its place.
+    pub fn layer(&mut self, line: &LayerLine) -> Result<()> {
+        self.line(line)
     }
 
     /// Notes what a layer method gave; fails if `past` had something else, which is in the completed files.
@@ -142,6 +164,8 @@ fn read(folder: &Path, path: &Path, job: &Value) -> Result<Option<Past>> {
             past.marks.entry(mark.shard.clone()).or_default().push(mark);
         } else if let Ok(layers) = serde_json::from_slice::<Layers>(line) {
             past.layers = Some(layers.layers_xxh3_128);
+        } else if let Ok(layer) = serde_json::from_slice::<LayerLine>(line) {
+            past.merged.insert(layer.layer_idx, layer);
         }
     }
     Ok(Some(past))

@@ -45,8 +45,8 @@ impl From<String> for LayerError {
 /// A merge method that needs `q_proj`, `k_proj`, `v_proj` and `o_proj` of a layer together, and gives all of them back.
 ///
 /// A conversion calls it for each layer that the plan changes, from the first to the last, before it streams the rest: one
-/// layer's weights are in memory at a time. A resumed conversion calls it again for all of them, so equal calls must give
-/// equal weights.
+/// layer's weights are in memory at a time. A resumed conversion shows it the layers that are in their places already, and
+/// calls it for the others, so equal calls must give equal weights.
 pub trait LayerMerge {
     /// Merges one layer. `heads` is the layer's number of K/V heads in the plan.
     ///
@@ -54,6 +54,15 @@ pub trait LayerMerge {
     /// Why it cannot, or that it was interrupted.
     fn merge_layer(&mut self, layer_idx: usize, heads: usize, weights: LayerWeights)
     -> Result<MergedLayer, LayerError>;
+
+    /// Takes note of a layer that an earlier run merged: `weights` as they were stored. For methods of which a layer depends
+    /// on those before it; the others need not know.
+    ///
+    /// # Errors
+    /// As [`Self::merge_layer`].
+    fn resume_layer(&mut self, _layer_idx: usize, _heads: usize, _weights: LayerWeights) -> Result<(), LayerError> {
+        Ok(())
+    }
 }
 
 /// Whether a tensor is among those that a layer method is given and gives back.

@@ -1,14 +1,16 @@
 //! Methods that need whole layers: each is read, merged and put into its place before the rest is streamed around it.
 
 use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use mqadapt_checkpoint::{Shard, round};
+use mqadapt_checkpoint::{Shard, convert, round};
+use mqadapt_core::DType;
 use serde_json::{Map, Value};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::engine::{Engine, refuse_overflow};
-use crate::journal::Past;
+use crate::journal::{Journal, LayerLine, Past};
 use crate::layers::{LayerError, LayerMerge, LayerWeights, MergedLayer};
 use crate::layout::{How, Layout, OutputShard, OutputTensor};
 use crate::unfinished::{completed_before, open, partial};
@@ -19,13 +21,19 @@ use crate::{Error, Result};
 pub(crate) struct LayerNotes {
     pub relative_error: BTreeMap<usize, f64>,
     pub notes: Map<String, Value>,
-    /// XXH3 (128 bits) of the merged weights as they are stored: a resumed conversion must get the same again.
+    /// XXH3 (128 bits) of those of the merged layers as they are stored: a resumed conversion must get the same again.
     pub xxh3_128: String,
 }
 
 impl Engine<'_> {
     /// Puts the layers into their places.
-    pub fn layers(&mut self, layout: &Layout, past: &Past, method: &mut dyn LayerMerge) -> Result<LayerNotes> {
+    pub fn layers(
+        &mut self,
+        layout: &Layout,
+        past: &Past,
+        journal: &mut Journal,
+        method: &mut dyn LayerMerge,
+    ) -> Result<LayerNotes> {
         let mut out = LayerNotes::default();
         let mut hash = Xxh3::new();
         let complete: HashSet<&str> = layout
@@ -41,17 +49,71 @@ impl Engine<'_> {
                 continue;
             }
             self.report(0)?;
-            let mut merged = self.merged_layer(layer_idx, &places, method)?;
-            for (shard, tensor) in places {
-                let write = !complete.contains(shard.name.as_str());
-                self.put(shard, tensor, &mut merged.weights, write, &mut hash)?;
-            }
-            self.checkpoint.shards().iter().for_each(Shard::release);
-            out.relative_error.insert(layer_idx, merged.relative_error);
-            out.notes.insert(layer_idx.to_string(), merged.notes);
+            let line = match past.layer(layer_idx) {
+                Some(line) if self.resumed_layer(line, &places, &complete, method)? => line.clone(),
+                _ => {
+                    let mut merged = self.merged_layer(layer_idx, &places, method)?;
+                    let mut of_layer = Xxh3::new();
+                    for (shard, tensor) in places {
+                        let write = !complete.contains(shard.name.as_str());
+                        self.put(shard, tensor, &mut merged.weights, write, &mut of_layer)?;
+                    }
+                    self.checkpoint.shards().iter().for_each(Shard::release);
+                    let line = LayerLine {
+                        layer_idx,
+                        layer_xxh3_128: digest(&of_layer),
+                        relative_error_bits: merged.relative_error.to_bits(),
+                        notes: merged.notes,
+                    };
+                    journal.layer(&line)?;
+                    line
+                }
+            };
+            hash.update(line.layer_xxh3_128.as_bytes());
+            out.relative_error.insert(layer_idx, f64::from_bits(line.relative_error_bits));
+            out.notes.insert(layer_idx.to_string(), line.notes);
         }
-        out.xxh3_128 = format!("{:032x}", hash.digest128());
+        out.xxh3_128 = digest(&hash);
         Ok(out)
+    }
+
+    /// Whether a layer of an earlier run is still in its place (after a power failure it may not be); shows it to the method.
+    fn resumed_layer(
+        &mut self,
+        line: &LayerLine,
+        places: &[(&OutputShard, &OutputTensor)],
+        complete: &HashSet<&str>,
+        method: &mut dyn LayerMerge,
+    ) -> Result<bool> {
+        let (mut hash, mut weights) = (Xxh3::new(), LayerWeights::new());
+        for (shard, tensor) in places {
+            let path = self.work.join(&shard.name);
+            let path = if complete.contains(shard.name.as_str()) { path } else { partial(&path) };
+            let (Ok(file), Some(dtype)) = (File::open(&path), tensor.dtype.float()) else { return Ok(false) };
+            let count = tensor.shape.iter().product::<usize>();
+            let (mut stored, mut wide) = (vec![0; count * dtype.bytes()], vec![0; count * DType::F32.bytes()]);
+            if file.read_exact_at(&mut stored, tensor.offset).is_err() {
+                return Ok(false);
+            }
+            hash.update(&stored);
+            convert(dtype, &stored, DType::F32, &mut wide);
+            let values = wide.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+            weights.insert(self.source(tensor.source)?.name.clone(), values);
+        }
+        if digest(&hash) != line.layer_xxh3_128 {
+            return Ok(false);
+        }
+        let heads = self.plan.layers().get(line.layer_idx).map_or(0, |choice| choice.num_key_value_heads());
+        method.resume_layer(line.layer_idx, heads, weights).map_err(|error| self.refused(error))?;
+        Ok(true)
+    }
+
+    /// What a method says, as an error of the conversion.
+    fn refused(&self, error: LayerError) -> Error {
+        match error {
+            LayerError::Interrupted(interrupted) => Error::Interrupted(interrupted),
+            LayerError::Refused(detail) => Error::Method { method: self.options.method.name.to_owned(), detail },
+        }
     }
 
     /// Reads a layer and has it merged.
@@ -70,11 +132,7 @@ impl Engine<'_> {
             weights.insert(source.name.clone(), values);
         }
         let heads = self.plan.layers().get(layer_idx).map_or(0, |choice| choice.num_key_value_heads());
-        let failed = |detail| Error::Method { method: self.options.method.name.to_owned(), detail };
-        let merged = method.merge_layer(layer_idx, heads, weights).map_err(|error| match error {
-            LayerError::Interrupted(interrupted) => Error::Interrupted(interrupted),
-            LayerError::Refused(detail) => failed(detail),
-        })?;
+        let merged = method.merge_layer(layer_idx, heads, weights).map_err(|error| self.refused(error))?;
         for (_, place) in places {
             let name = &self.source(place.source)?.name;
             let expected = place.shape.iter().product::<usize>();
@@ -82,7 +140,8 @@ impl Engine<'_> {
                 Some(values) if values.len() == expected => {}
                 found => {
                     let found = found.map_or_else(|| "nothing".to_owned(), |values| format!("{} values", values.len()));
-                    return Err(failed(format!("gave {found} for '{name}', which takes {expected}")));
+                    let detail = format!("gave {found} for '{name}', which takes {expected}");
+                    return Err(self.refused(LayerError::Refused(detail)));
                 }
             }
         }
@@ -114,6 +173,11 @@ impl Engine<'_> {
         }
         Ok(())
     }
+}
+
+/// XXH3 (128 bits), in hexadecimal.
+fn digest(hash: &Xxh3) -> String {
+    format!("{:032x}", hash.digest128())
 }
 
 impl OutputShard {

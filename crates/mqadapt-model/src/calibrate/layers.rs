@@ -94,7 +94,12 @@ impl<'a> CalibratedMerge<'a> {
         let sequential = method.sequential();
         let empty = calibration.sequences.iter().all(Vec::is_empty);
         if empty && (saved.is_none() || sequential) {
-            let detail = "has no tokens; give a text of a few thousand".to_owned();
+            let detail = if saved.is_some() {
+                "has no tokens, and saved statistics do not replace them where the method is sequential or refines"
+                    .to_owned()
+            } else {
+                "has no tokens; give a text of a few thousand".to_owned()
+            };
             return Err(Error::Argument { name: "calibration", detail });
         }
         if let Some(saved) = &saved {
@@ -181,6 +186,36 @@ impl<'a> CalibratedMerge<'a> {
             self.refit(layer_idx, run, weights, &mut merged, progress)?;
         }
         Ok(merged)
+    }
+
+    /// Takes the streams through a layer that was merged before: `weights` as they were stored. Layers must ascend from call
+    /// to call, here and in [`Self::merge_layer`].
+    ///
+    /// # Errors
+    /// What reading and running the layers gives.
+    pub fn resume_layer(
+        &mut self,
+        layer_idx: usize,
+        heads: usize,
+        weights: &LayerWeights,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        if !self.sequential() {
+            return Ok(()); // no layer depends on those before it
+        }
+        self.advance(layer_idx, progress)?;
+        let layer = StreamedLayer::load(self.checkpoint, layer_idx, progress)?;
+        let converted = layer.with_attention(&attention_weights(weights, heads), self.dtype)?;
+        let Some(streams) = &mut self.streams else { return Ok(()) };
+        if streams.converted.is_none() {
+            streams.converted = Some(streams.original.duplicate()?);
+        }
+        layer.run(&mut streams.original, None, progress)?;
+        if let Some(stream) = &mut streams.converted {
+            converted.run(stream, None, progress)?;
+        }
+        streams.layer_idx += 1;
+        Ok(())
     }
 
     /// The folder for activations, where they are more than may be held: the two streams and what `o_proj` reads.
