@@ -83,6 +83,11 @@ unsafe fn quantise_body<S: Simd>(from: &[f32], layout: Layout, low: &mut [i8], h
     record[SCALE] = scale.to_bits();
     let (offsets, marks) = record[OFFSETS..].split_at_mut(layout.parts);
     offsets.fill(0);
+    if scale.is_nan() {
+        low.fill(0);
+        record[HIGHS] = 0;
+        return;
+    }
     let mut highs = 0;
     let blocks = low.chunks_exact_mut(BLOCK).zip(high.chunks_exact_mut(BLOCK));
     for (nth, (from, (low, high))) in from.chunks(BLOCK).zip(blocks).enumerate() {
