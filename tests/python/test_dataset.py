@@ -142,6 +142,8 @@ def test_a_search_takes_what_a_conversion_takes(hub: FakeHub, tmp_path: Path, mo
         for name in ("a", "b")
     ]
     assert values[0] == values[1]
-    assert "No such option" in run("c", "--sequential")
+    with pytest.raises(ArgumentError, match="the method mean knows no refit"):
+        run("c", "--sequential")
+    assert not (tmp_path / "c").exists()
     with pytest.raises(ArgumentError, match="target-context"):
         run("d", "--method", "closed-form", "--calibration", "org/set", "--target-context", "long")
