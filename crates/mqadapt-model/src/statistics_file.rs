@@ -10,14 +10,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use mqadapt_checkpoint::{Checkpoint, Header, HeaderEntry, MAX_HEADER_BYTES};
-use mqadapt_core::{Progress, Progressing};
+use mqadapt_core::Progress;
 use mqadapt_merge::{LayerGeometry, LayerStatistics, NamedTensors, StatisticsShape};
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::activations::Spill;
 use crate::calibrate::{Calibration, Collector, LayerSample, block_heads, layer_geometry};
-use crate::stream::{CALIBRATE, StreamedLayer, embed};
+use crate::stream::{StreamedLayer, embed};
 use crate::{Error, Result};
 
 /// `format` of the metadata; the number changes when the meaning of a tensor does, or how it is computed.
@@ -77,8 +77,7 @@ pub fn collect_statistics(
             let layer = StreamedLayer::load(checkpoint, layer_idx, progress)?;
             let geometry = layer_geometry(config, layer_idx);
             let block = block_heads(&geometry, 1);
-            let (done, total) = (layer_idx as u64, config.num_hidden_layers as u64);
-            let progressing = Progressing { progress, phase: CALIBRATE, done, total };
+            let progressing = layer.progressing(progress);
             let mut collector = Collector::new(&geometry, &layer.o_proj(checkpoint)?, calibration, layer_idx, block)?;
             layer.run(
                 &mut hidden,

@@ -17,6 +17,7 @@ pub(crate) use layers::Visitor;
 
 /// Rows whose logits are held at a time.
 const LOGIT_ROWS: usize = 32;
+
 /// What a run of layers starts from.
 enum Input<'a> {
     Tokens(&'a [Vec<u32>]),

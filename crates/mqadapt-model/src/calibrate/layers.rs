@@ -265,7 +265,7 @@ impl<'a> CalibratedMerge<'a> {
     ) -> Result<Visit> {
         let layer = StreamedLayer::load(self.checkpoint, layer_idx, progress)?;
         let (sequential, folder) = (self.sequential(), self.folder());
-        let progressing = self.progressing(layer_idx, progress);
+        let progressing = layer.progressing(progress);
         let Some(streams) = &mut self.streams else {
             return Err(Error::Argument { name: "layer_idx", detail: "has no residual stream".to_owned() });
         };
@@ -294,17 +294,16 @@ impl<'a> CalibratedMerge<'a> {
     fn refit(
         &mut self,
         layer_idx: usize,
-        run: Visit,
+        mut run: Visit,
         original: &LayerWeights,
         merged: &mut CalibratedLayer,
         progress: &dyn Progress,
     ) -> Result<()> {
         let failed = Error::merge(layer_idx);
-        let mut run = run;
-        let progressing = self.progressing(layer_idx, progress);
         let geometry = &run.geometry;
         // read again: the weights of its MLP are not held while the layer is merged
         let layer = StreamedLayer::load(self.checkpoint, layer_idx, progress)?;
+        let progressing = layer.progressing(progress);
         let Some(stream) = self.streams.as_mut().and_then(|streams| streams.converted.as_mut()) else { return Ok(()) };
         let features = geometry.num_attention_heads * geometry.head_dim;
         if let (CalibratedMethod::ClosedForm { refine: Some(refine), .. }, false) = (&self.method, geometry.qk_norm) {
