@@ -23,6 +23,7 @@ from mqadapt_rs import Calibration, Model, convert
 from mqadapt_rs import text as texts
 from mqadapt_rs.calibration import draw_windows
 from mqadapt_rs.errors import MqadaptError
+from mqadapt_rs.search.spec import CALIBRATED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -103,7 +104,7 @@ def run(
     Args:
         folder: where downloads and checkpoints go; what is there from an earlier run is used or replaced.
         plans: what to convert to, beside the model as it is.
-        methods: how; `closed-form` reads passages that come after the measured ones.
+        methods: how; those that need a text read passages that come after the measured ones.
         questions: of HellaSwag.
         windows: of 512 tokens, of the text whose perplexity is measured.
         say: told what happens, line by line.
@@ -131,17 +132,17 @@ def run(
     ids = texts.token_ids(tokenizer, "\n\n".join(islice(passages, windows * 512 // 50)))
     ids = texts.first_windows(ids, 512, windows)
     others = texts.token_ids(tokenizer, "\n\n".join(islice(passages, CALIBRATION_WINDOWS * 512 // 50)))
-    calibration = Calibration(
-        draw_windows(others, tokens=CALIBRATION_WINDOWS * 512, context=512, seed=0),
-        target_context=[512],
-        sequential=True,
-    )
+    calibration_windows = draw_windows(others, tokens=CALIBRATION_WINDOWS * 512, context=512, seed=0)
 
     say(f"measuring {source}")
     outcomes = [_measure("keep", "", source, tokenizer, asked, ids, progress)]
     for plan, method in product(plans, methods):
         target = folder / f"{NAME}-{plan.replace(':', '-')}-{method}"
         say(f"converting by the plan {plan} and the method {method} into {target}")
+        calibration = None
+        if method in CALIBRATED:
+            refit = method == "closed-form"
+            calibration = Calibration(calibration_windows, target_context=[512], sequential=refit)
         convert(source, target, plan, method, calibration=calibration, overwrite=True, progress=progress)
         say(f"measuring {target}")
         outcomes.append(_measure(plan, method, target, tokenizer, asked, ids, progress))

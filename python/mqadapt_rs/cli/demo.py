@@ -31,8 +31,8 @@ def demo(
         return
     before = outcomes[0].kv_bytes_per_token
     output.print_columns(
-        f"{steps.NAME}: perplexity of LAMBADA passages (8 x 512 tokens), HellaSwag (100 questions, acc_norm)",
-        ["plan", "method", "K/V bytes per token", "saved", "perplexity", "HellaSwag"],
+        f"{steps.NAME}: K/V bytes per token, perplexity of LAMBADA (8 x 512 tokens), HellaSwag (100 questions, acc_norm)",
+        ["plan", "method", "K/V bytes", "saved", "perplexity", "HellaSwag"],
         [
             [
                 outcome.plan,
