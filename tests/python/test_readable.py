@@ -222,7 +222,7 @@ def test_generated_text(lookalike: Path) -> None:
     seen, code = on_terminal(*options)
     assert code == 0
     assert not OBEYED.search(seen), seen
-    assert seen.startswith("Once\n\tupon \\x1b]0;owned\\x07\\x1b[31m") or seen.startswith("Once\n        upon \\x1b]0;")
+    assert seen.startswith(("Once\n\tupon \\x1b]0;owned\\x07\\x1b[31m", "Once\n        upon \\x1b]0;"))
     told = json.loads(run(*options, "--json").stdout)
     assert told["prompt"] == f"Once\n\tupon {ESCAPE}"
 
