@@ -11,6 +11,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from mqadapt_rs._core import Model, Plan
+from mqadapt_rs.arguments import whole
 from mqadapt_rs.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -56,8 +57,12 @@ def bench(
         ArgumentError: an illegal plan, nothing to measure.
         MqadaptError, OSError: the model cannot be loaded.
     """
-    if steps < 1 or rounds < 1 or not (depths or prompts):
-        raise ArgumentError("steps and rounds must be 1 or more, and there must be a depth or a prompt to measure")
+    steps, rounds = whole("steps", steps, 1), whole("rounds", rounds, 1)
+    groups = [whole("groups", count, 1) for count in groups]
+    depths = [whole("depths", depth, 0) for depth in depths]
+    prompts = [whole("prompts", tokens, 1) for tokens in prompts]
+    if not (depths or prompts):
+        raise ArgumentError("nothing to measure: expected a depth or a prompt")
     names = ["keep", *plans, *(f"gqa{count}:all" if count > 1 else "mqa:all" for count in groups)]
     names = list(dict.fromkeys(names))
     parsed = [Plan.parse(name, src) for name in names]

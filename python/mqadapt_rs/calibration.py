@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mqadapt_rs._core import Calibration
+from mqadapt_rs.arguments import LARGEST_SEED, whole
 from mqadapt_rs.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def load_calibration(
         ArgumentError: the text is shorter than one window, or there is neither text nor statistics.
         OSError, MqadaptError: the text or the tokenizer cannot be read.
     """
+    tokens, context = whole("tokens", tokens, 1), whole("context", context, 1)
+    seed = whole("seed", seed, 0, LARGEST_SEED)
     calibration = partial(
         Calibration, target_context=list(target_context), stats=stats, sequential=sequential, refine=refine
     )

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from mqadapt_rs.arguments import real, whole
 from mqadapt_rs.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -39,8 +40,12 @@ def evaluate(
         lm-eval's results: `results` holds the metrics of each task.
 
     Raises:
-        ArgumentError: a task that does not exist.
+        ArgumentError: a task that does not exist, or a number that cannot be.
     """
+    if options.get("limit") is not None:
+        real("limit", options["limit"])
+    whole("num_fewshot", options.get("num_fewshot"))
+
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 

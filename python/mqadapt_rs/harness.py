@@ -21,6 +21,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from mqadapt_rs import Calibration, Model, __version__, hub
+from mqadapt_rs.arguments import whole
 from mqadapt_rs.errors import ArgumentError, MqadaptError
 from mqadapt_rs.evaluation import evaluate, main
 from mqadapt_rs.hf_tokenizer import encode, load_tokenizer
@@ -93,6 +94,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if unknown:
             raise ArgumentError(_unknown_arguments(unknown))
+        max_length, prefix_token_id = whole("max_length", max_length, 1), whole("prefix_token_id", prefix_token_id)
         self.pretrained = pretrained
         self.method = method
         self.model = _load(

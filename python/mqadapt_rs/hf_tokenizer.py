@@ -5,10 +5,9 @@ In: a folder, a `.gguf` file or a hub id. Out: transformers' tokenizer, with its
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
-from mqadapt_rs import hub
+from mqadapt_rs import hub, json_document
 from mqadapt_rs.errors import MqadaptError
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def load_tokenizer(src: Source, trust_remote_code: bool = False, add_bos_token: 
     folder = hub.fetch_tokenizer(src)
     options: dict[str, Any] = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
     kind = _read(folder / "tokenizer_config.json").get("tokenizer_class")
-    plain = kind in _PLAIN and not trust_remote_code and (folder / "tokenizer.json").exists()
+    plain = isinstance(kind, str) and kind in _PLAIN and not trust_remote_code and (folder / "tokenizer.json").exists()
     try:
         if plain:
             # the same tokenizer without `AutoTokenizer`, which imports PyTorch wherever it is installed
@@ -62,7 +61,7 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json_document.loads(file.read_bytes())
     except ValueError as error:
         raise MqadaptError(f"{file}: not JSON: {error}") from error
     return content if isinstance(content, dict) else {}

@@ -7,12 +7,13 @@ and counts differ by hatching, marker and line as well.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mqadapt_rs import json_document
 from mqadapt_rs.errors import ArgumentError
+from mqadapt_rs.readable import readable
 from mqadapt_rs.search.results import Results
 from mqadapt_rs.search.space import describe
 
@@ -43,6 +44,7 @@ STYLE: dict[Any, Any] = {
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # a dollar in a name begins no formula
 }
 
 
@@ -114,19 +116,20 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _series(results: Sequence[Results]) -> list[str]:
     """What tells the searches apart: the method, or the folder where methods repeat."""
-    methods = [_plain(result.header["method"]) for result in results]
-    return methods if len(set(methods)) == len(methods) else [_plain(result.folder.name) for result in results]
+    methods = [_label(result.header["method"]) for result in results]
+    return methods if len(set(methods)) == len(methods) else [_label(result.folder.name) for result in results]
 
 
-def _plain(text: object) -> str:
-    """Text that matplotlib takes literally: a dollar would begin a formula."""
-    return str(text).replace("$", r"\$")
+def _label(text: object) -> str:
+    """A name in a figure, which has little room."""
+    name = readable(text)
+    return name if len(name) <= 48 else f"{name[:30]} ... {name[-13:]}"
 
 
 def _titled(axes: Axes, question: str, results: Sequence[Results]) -> None:
     first = results[0]
-    models = dict.fromkeys(_plain(result.header.get("name", "")) for result in results)
-    methods = dict.fromkeys(_plain(result.header["method"]) for result in results)
+    models = dict.fromkeys(_label(result.header.get("name", "")) for result in results)
+    methods = dict.fromkeys(_label(result.header["method"]) for result in results)
     number = first.header["documents"]
     parts = [
         ", ".join(name for name in models if name),
@@ -134,9 +137,9 @@ def _titled(axes: Axes, question: str, results: Sequence[Results]) -> None:
         f"{number} documents" if number else "",
     ]
     axes.set_title(question, loc="left", fontsize=11, fontweight="bold", pad=22)
-    axes.text(
-        0, 1.03, " | ".join(part for part in parts if part), transform=axes.transAxes, fontsize=8, color="#444444"
-    )
+    words = " | ".join(part for part in parts if part)
+    below = axes.text(0, 1.03, words, transform=axes.transAxes, fontsize=8, color="#444444")
+    below.set_in_layout(False)  # a long line must not squeeze the axes
 
 
 def _damage_axis(axes: Axes, results: Sequence[Results], shown: Sequence[Evaluation]) -> None:
@@ -314,8 +317,8 @@ def _box(layer: int, row: int, colour: tuple[float, float, float]) -> Any:
 def latency_against_groups(file: Path) -> Figure:
     """Time of a decoded token against the K/V heads of all layers, one curve for each depth."""
     try:
-        return _latency(json.loads(file.read_text()))
-    except (KeyError, TypeError, ValueError) as problem:
+        return _latency(json_document.loads(file.read_bytes()))
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as problem:
         raise ArgumentError(f"{file}: not what 'mqadapt bench --groups ... --json' writes ({problem!r})") from None
 
 
@@ -349,7 +352,7 @@ def _latency(report: Mapping[str, Any]) -> Figure:
             linestyle=LINES[index % len(LINES)],
         )
     axes.set_title(
-        f"{Path(_plain(report['model'])).name}, {report['dtype']}, best of {report['rounds']} rounds",
+        f"{_label(Path(str(report['model'])).name)}, {_label(report['dtype'])}, best of {_label(report['rounds'])} rounds",
         loc="left",
         fontsize=8,
         color="#444444",

@@ -7,12 +7,14 @@ text are those of a model card for the checkpoint that `convert` makes from the 
 from __future__ import annotations
 
 import html
+import json
 import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mqadapt_rs.plots import caption, plot
+from mqadapt_rs.readable import as_code_block, as_html, as_markdown, as_shell_again, readable
 from mqadapt_rs.search.conduct import BEST, said
 from mqadapt_rs.search.results import Results
 from mqadapt_rs.search.space import describe
@@ -131,7 +133,7 @@ class Page:
             plan = shlex.quote(str(self.result.folder / BEST))
             calibrated = summary.get("calibration_arguments", "")
             found.append(f"mqadapt convert {source} DST --plan {plan} --method {method}{calibrated}")
-        return found
+        return [as_shell_again(command) for command in found]
 
     def notes(self) -> list[str]:
         """What a reader must know to read the figures."""
@@ -152,13 +154,14 @@ class Page:
 
     def html(self) -> str:
         """The page."""
-        e = html.escape
+        e = as_html
         figures = "".join(
             f'<section><h2>{e(HEADINGS[p.stem])}</h2><figure role="img" aria-label="{e(caption(self.result))}">'
             f"{_inline(p.with_suffix('.svg'))}</figure></section>"
             for p in self.pictures
         )
-        commands = "".join(f"<pre><code>{e(command)}</code></pre>" for command in self.commands())
+        # a command is as long as it is
+        commands = "".join(f"<pre><code>{html.escape(command)}</code></pre>" for command in self.commands())
         notes = "".join(f"<li>{e(note)}</li>" for note in self.notes())
         return (
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{e(self.title)}</title>'
@@ -176,18 +179,19 @@ class Page:
         header, summary = self.result.header, self.result.summary or {}
         front = ["---"]
         if summary.get("base_model"):
-            front.append(f"base_model: {summary['base_model']}")
+            front.append(f"base_model: {_in_yaml(summary['base_model'])}")
         front += ["library_name: transformers", "tags:"]
-        front += [f"- {tag}" for tag in ("mqadapt", "gqa" if self._grouped() else "mqa", str(header["method"]))]
+        front += [f"- {_in_yaml(tag)}" for tag in ("mqadapt", "gqa" if self._grouped() else "mqa", header["method"])]
+        e = as_markdown
         parts = [
             "\n".join(front) + "\n---",
-            f"# {self.title}",
-            self.verdict(),
+            f"# {e(self.title)}",
+            e(self.verdict()),
             _markdown_table(self.facts()),
-            *(f"## {HEADINGS[p.stem]}\n\n![{caption(self.result)}](plots/{p.name})" for p in self.pictures),
+            *(f"## {HEADINGS[p.stem]}\n\n![{e(caption(self.result))}](plots/{p.name})" for p in self.pictures),
             "## Plans\n\n" + _markdown_table(self.best()),
-            "## How to read this\n\n" + "\n".join(f"- {note}" for note in self.notes()),
-            "## How to do it again\n\n" + "\n\n".join(f"```sh\n{command}\n```" for command in self.commands()),
+            "## How to read this\n\n" + "\n".join(f"- {e(note)}" for note in self.notes()),
+            "## How to do it again\n\n" + "\n\n".join(map(as_code_block, self.commands())),
             _markdown_table(self.settings()),
         ]
         return "\n\n".join(parts) + "\n"
@@ -241,9 +245,9 @@ def _inline(svg: Path) -> str:
 
 def _table(table: Table) -> str:
     head, rows = table
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    cells = "".join(f"<th>{as_html(cell)}</th>" for cell in head)
     lines = "".join(
-        "<tr>" + f"<th>{html.escape(row[0])}</th>" + "".join(f"<td>{html.escape(c)}</td>" for c in row[1:]) + "</tr>"
+        "<tr>" + f"<th>{as_html(row[0])}</th>" + "".join(f"<td>{as_html(c)}</td>" for c in row[1:]) + "</tr>"
         for row in rows
     )
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>'
@@ -252,7 +256,16 @@ def _table(table: Table) -> str:
 def _markdown_table(table: Table) -> str:
     head, rows = table
     lines = [head, ["---"] * len(head), *(row + [""] * (len(head) - len(row)) for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    marked = [line if line is lines[1] else list(map(as_markdown, line)) for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in marked)
+
+
+def _in_yaml(value: object) -> str:
+    """A word of the front matter: as it is, or quoted where YAML could take it for something else."""
+    text = readable(value)
+    if re.fullmatch(r"[A-Za-z][\w./-]*", text, re.ASCII):
+        return text
+    return re.sub("[<>&`]", lambda sign: f"\\u{ord(sign[0]):04x}", json.dumps(text))
 
 
 STYLE = """

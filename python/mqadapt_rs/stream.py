@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from mqadapt_rs import hub
 from mqadapt_rs.errors import ArgumentError, MqadaptError
+from mqadapt_rs.readable import readable
 
 if TYPE_CHECKING:
     import os
@@ -107,7 +108,8 @@ class Shards:
             except Exception as error:
                 if attempt == ATTEMPTS or not _may_pass(error):
                     raise
-                print(f"{self._place.repo_id}/{name}: {error}; attempt {attempt + 1} of {ATTEMPTS}", file=sys.stderr)
+                words = f"{self._place.repo_id}/{name}: {error}; attempt {attempt + 1} of {ATTEMPTS}"
+                print(readable(words), file=sys.stderr)
             if self._stop.wait(delay):
                 raise StoppedError(name)
             delay *= 2

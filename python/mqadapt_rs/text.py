@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import json
+import re
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from mqadapt_rs import json_document
+from mqadapt_rs.arguments import whole
 from mqadapt_rs.errors import ArgumentError, MqadaptError
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 ANOTHER_FIELD = "--field names another, of a calibration text --calibration-field"
 """What to do where a record has no such field."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_documents(file: str | os.PathLike[str], field: str = "text") -> Iterator[str]:
@@ -63,19 +67,25 @@ def _open(path: Path, gzipped: bool) -> Iterator[IO[str]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if gzipped else path.open(encoding="utf-8") as file:
             yield file
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise MqadaptError(f"{path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise MqadaptError(f"{path}: expected UTF-8 text; found {error}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise MqadaptError(f"{path}: not a whole gzip file ({error}); compress or download it again") from error
 
 
 def _document(line: str, field: str, where: str) -> str:
     try:
-        record = json.loads(line)
+        record = json_document.loads(line)
     except ValueError as error:
         raise MqadaptError(f"{where}: not JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise MqadaptError(f"{where}: expected an object with a text in '{field}' ({ANOTHER_FIELD}); found {found}")
-    return str(record[field])
+    text = str(record[field])
+    if (half := _SURROGATE.search(text)) is not None:
+        found = f"\\u{ord(half[0]):04x} at character {half.start()}"
+        raise MqadaptError(f"{where}: expected Unicode text in '{field}'; found half of a surrogate pair ({found})")
+    return text
 
 
 def load_tokenizer(src: Source) -> Tokenizer:
@@ -102,7 +112,14 @@ def load_tokenizer(src: Source) -> Tokenizer:
 
 
 def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text, with the special tokens that the tokenizer adds by default."""
+    """The ids of a text, with the special tokens that the tokenizer adds by default.
+
+    Raises:
+        ArgumentError: the text holds half of a surrogate pair (an argument that is not UTF-8, for instance).
+    """
+    if (half := _SURROGATE.search(text)) is not None:
+        found = f"\\u{ord(half[0]):04x} at character {half.start()}"
+        raise ArgumentError(f"the text must be Unicode (UTF-8); found half of a surrogate pair ({found})")
     return list(tokenizer.encode(text).ids)
 
 
@@ -112,6 +129,7 @@ def first_windows(ids: list[int], context: int, windows: int | None) -> list[int
     Raises:
         ArgumentError: there are fewer.
     """
+    context, windows = whole("context", context, 1), whole("windows", windows, 1)
     available = len(ids) // context
     wanted = available if windows is None else windows
     if not 1 <= wanted <= available:

@@ -36,7 +36,12 @@ def coupled(plan: Sequence[int]) -> float:
     return additive(plan) + 20.0 * (plan[3] < HEADS and plan[5] < HEADS)
 
 
-FUNCTIONS = {"additive": additive, "interacting": interacting, "coupled": coupled}
+def undefined(plan: Sequence[int]) -> float:
+    """No number for every plan but the source."""
+    return 0.0 if set(plan) == {HEADS} else float("nan")
+
+
+FUNCTIONS = {"additive": additive, "interacting": interacting, "coupled": coupled, "undefined": undefined}
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mqadapt_rs import ArgumentError, MqadaptError
 from mqadapt_rs.search import STRATEGIES, JournalError, Options, conduct
 from mqadapt_rs.search.executors import Pool, in_process, processes
 from mqadapt_rs.search.journal import read
 from search_fakes import SPACE, FakeSpec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FULL = SPACE.kv_bytes(SPACE.source)
 OPTIONS = Options(kv_budget=FULL * 0.5)
@@ -79,6 +78,8 @@ def test_damage_in_the_middle_is_an_error(whole: Path, tmp_path: Path) -> None:
     for broken, message in (
         (b'{"plan": [4, 4\n', "not JSON"), (b"[]\n", "expected an object"), (b"{}\n", "not an evaluation"),
         (lines[2].replace(b'"losses": [', b'"losses": ["x", '), "not an evaluation"), (b"\xff\n", "not JSON"),
+        (lines[2].replace(b'"losses": [', b'"losses": [NaN, '), "not an evaluation"), (b"[" * 100_000 + b"\n", "not JSON"),
+        (lines[2].replace(b'"plan": [', b'"plan": [1e999, '), "not an evaluation"),
     ):  # fmt: skip
         (tmp_path / "journal.jsonl").write_bytes(b"".join([*lines[:2], broken, *lines[3:]]))
         with pytest.raises(JournalError, match=f"line 3: {message}"):
@@ -174,13 +175,73 @@ def test_workers_that_always_die_end_the_search(tmp_path: Path) -> None:
 
             return ProcessPoolExecutor(1, initializer=os._exit, initargs=(3,))
 
-    with pytest.raises(BrokenExecutor):
+    with pytest.raises(BrokenExecutor, match="died three times in a row") as raised:
         conduct(SPEC, SPACE, "sensitivity", Options(), tmp_path, pool=Pool(Dying(), 1, "dying"))
+    assert isinstance(raised.value, MqadaptError)
 
 
 def test_errors_of_the_evaluator_reach_the_caller(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="nonsense"):
         conduct(FakeSpec("nonsense"), SPACE, "sensitivity", Options(), tmp_path, pool=in_process())
+
+
+def test_losses_that_are_no_numbers_end_the_search(tmp_path: Path) -> None:
+    spec = FakeSpec("undefined", documents=4)
+    with pytest.raises(MqadaptError, match="has a loss that is infinite or not a number"):
+        conduct(spec, SPACE, "sensitivity", Options(), tmp_path)
+    header, records = read(tmp_path)
+    assert header["journal"] == 1 and [record["plan"] for record in records] == [list(SPACE.source)]
+    with pytest.raises(ArgumentError, match="max-damage nan"):
+        conduct(SPEC, SPACE, "greedy", Options(max_damage=float("nan")), tmp_path / "other")
+
+
+ORPHANS = """
+import sys
+from pathlib import Path
+from mqadapt_rs.search import Options, conduct
+from mqadapt_rs.search.executors import processes
+from search_fakes import SPACE, FakeSpec
+if __name__ == "__main__":
+    spec = FakeSpec("interacting", documents=48, noise=0.3, log=sys.argv[2], pause=float(sys.argv[3]))
+    with processes(2) as pool:
+        conduct(spec, SPACE, "budget", Options(kv_budget=%r), Path(sys.argv[1]), pool=pool, seed=4)
+"""
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie, which in a container nobody may bury."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return state not in "ZX"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize("pause", [0.02, 60.0], ids=["between pieces", "in a piece"])
+def test_workers_end_when_their_parent_is_killed(pause: float, whole: Path, tmp_path: Path) -> None:
+    log, script, folder = tmp_path / "log", tmp_path / "script.py", tmp_path / "found"
+    log.touch()
+    script.write_text(ORPHANS % OPTIONS.kv_budget)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, script, folder, log, str(pause)], env=environment)
+    deadline = time.monotonic() + 60
+    wanted = 2 if pause < 1 else 1  # the source is evaluated alone
+    while len(workers := {int(line.split()[0]) for line in log.read_text().splitlines()}) < wanted:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    others = {int(pid) for pid in children.read_text().split()} if children.exists() else set()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while alive := {pid for pid in workers | others if is_running(pid)}:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+    if pause < 1:  # what is in the journal is whole, and the search goes on from it
+        conduct(SPEC, SPACE, "budget", OPTIONS, folder, seed=4, resume=True)
+        assert content(folder) == content(whole)
 
 
 @pytest.mark.slow

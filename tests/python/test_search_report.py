@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
+import shutil
+import subprocess
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mqadapt_rs.errors import ArgumentError
 from mqadapt_rs.plots import plot
+from mqadapt_rs.readable import as_markdown
 from mqadapt_rs.report import report
-from mqadapt_rs.search import Options, conduct
+from mqadapt_rs.search import JournalError, Options, conduct
+from mqadapt_rs.search.latency import measured
 from mqadapt_rs.search.results import Results
 from search_fakes import SPACE, FakeSpec
 
@@ -114,8 +121,8 @@ def test_the_page_is_whole_and_self_contained(searched: Path) -> None:
     assert "mqadapt search a &#x27;b c&#x27;" in text
     markdown = card.read_text()
     assert markdown.startswith("---\nlibrary_name: transformers\ntags:\n- mqadapt\n")
-    assert verdict in markdown
-    assert f"| options | kv_budget: {FULL // 2} |" in markdown
+    assert as_markdown(verdict) in markdown
+    assert f"| options | kv\\_budget: {FULL // 2} |" in markdown
     for name in re.findall(r"\]\((plots/[^)]+)\)", markdown):
         assert (searched / name).is_file()
     for line in markdown.splitlines():
@@ -148,3 +155,113 @@ def test_folders_without_a_search(searched: Path, tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_bytes(header)
     with pytest.raises(ArgumentError, match="no evaluation yet"):
         Results.load(tmp_path)
+
+
+ATTACK = (
+    "<script>alert(1)</script><img src=x onerror=alert(1)>\n```\n# [a](javascript:b) | `c` $x$ \x1b]0;owned\x07\u202e"
+)
+
+
+@pytest.mark.parametrize("title", [ATTACK, "x" * (1 << 20)], ids=["attack", "long"])
+def test_names_are_no_markup_of_a_page(title: str, tmp_path: Path) -> None:
+    """Names come from paths, texts and journals; whatever they hold is text."""
+    command = "mqadapt search " + shlex.quote(title)
+    about = {"command": command, "source_argument": title, "calibration_arguments": f" --stats {shlex.quote(title)}"}
+    place = tmp_path / (title[:150].replace("/", " ") if title is ATTACK else "folder")
+    conduct(Named("interacting", title=title), SPACE, "sensitivity", Options(), place, about=about)
+    summary = json.loads((place / "summary.json").read_text())
+    assert summary["source_argument"] == title  # JSON is exact
+    (place / "summary.json").write_text(json.dumps({**summary, "base_model": title, "verdict": title}))
+    page, card = (file.read_text() for file in report(place))
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.open
+    assert not {tag for tag, _ in tags.seen} & {"script", "img", "a"}
+    for text in (page, card):
+        assert "<script" not in text and "<img" not in text
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
+    prose = card.split("\n---\n", 1)[1].split("## How to do it again")[0]
+    assert not re.search(r"(?<!\\)\]\(javascript:", prose) and "\n# [a]" not in prose and "```" not in prose
+    # front matter is YAML in which a name is a name
+    front = card.split("---\n")[1]
+    assert [
+        line for line in front.splitlines() if line.startswith("base_model: ")
+    ] and '\nbase_model: "' in "\n" + front
+    if title is ATTACK:
+        block = html.unescape(card[card.index("<pre><code>") + len("<pre><code>") : card.index("</code></pre>")])
+        pasted = subprocess.run(
+            ["bash", "-c", block.replace("mqadapt", "printf '%s\\0'", 1)], capture_output=True, check=True
+        )
+        assert pasted.stdout.split(b"\0")[1].decode() == title
+    else:
+        assert len(page) < 20 * len(title)
+
+
+HEADERS: list[dict[str, Any]] = [
+    {"source": [10**12] * 8}, {"source": "4444"}, {"source": [4.5] * 8}, {"source": [True] * 8}, {"source": []}, {"source": None},
+    {"head_bytes": [64]}, {"head_bytes": ["64"] * 8}, {"metric": 5}, {"metric": None}, {"scale": []}, {"unit": {}},
+    {"method": ["mean"]}, {"strategy": None}, {"name": 7}, {"documents": "24"}, {"documents": -1}, {"documents": 1.5},
+    {"options": []}, {"options": {"unknown": 1}}, {"options": {"plans": [[1]]}}, {"options": {"kv_budget": "half"}},
+    {"options": {"max_damage": float("nan")}}, {"error_rate": "small"}, {"error_rate": float("inf")},
+    {"layer_seconds": 5}, {"layer_seconds": [[[1]]] * 8}, {"layer_seconds": [[["a", "b"]]] * 8}, {"layer_seconds": "x" * 8},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", HEADERS, ids=str)
+def test_malformed_headers(change: dict[str, Any], searched: Path, tmp_path: Path) -> None:
+    first, *rest = (searched / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    header = json.dumps({**json.loads(first), **change}).encode() + b"\n"
+    (tmp_path / "journal.jsonl").write_bytes(header + b"".join(rest))
+    for call in (report, plot, Results.load):
+        with pytest.raises(JournalError, match="not the journal of a search"):
+            call(tmp_path)
+
+
+RECORDS: list[dict[str, Any]] = [
+    {"plan": [4] * 7}, {"plan": [10**12] * 8}, {"plan": [3] * 8}, {"plan": [0] * 8}, {"plan": None},
+    {"losses": []}, {"losses": [float("nan")] * 24}, {"losses": [1e999]}, {"losses": None}, {"losses": {}}, {"losses": [[1]]},
+    {"losses": [10**400]}, {"seconds": "soon"}, {"seconds": float("inf")}, {"seconds": None}, {"plan": [float("inf")] * 8},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", RECORDS, ids=str)
+def test_malformed_records(change: dict[str, Any], searched: Path, tmp_path: Path) -> None:
+    lines = (searched / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    lines[2] = json.dumps({**json.loads(lines[2]), **change}).encode() + b"\n"
+    (tmp_path / "journal.jsonl").write_bytes(b"".join(lines))
+    for call in (report, plot, Results.load):
+        with pytest.raises(JournalError):
+            call(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff",
+        b"{}",
+        b'{"verdict": 1, "winner": null}',
+        b"[" * 100_000,
+        b'{"verdict": "", "winner": 3}',
+    ],
+)
+def test_malformed_summaries(content: bytes, searched: Path, tmp_path: Path) -> None:
+    shutil.copytree(searched, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(JournalError, match="not the summary of a search"):
+        report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b"\xff", b"null", b'{"decode": [{"depth": 1e999, "num_key_value_heads": 1}]}', b'{"decode": 5}'],
+)
+def test_malformed_times(content: bytes, searched: Path, tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_bytes(content)
+    with pytest.raises(ArgumentError, match="not what 'mqadapt bench"):
+        plot(searched, out=tmp_path, latency=tmp_path / "bench.json")
+    (tmp_path / "latency.json").write_bytes(content)
+    with pytest.raises(JournalError, match="remove it to measure them again"):
+        measured(tmp_path, None, SPACE, 64, resume=True)  # type: ignore[arg-type] # no model is needed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from mqadapt_rs import Model, MqadaptError, convert, inspect
+from mqadapt_rs import Model, MqadaptError, convert, hf_tokenizer, hub, inspect
+from mqadapt_rs import text as texts
 
 Break = Callable[[Path], object]
 
@@ -365,3 +367,97 @@ def test_a_missing_text_is_named(checkpoints: Path, tmp_path: Path) -> None:
     assert run.returncode == 1
     assert run.stderr == "mqadapt: nofile.txt: No such file or directory\n"
     assert not list(tmp_path.iterdir())
+
+
+DEEP = b"[" * 100_000
+# what a text file holds, its name's ending, and the words that the message must have
+TEXTS: dict[str, tuple[str, bytes, str]] = {
+    "nested_deeply": (".jsonl", b'{"text": ' + DEEP, "line 1: not JSON: its brackets are nested too deeply"),
+    "second_line": (".jsonl", b'{"text": "a"}\n' + DEEP, "line 2: not JSON"),
+    "lone_surrogate": (".jsonl", b'{"text": "ab\\ud800c"}', "half of a surrogate pair (\\ud800 at character 2)"),
+    "surrogate_in_another_field": (".jsonl", b'{"x\\udfff": 1}', "expected an object with a text in 'text'"),
+    "not_a_number": (".jsonl", b'{"text": NaN}', "expected an object with a text in 'text'"),
+    "a_number": (".jsonl", b"9" * 5000, "line 1: not JSON"),
+    "not_utf8": (".jsonl", b'{"text": "\xff"}', "expected UTF-8 text"),
+    "plain_not_utf8": (".txt", b"abc\xff", "expected UTF-8 text"),
+    "no_gzip": (".jsonl.gz", b'{"text": "a"}', "not a whole gzip file"),
+    "empty_gzip_header": (".jsonl.gz", b"\x1f\x8b", "not a whole gzip file"),
+    "gzip_cut_short": (".jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 5000)[:-100], "not a whole gzip file"),
+    "gzip_of_noise": (".jsonl.gz", gzip.compress(b"x")[:10] + bytes(range(256)) * 9, "not a whole gzip file"),
+    "gzip_with_another_checksum": (
+        ".jsonl.gz", gzip.compress(b'{"text": "abc"}\n')[:-8] + bytes(8), "not a whole gzip file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_broken_texts(case: str, tmp_path: Path) -> None:
+    ending, content, words = TEXTS[case]
+    file = tmp_path / f"text{ending}"
+    file.write_bytes(content)
+    with pytest.raises(MqadaptError) as caught:
+        list(texts.read_documents(file))
+    assert_readable(caught.value, str(file), words)
+    assert not isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "model.safetensors.index.json", "config.json", "plan.json"])
+@pytest.mark.parametrize(
+    "content", [DEEP, b"{" * 100_000, b'{"a":' * 100_000, b"NaN", b'"\\ud800"', b"\xff", b"null", b"9" * 5000]
+)
+def test_json_that_cannot_be(name: str, content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    calls = {
+        "tokenizer_config.json": lambda: hf_tokenizer._read(file),
+        "model.safetensors.index.json": lambda: hub.weight_files(tmp_path),
+        "config.json": lambda: inspect(tmp_path),
+        "plan.json": lambda: convert(tmp_path, tmp_path / "out", plan=str(file)),
+    }
+    try:
+        calls[name]()
+    except (MqadaptError, OSError) as error:
+        assert_readable(error, "config.json" if name == "plan.json" else name)
+    else:
+        assert name == "tokenizer_config.json" and content in (b"null", b"NaN", b'"\\ud800"')  # counts as none
+
+
+def test_a_tokenizer_class_that_is_no_name(checkpoints: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": ["a"]}')
+    with pytest.raises(MqadaptError, match="cannot load a tokenizer"):
+        hf_tokenizer.load_tokenizer(tmp_path)
+
+
+SEARCH = ["search", "SRC", "--text", "DEEP.jsonl", "--out", "DST", "--strategy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["perplexity", "SRC", "--text", "DEEP.jsonl"], 1, "line 1: not JSON"),
+        (["perplexity", "SRC", "--text", "HALF.jsonl"], 1, "half of a surrogate pair"),
+        (["perplexity", "SRC", "--text", "BROKEN.jsonl.gz"], 1, "not a whole gzip file"),
+        (["generate", "SRC", "--prompt", "a\udcff"], 2, "half of a surrogate pair (\\udcff at character 1)"),
+        (["convert", "SRC", "DST", "--plan", "mqa:\udcff"], 2, "half of a surrogate pair"),
+        (["convert", "SRC", "DST", "--seed", "9" * 30], 2, "seed must be a whole number from 0 to 2**64 - 1"),
+        (["convert", "SRC", "DST", "--max-memory", "9" * 30 + "GB"], 2, "max_memory must be a whole number"),
+        (["convert", "SRC", "DST", "--max-shard-size", "0"], 2, "max_shard_size must be a whole number from 1"),
+        (["generate", "SRC", "--prompt", "a", "--max-new-tokens", "99999999999999"], 1, "no memory for a K/V cache"),
+        (["generate", "SRC", "--prompt", "a", "--max-new-tokens", "9" * 40], 2, "max_new_tokens must be"),
+        ([*SEARCH, "greedy", "--max-damage", "nan"], 2, "max_damage"),
+        ([*SEARCH, "sensitivity", "--workers", "9" * 20], 2, "workers"),
+        ([*SEARCH, "sensitivity", "--windows", "9" * 40], 2, "windows"),
+    ],
+)  # fmt: skip
+def test_the_command_line_knows_these_errors(
+    arguments: list[str], code: int, words: str, lookalike: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "DEEP.jsonl").write_bytes(DEEP)
+    (tmp_path / "HALF.jsonl").write_bytes(TEXTS["lone_surrogate"][1])
+    (tmp_path / "BROKEN.jsonl.gz").write_bytes(TEXTS["gzip_of_noise"][1])
+    told = [os.fsencode(str(lookalike) if word == "SRC" else word) for word in arguments]
+    command = [sys.executable, "-m", "mqadapt_rs.cli", *told]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "please report it" not in done.stderr
+    assert not (tmp_path / "DST").exists()

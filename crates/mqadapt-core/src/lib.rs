@@ -23,9 +23,11 @@ mod error;
 pub mod family;
 mod plan;
 mod progress;
+mod readable;
 
 pub use config::{Activation, DType, ModelConfig, Rope, RopeScaling};
 pub use error::{Error, Result};
 pub use family::{FAMILIES, Family};
 pub use plan::{KvChoice, Plan};
 pub use progress::{Interrupted, NoProgress, Progress, Progressing};
+pub use readable::readable;

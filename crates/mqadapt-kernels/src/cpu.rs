@@ -11,6 +11,9 @@ pub struct Cpu {
     pub(crate) pool: Pool,
 }
 
+/// More threads than any machine has use for; each takes memory and a place in the system's tables.
+const MOST_THREADS: usize = 4096;
+
 impl Cpu {
     /// A handle on `isa` with `threads` threads, the calling one included (at least 1).
     ///
@@ -29,10 +32,7 @@ impl Cpu {
     /// A message for the user if a variable holds no valid value.
     pub fn from_env() -> Result<Self, String> {
         let threads = match std::env::var("MQADAPT_NUM_THREADS") {
-            Ok(text) if !text.is_empty() => text
-                .parse::<NonZero<usize>>()
-                .map_err(|_| format!("MQADAPT_NUM_THREADS={text}: expected a whole number above 0"))?
-                .get(),
+            Ok(text) if !text.is_empty() => parse_threads(&text)?,
             _ => physical_cores(),
         };
         Ok(Self::new(Isa::detect()?, threads))
@@ -94,6 +94,12 @@ impl fmt::Debug for Cpu {
     }
 }
 
+/// A number of threads, as the user gives it.
+fn parse_threads(text: &str) -> Result<usize, String> {
+    let threads = text.parse().ok().filter(|threads| (1..=MOST_THREADS).contains(threads));
+    threads.ok_or_else(|| format!("MQADAPT_NUM_THREADS={text}: expected a whole number from 1 to {MOST_THREADS}"))
+}
+
 /// Physical cores among the processors that this process may use, within the limit that a container sets.
 fn physical_cores() -> usize {
     let limit = thread::available_parallelism().map_or(1, NonZero::get);
@@ -129,6 +135,15 @@ mod tests {
     fn cpu_lists() {
         assert_eq!(parse_cpu_list("0-2,7"), Some(vec![0, 1, 2, 7]));
         assert_eq!(parse_cpu_list("x"), None);
+    }
+
+    #[test]
+    fn numbers_of_threads() {
+        assert_eq!(parse_threads("3"), Ok(3));
+        for wrong in ["0", "-1", "4097", "100000", "99999999999999999999", "two", " 2"] {
+            let message = parse_threads(wrong).unwrap_err();
+            assert!(message.contains(&format!("={wrong}: expected a whole number from 1 to 4096")), "{message}");
+        }
     }
 
     #[test]

@@ -1,4 +1,6 @@
-//! Memory that is free, given back.
+//! Main memory: freed memory goes back to the system, and what the system can still give is known.
+
+use std::fs;
 
 /// Gives the memory of freed allocations back to the system.
 ///
@@ -9,5 +11,36 @@ pub(crate) fn give_back() {
     // SAFETY: it may be called at any time, from any thread.
     unsafe {
         libc::malloc_trim(0);
+    }
+}
+
+/// Of smaller requests the system is not asked.
+const WORTH_ASKING: u64 = 256 << 20;
+
+/// Whether the system can give so many bytes. Linux promises more memory than there is, and ends the process that uses it.
+pub(crate) fn may_take(bytes: u64) -> bool {
+    bytes <= WORTH_ASKING || available().is_none_or(|available| bytes <= available)
+}
+
+/// Bytes that this process may still take, by what the system says; `None` where it does not say.
+fn available() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let kilobytes = |name: &str| -> Option<u64> {
+        text.lines().find_map(|line| line.strip_prefix(name))?.trim().trim_end_matches(" kB").parse().ok()
+    };
+    let free = kilobytes("MemAvailable:")?.saturating_add(kilobytes("SwapFree:")?).saturating_mul(1024);
+    // the limit of a container, by either version of control groups
+    let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+    let limit = limits.iter().find_map(|file| fs::read_to_string(file).ok()?.trim().parse().ok());
+    Some(free.min(limit.unwrap_or(u64::MAX)))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn some_memory_is_available() {
+        let bytes = super::available().expect("Linux says it");
+        assert!((1 << 20..1 << 50).contains(&bytes), "{bytes}");
     }
 }

@@ -67,6 +67,14 @@ pub enum Error {
         /// Tokens that it was to hold.
         tokens: usize,
     },
+    /// No room for what a call returns.
+    #[error("there is no memory for {what} of {bytes} bytes; ask for fewer tokens at a time")]
+    Results {
+        /// What was to be returned.
+        what: &'static str,
+        /// How many bytes it takes.
+        bytes: u64,
+    },
     /// The device is not there, or this build cannot use it.
     #[error("device '{device}' is not available: {detail}")]
     Device {

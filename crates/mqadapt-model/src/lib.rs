@@ -69,7 +69,7 @@ pub use calibrate::{
 pub use error::{Error, Result};
 pub use model::Model;
 pub use mqadapt_kernels::Precision;
-pub use options::{Device, GenerateOptions, LoadOptions, Perplexity, WeightFormat};
+pub use options::{Device, GenerateOptions, LoadOptions, MOST_TOKENS_IN_FLIGHT, Perplexity, WeightFormat};
 pub use overlay::AttentionWeights;
 pub use predicted::predicted_errors;
 pub use score::{Likelihood, RequestStates};

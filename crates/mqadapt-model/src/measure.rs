@@ -23,10 +23,10 @@ impl<B: Backend> Runner<B> {
             let weights =
                 [&attn.q_proj, &attn.k_proj, &attn.v_proj, &attn.o_proj, &mlp.gate_proj, &mlp.up_proj, &mlp.down_proj];
             let seen = attn.heads.sliding_window.unwrap_or(depth).min(depth);
-            let cached = 2 * seen * attn.heads.num_key_value_heads * attn.heads.head_dim * kv_dtype.bytes();
-            weights.map(linear).iter().sum::<u64>() + cached as u64
+            let token = 2 * attn.heads.num_key_value_heads * attn.heads.head_dim * kv_dtype.bytes();
+            weights.map(linear).iter().sum::<u64>() + (token as u64).saturating_mul(seen as u64)
         });
-        layers.sum::<u64>() + decoder.backend.matrix_bytes(&decoder.lm_head)
+        layers.fold(0, u64::saturating_add) + decoder.backend.matrix_bytes(&decoder.lm_head)
     }
 
     /// Seconds of each of some decode steps, `depth` tokens being cached before the first, for one sequence or several
@@ -41,10 +41,13 @@ impl<B: Backend> Runner<B> {
         if sequences == 0 {
             return Err(Error::Argument { name: "sequences", detail: "must be 1 or more; found 0".to_owned() });
         }
+        if steps == 0 {
+            return Ok(Vec::new());
+        }
         let each = depth.saturating_add(steps);
         let mut session = self.session_with(sequences.saturating_mul(each))?;
         self.make_up(&mut session, sequences * each)?;
-        let (mut times, mut tokens) = (Vec::with_capacity(steps), vec![0; sequences]);
+        let (mut times, mut tokens) = (Vec::new(), vec![0; sequences]);
         let rows: Vec<usize> = (0..sequences).collect();
         for step in 0..steps {
             let progressing = Progressing { progress, phase: "steps", done: step as u64, total: steps as u64 };
@@ -68,9 +71,9 @@ impl<B: Backend> Runner<B> {
             return Err(Error::Argument { name: "tokens", detail: "must be 1 or more; found 0".to_owned() });
         }
         let vocab_size = self.decoder.config.vocab_size;
+        let mut session = self.session_with(tokens)?; // which says whether there is memory for so many
         let ids: Vec<u32> = (0..tokens).map(|token| (token * 7919 % vocab_size) as u32).collect();
-        let mut session = self.session_with(tokens)?;
-        let (mut times, mut next) = (Vec::with_capacity(passes), Vec::new());
+        let (mut times, mut next) = (Vec::new(), Vec::new());
         for pass in 0..passes {
             let progressing = Progressing { progress, phase: "passes", done: pass as u64, total: passes as u64 };
             let started = Instant::now();

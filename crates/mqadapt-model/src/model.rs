@@ -10,7 +10,7 @@ use crate::decoder::Decoder;
 use crate::load::{self, Overlay};
 use crate::overlay::{self, AttentionWeights};
 use crate::session::Runner;
-use crate::{Device, Error, LoadOptions, Result, WeightFormat};
+use crate::{Device, Error, LoadOptions, MOST_TOKENS_IN_FLIGHT, Result, WeightFormat};
 
 /// A decoder-only language model, ready to run. Calls from several threads wait for each other.
 pub struct Model {
@@ -68,8 +68,10 @@ impl Model {
     pub fn load(checkpoint: &Checkpoint, options: &LoadOptions, progress: &dyn Progress) -> Result<Self> {
         let source = checkpoint.config();
         let plan = options.plan.clone().unwrap_or_else(|| Plan::keep(source));
-        if options.max_tokens_in_flight == 0 {
-            return Err(Error::Argument { name: "max_tokens_in_flight", detail: "must be 1 or more".to_owned() });
+        let in_flight = options.max_tokens_in_flight;
+        if !(1..=MOST_TOKENS_IN_FLIGHT).contains(&in_flight) {
+            let detail = format!("must be from 1 to {MOST_TOKENS_IN_FLIGHT}; found {in_flight}");
+            return Err(Error::Argument { name: "max_tokens_in_flight", detail });
         }
         if options.weights == WeightFormat::Int8 && options.device != Device::Cpu {
             return Err(Error::Argument { name: "weights", detail: "'int8' needs device 'cpu'".to_owned() });

@@ -63,6 +63,9 @@ impl WeightFormat {
     }
 }
 
+/// Most tokens of [`LoadOptions::max_tokens_in_flight`].
+pub const MOST_TOKENS_IN_FLIGHT: usize = 1 << 20;
+
 /// How a model is loaded.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
@@ -82,7 +85,7 @@ pub struct LoadOptions {
     pub device: Device,
     /// How activations enter products with bf16 weights on the processor.
     pub precision: Precision,
-    /// Most tokens computed in one pass: bounds the memory of scoring and generation.
+    /// Most tokens computed in one pass: bounds the memory of scoring and generation. From 1 to [`MOST_TOKENS_IN_FLIGHT`].
     pub max_tokens_in_flight: usize,
 }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mqadapt_core::{DType, Progressing};
 
+use crate::allocator;
 use crate::backend::{Backend, Heads};
 use crate::batch::Batch;
 use crate::decoder::{Decoder, Moment, Workspace};
@@ -74,6 +75,9 @@ impl<B: Backend> Runner<B> {
             session.caches.clear(); // gone before the new ones come
             session.capacity = 0;
             let capacity = slots.checked_next_multiple_of(SLOTS).ok_or(Error::Cache { tokens: slots })?;
+            if !self.has_room(capacity) {
+                return Err(Error::Cache { tokens: slots });
+            }
             let caches: Result<Vec<_>> = self.layer_heads().map(|heads| self.cache(heads, capacity)).collect();
             session.caches = caches?;
             session.heads = self.layer_heads().map(|heads| heads.num_key_value_heads).collect();
@@ -87,6 +91,14 @@ impl<B: Backend> Runner<B> {
 
     fn layer_heads(&self) -> impl Iterator<Item = &Heads> {
         self.decoder.layers.iter().map(|block| &block.self_attn.heads)
+    }
+
+    /// Whether positions count so far, and main memory may hold a cache of this many slots.
+    fn has_room(&self, capacity: usize) -> bool {
+        let values = |heads: &Heads| 2 * heads.num_key_value_heads * heads.head_dim; // a key and a value
+        let slot: usize = self.layer_heads().map(values).sum::<usize>() * self.kv_dtype.bytes();
+        let bytes = (slot as u64).saturating_mul(capacity as u64);
+        u32::try_from(capacity).is_ok() && (!self.decoder.backend.in_main_memory() || allocator::may_take(bytes))
     }
 
     fn cache(&self, heads: &Heads, capacity: usize) -> Result<B::Cache> {

@@ -7,6 +7,7 @@ use std::ops::Range;
 use mqadapt_core::{Progress, Progressing};
 use mqadapt_kernels::Span;
 
+use crate::allocator;
 use crate::backend::{Backend, Wanted};
 use crate::decoder::{Moment, Workspace};
 use crate::error::{Error, Result};
@@ -37,13 +38,24 @@ fn wrong(name: &'static str, detail: String) -> Error {
     Error::Argument { name, detail }
 }
 
+/// Room for `[rows, width]` values in main memory.
+fn room(what: &'static str, rows: usize, width: usize) -> Result<Vec<f32>> {
+    let values = rows.saturating_mul(width);
+    let bytes = values.saturating_mul(size_of::<f32>()) as u64;
+    let mut out = Vec::new();
+    if allocator::may_take(bytes) && out.try_reserve_exact(values).is_ok() {
+        return Ok(out);
+    }
+    Err(Error::Results { what, bytes })
+}
+
 impl<B: Backend> Runner<B> {
     /// Logits of every position; the sequence goes through the cache in pieces of the lengths in `steps`.
     pub(crate) fn logits(&self, ids: &[u32], steps: &[usize], progress: &dyn Progress) -> Result<Vec<f32>> {
         self.check_tokens(ids, 0)?;
         let total = ids.len() as u64;
         let mut session = self.session_with(ids.len())?;
-        let mut out = Vec::with_capacity(ids.len() * self.decoder.config.vocab_size);
+        let mut out = room("logits", ids.len(), self.decoder.config.vocab_size)?;
         let mut tile = Vec::new();
         let mut steps = steps.iter().copied().filter(|&step| step > 0);
         let mut at = 0;
@@ -69,6 +81,7 @@ impl<B: Backend> Runner<B> {
         self.check_tokens(ids, 0)?;
         let layers = self.decoder.layers.len();
         let mut session = self.session_with(ids.len())?;
+        drop(room("hidden states", ids.len(), (layers + 1) * self.decoder.config.hidden_size)?);
         let mut out = vec![Vec::new(); layers + 1];
         if ids.is_empty() {
             return Ok(out);
@@ -139,7 +152,7 @@ impl<B: Backend> Runner<B> {
         let (lengths, width) = (input.lengths(), self.decoder.config.hidden_size);
         let rows: usize = lengths.iter().sum();
         let passes = passes(&lengths, self.max_tokens_in_flight);
-        let mut out = HiddenStates { layer_idx: layers.end, lengths, values: Vec::with_capacity(rows * width) };
+        let mut out = HiddenStates { layer_idx: layers.end, lengths, values: room("hidden states", rows, width)? };
         let longest = out.lengths.iter().copied().max().unwrap_or(0);
         let mut session = self.session_with(longest.max(self.max_tokens_in_flight.min(rows)))?;
         let mut first = 0; // row of the pass's first token

@@ -12,10 +12,15 @@ use mqadapt_model::{
 use pyo3::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::arguments;
+use crate::arguments::{self, Place, Text, Whole};
 use crate::errors::argument;
 use crate::source::local_path;
 use crate::work;
+
+/// Longest target context.
+const LONGEST_CONTEXT: u64 = 1 << 31;
+/// Most gradient steps of a refinement.
+const MOST_STEPS: u64 = 1 << 20;
 
 /// Calibration text and options of the methods that need it.
 #[pyclass(module = "mqadapt_rs", frozen)]
@@ -31,21 +36,30 @@ pub(crate) struct Calibration {
 impl Calibration {
     /// Token sequences, each of them from position 0.
     #[new]
-    #[pyo3(signature = (sequences = None, *, target_context = vec![512, 2048], stats = None, sequential = false,
-        refine = 0, fast_pairs = None, regroup = true))]
+    #[pyo3(
+        signature = (sequences = None, *, target_context = vec![Whole::from(512), Whole::from(2048)], stats = None,
+            sequential = false, refine = Whole::from(0), fast_pairs = None, regroup = true),
+        text_signature = "(sequences=None, *, target_context=..., stats=None, sequential=False, refine=0, fast_pairs=None, regroup=True)"
+    )]
     fn new(
         sequences: Option<&Bound<'_, PyAny>>,
-        target_context: Vec<usize>,
-        stats: Option<PathBuf>,
+        target_context: Vec<Whole>,
+        stats: Option<Place>,
         sequential: bool,
-        refine: usize,
-        fast_pairs: Option<usize>,
+        refine: Whole,
+        fast_pairs: Option<Whole>,
         regroup: bool,
     ) -> PyResult<Self> {
         let sequences = sequences.map(arguments::sequences).transpose()?.unwrap_or_default();
-        if target_context.is_empty() || target_context.contains(&0) {
+        if target_context.is_empty() {
             return Err(argument("target_context must be one context length or more, in tokens"));
         }
+        // rotary tables and the counts of distances are as long
+        let contexts = target_context.iter().map(|context| context.within("target_context", 1..=LONGEST_CONTEXT));
+        let target_context = contexts.collect::<PyResult<_>>()?;
+        let refine = refine.within("refine", 0..=MOST_STEPS)?;
+        let fast_pairs = fast_pairs.map(|pairs| pairs.count("fast_pairs")).transpose()?;
+        let stats = stats.map(|stats| stats.0);
         let cut = fast_pairs.map_or(Cut::Measured, Cut::Pairs);
         let options = ClosedFormOptions { cut, regroup, ..ClosedFormOptions::default() };
         let text = mqadapt_model::Calibration { sequences, target_contexts: target_context };
@@ -70,10 +84,15 @@ impl Calibration {
     fn predicted_errors(
         &self,
         src: &Bound<'_, PyAny>,
-        method: &str,
-        layers: Vec<(usize, usize)>,
+        method: Text,
+        layers: Vec<(Whole, Whole)>,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Vec<f64>> {
+        let layers: PyResult<Vec<(usize, usize)>> = layers
+            .iter()
+            .map(|(layer, heads)| Ok((layer.count("a layer of layers")?, heads.count("a head count of layers")?)))
+            .collect();
+        let layers = layers?;
         let (py, path) = (src.py(), local_path(src, false)?);
         work::run(py, progress, |progress| {
             let checkpoint = Checkpoint::open(&path)?;
@@ -82,7 +101,7 @@ impl Calibration {
                 detail: "must name the file of the statistics, to be read or written".to_owned(),
             })?;
             let contexts = &self.text.target_contexts;
-            predicted_errors(&checkpoint, saved, method, &self.options, contexts, &layers, progress)
+            predicted_errors(&checkpoint, saved, &method, &self.options, contexts, &layers, progress)
         })
     }
 

@@ -4,6 +4,7 @@ use mqadapt_core::{DType, Plan, cost};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
+use crate::arguments::Text;
 use crate::errors::OrRaise;
 use crate::source::local_path;
 
@@ -22,8 +23,8 @@ impl ModelConfig {
 
     /// Reads the text of a `config.json`.
     #[classmethod]
-    fn from_json(_cls: &Bound<'_, PyType>, text: &str) -> PyResult<Self> {
-        mqadapt_core::ModelConfig::from_json(text).map(Self).or_raise()
+    fn from_json(_cls: &Bound<'_, PyType>, text: Text) -> PyResult<Self> {
+        mqadapt_core::ModelConfig::from_json(&text).map(Self).or_raise()
     }
 
     #[getter]

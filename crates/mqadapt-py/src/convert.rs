@@ -9,7 +9,7 @@ use mqadapt_model::Spill;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::arguments::{dtype as parse_dtype, merge_options, method as parse_method};
+use crate::arguments::{Place, Text, Whole, dtype as parse_dtype, merge_options, method as parse_method};
 use crate::calibration::{self, Calibration};
 use crate::errors::{IntoPyErr, OrRaise, failure};
 use crate::source::{local_path, name};
@@ -79,32 +79,35 @@ fn to_dict<'py>(py: Python<'py>, json: &str) -> PyResult<Bound<'py, PyDict>> {
 /// Writes a checkpoint in which every layer has the K/V heads that the plan says.
 #[pyfunction]
 #[pyo3(
-    signature = (src, dst, plan = None, method = "mean", *, seed = 0, dtype = None, overwrite = false, resume = false,
-        max_shard_size = None, max_memory = 64 << 20, sync = true, calibration = None, stream_download = false,
-        progress = None),
+    signature = (src, dst, plan = None, method = Text::from("mean"), *, seed = Whole::from(0), dtype = None,
+        overwrite = false, resume = false, max_shard_size = None, max_memory = Whole::from(64 << 20), sync = true,
+        calibration = None, stream_download = false, progress = None),
     text_signature = "(src, dst, plan='keep', method='mean', *, seed=0, dtype=None, overwrite=False, resume=False, max_shard_size=None, max_memory=67108864, sync=True, calibration=None, stream_download=False, progress=None)"
 )]
 #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // the keywords of the Python function
 pub(crate) fn convert(
     py: Python<'_>,
     src: &Bound<'_, PyAny>,
-    dst: PathBuf,
+    dst: Place,
     plan: Option<&Bound<'_, PyAny>>,
-    method: &str,
-    seed: u64,
-    dtype: Option<&str>,
+    method: Text,
+    seed: Whole,
+    dtype: Option<Text>,
     overwrite: bool,
     resume: bool,
-    max_shard_size: Option<u64>,
-    max_memory: u64,
+    max_shard_size: Option<Whole>,
+    max_memory: Whole,
     sync: bool,
     calibration: Option<&Bound<'_, Calibration>>,
     stream_download: bool,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<ConversionReport> {
-    let method = parse_method(method)?;
+    let method = parse_method(&method)?;
     let calibration = calibration::needed(method, calibration)?;
-    let dtype = parse_dtype(dtype)?;
+    let dtype = parse_dtype(dtype.as_deref())?;
+    let seed = seed.seed()?;
+    let max_shard_size = max_shard_size.map(|size| size.within("max_shard_size", 1..=u64::MAX)).transpose()?;
+    let max_memory = max_memory.within("max_memory", 0..=u64::MAX)?;
     let (checkpoint, shards) = if stream_download {
         let (checkpoint, shards) = Shards::open(src, &dst)?;
         (checkpoint, Some(shards))

@@ -1,8 +1,10 @@
 //! One map from the crates' errors to Python exceptions.
 //!
 //! I/O errors stay `OSError` (the subclass follows from the error number), bad arguments are `ArgumentError` (a
-//! `ValueError`), an interrupt is `KeyboardInterrupt`, everything else is `MqadaptError`.
+//! `ValueError`), an interrupt is `KeyboardInterrupt`, everything else is `MqadaptError`. Every message passes `readable`: what
+//! it quotes from a file reaches a terminal without control characters, and shortened.
 
+use mqadapt_core::readable;
 use pyo3::exceptions::{PyFileExistsError, PyKeyboardInterrupt, PyOSError};
 use pyo3::prelude::*;
 
@@ -29,16 +31,17 @@ impl<T, E: IntoPyErr> OrRaise<T> for Result<T, E> {
 
 /// A bad argument.
 pub(crate) fn argument(message: impl Into<String>) -> PyErr {
-    python::ArgumentError::new_err(message.into())
+    python::ArgumentError::new_err(readable(&message.into()))
 }
 
 /// Wrong content of a file, or work that cannot be done.
 pub(crate) fn failure(message: impl Into<String>) -> PyErr {
-    python::MqadaptError::new_err(message.into())
+    python::MqadaptError::new_err(readable(&message.into()))
 }
 
 /// An I/O error with our message; the number picks `FileNotFoundError`, `PermissionError` and so on.
-pub(crate) fn io(message: String, error: &std::io::Error) -> PyErr {
+pub(crate) fn io(message: &str, error: &std::io::Error) -> PyErr {
+    let message = readable(message);
     match error.raw_os_error() {
         Some(number) => PyOSError::new_err((number, message)),
         None => PyOSError::new_err(message),
@@ -69,7 +72,7 @@ impl IntoPyErr for mqadapt_checkpoint::Error {
         use mqadapt_checkpoint::Error;
         let message = self.to_string();
         match self {
-            Error::Io { source, .. } => io(message, &source),
+            Error::Io { source, .. } => io(&message, &source),
             Error::Config { source, .. } | Error::Plan(source) if is_about_plan(&source) => argument(message),
             _ => failure(message),
         }
@@ -82,9 +85,9 @@ impl IntoPyErr for mqadapt_convert::Error {
         let message = self.to_string();
         match self {
             Error::Checkpoint(error) => error.into_py_err(),
-            Error::Io { source, .. } => io(message, &source),
-            Error::Exists { .. } => PyFileExistsError::new_err(message),
-            Error::NoSpace { .. } => io(message, &std::io::Error::from_raw_os_error(libc::ENOSPC)),
+            Error::Io { source, .. } => io(&message, &source),
+            Error::Exists { .. } => PyFileExistsError::new_err(readable(&message)),
+            Error::NoSpace { .. } => io(&message, &std::io::Error::from_raw_os_error(libc::ENOSPC)),
             Error::InPlace { .. } | Error::NotReplaceable { .. } | Error::Method { .. } => argument(message),
             Error::Interrupted(interrupted) => interrupted.into_py_err(),
             _ => failure(message),
@@ -99,7 +102,7 @@ impl IntoPyErr for mqadapt_model::Error {
         match self {
             Error::Checkpoint(error) => error.into_py_err(),
             Error::Config(error) => error.into_py_err(),
-            Error::Io { source, .. } => io(message, &source),
+            Error::Io { source, .. } => io(&message, &source),
             Error::Method { .. } | Error::Token { .. } | Error::Argument { .. } | Error::Device { .. } => {
                 argument(message)
             }

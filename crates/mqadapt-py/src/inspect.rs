@@ -1,12 +1,11 @@
 //! `inspect`: what a checkpoint is, without reading its weights.
 
-use std::path::PathBuf;
-
 use mqadapt_checkpoint::{Checkpoint, Content, SideFile};
 use mqadapt_core::{Plan, cost};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
+use crate::arguments::Place;
 use crate::errors::OrRaise;
 use crate::source::local_path;
 use crate::stream::Shards;
@@ -37,7 +36,7 @@ pub(crate) fn inspect<'py>(py: Python<'py>, src: &Bound<'py, PyAny>) -> PyResult
 
 /// The files that go along with a GGUF file's weights, made from its metadata: tokenizer, chat template and the like.
 #[pyfunction]
-pub(crate) fn gguf_files(py: Python<'_>, path: PathBuf) -> PyResult<Vec<(String, Bound<'_, PyBytes>)>> {
+pub(crate) fn gguf_files(py: Python<'_>, path: Place) -> PyResult<Vec<(String, Bound<'_, PyBytes>)>> {
     let files = py.detach(|| Checkpoint::open(&path)?.side_files()).or_raise()?;
     let made = |file: SideFile| match file.content {
         Content::Bytes(bytes) => Some((file.name, PyBytes::new(py, &bytes))),

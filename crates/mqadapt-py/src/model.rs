@@ -4,18 +4,26 @@ use std::sync::Arc;
 
 use mqadapt_checkpoint::{Checkpoint, Content};
 use mqadapt_kernels::Precision;
-use mqadapt_model::{Device, GenerateOptions, Likelihood, LoadOptions, WeightFormat};
+use mqadapt_model::{Device, GenerateOptions, Likelihood, LoadOptions, MOST_TOKENS_IN_FLIGHT, WeightFormat};
 use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
-use crate::arguments::{dtype as parse_dtype, merge_options, method as parse_method, sequences, token_ids};
+use crate::arguments::{
+    Real, Text, Whole, counts, dtype as parse_dtype, merge_options, method as parse_method, sequences, token_ids,
+};
 use crate::calibration::{self, Calibration};
 use crate::config::ModelConfig;
 use crate::errors::{OrRaise, argument};
 use crate::plan::{self, Plan};
 use crate::source::local_path;
 use crate::work;
+
+/// Passes that are timed in one call, at most.
+const MOST_PASSES: u64 = 1 << 20;
+
+/// Sequences that are decoded side by side in a measurement, at most.
+const MOST_SEQUENCES: u64 = 1 << 16;
 
 /// A decoder-only language model, ready to run.
 #[pyclass(module = "mqadapt_rs", frozen)]
@@ -75,8 +83,9 @@ impl Model {
     /// Loads a model; a plan is applied in memory.
     #[classmethod]
     #[pyo3(
-        signature = (src, plan = None, method = "mean", seed = 0, dtype = None, *, device = "cpu", weights = "stored",
-            kv_dtype = None, precision = "fast", max_tokens_in_flight = 1024, calibration = None, progress = None),
+        signature = (src, plan = None, method = Text::from("mean"), seed = Whole::from(0), dtype = None, *,
+            device = Text::from("cpu"), weights = Text::from("stored"), kv_dtype = None, precision = Text::from("fast"),
+            max_tokens_in_flight = Whole::from(1024), calibration = None, progress = None),
         text_signature = "($cls, src, plan='keep', method='mean', seed=0, dtype=None, *, device='cpu', weights='stored', kv_dtype=None, precision='fast', max_tokens_in_flight=1024, calibration=None, progress=None)"
     )]
     #[allow(clippy::too_many_arguments)] // the keywords of the Python function
@@ -84,27 +93,29 @@ impl Model {
         cls: &Bound<'_, PyType>,
         src: &Bound<'_, PyAny>,
         plan: Option<&Bound<'_, PyAny>>,
-        method: &str,
-        seed: u64,
-        dtype: Option<&str>,
-        device: &str,
-        weights: &str,
-        kv_dtype: Option<&str>,
-        precision: &str,
-        max_tokens_in_flight: usize,
+        method: Text,
+        seed: Whole,
+        dtype: Option<Text>,
+        device: Text,
+        weights: Text,
+        kv_dtype: Option<Text>,
+        precision: Text,
+        max_tokens_in_flight: Whole,
         calibration: Option<&Bound<'_, Calibration>>,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let py = cls.py();
-        let parsed = parse_method(method)?;
+        let parsed = parse_method(&method)?;
         let method = parsed.name.to_owned();
-        let (dtype, kv_dtype) = (parse_dtype(dtype)?, parse_dtype(kv_dtype)?);
-        let precision = match precision {
+        let (dtype, kv_dtype) = (parse_dtype(dtype.as_deref())?, parse_dtype(kv_dtype.as_deref())?);
+        let precision = match &*precision {
             "fast" => Precision::Fast,
             "exact" => Precision::Exact,
-            _ => return Err(argument(format!("precision '{precision}' is not one of fast, exact"))),
+            other => return Err(argument(format!("precision '{other}' is not one of fast, exact"))),
         };
-        let device = Device::parse(device).or_raise()?;
+        let device = Device::parse(&device).or_raise()?;
+        let (seed, most) = (seed.seed()?, MOST_TOKENS_IN_FLIGHT as u64);
+        let max_tokens_in_flight = max_tokens_in_flight.within("max_tokens_in_flight", 1..=most)?;
         let path = local_path(src, false)?;
         let checkpoint = py.detach(|| Checkpoint::open(&path)).or_raise()?;
         let plan = plan::read_or_keep(plan, checkpoint.config())?;
@@ -114,7 +125,7 @@ impl Model {
             method,
             merge: merge_options(seed, checkpoint.config()),
             dtype,
-            weights: WeightFormat::parse(weights).or_raise()?,
+            weights: WeightFormat::parse(&weights).or_raise()?,
             kv_dtype,
             device,
             max_tokens_in_flight,
@@ -134,17 +145,20 @@ impl Model {
     }
 
     /// The same model under another plan for its checkpoint.
-    #[pyo3(signature = (plan, method = "mean", seed = 0, *, calibration = None, progress = None))]
+    #[pyo3(
+        signature = (plan, method = Text::from("mean"), seed = Whole::from(0), *, calibration = None, progress = None),
+        text_signature = "($self, plan, method='mean', seed=0, *, calibration=None, progress=None)"
+    )]
     fn with_plan(
         &self,
         py: Python<'_>,
         plan: &Bound<'_, PyAny>,
-        method: &str,
-        seed: u64,
+        method: Text,
+        seed: Whole,
         calibration: Option<&Bound<'_, Calibration>>,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let method = parse_method(method)?;
+        let (method, seed) = (parse_method(&method)?, seed.seed()?);
         let config = self.checkpoint.config();
         let plan = plan::read(plan, config)?;
         let merge = merge_options(seed, config);
@@ -162,8 +176,10 @@ impl Model {
     }
 
     /// The same model with some layers taken from others of the same checkpoint.
-    fn with_layers_of(&self, layers: Vec<(usize, Bound<'_, Self>)>) -> PyResult<Self> {
-        let layers: Vec<_> = layers.iter().map(|(layer_idx, donor)| (*layer_idx, &donor.get().inner)).collect();
+    fn with_layers_of(&self, layers: Vec<(Whole, Bound<'_, Self>)>) -> PyResult<Self> {
+        let layers: PyResult<Vec<_>> =
+            layers.iter().map(|(layer, donor)| Ok((layer.count("a layer of layers")?, &donor.get().inner))).collect();
+        let layers = layers?;
         let inner = self.inner.with_layers_of(&layers).or_raise()?;
         let (checkpoint, stop_tokens) = (Arc::clone(&self.checkpoint), self.stop_tokens.clone());
         Ok(Self { inner, checkpoint, dtype: self.dtype, stop_tokens })
@@ -204,20 +220,25 @@ impl Model {
     }
 
     /// Bytes that one decode step reads with `depth` tokens cached.
-    fn bytes_per_step(&self, depth: usize) -> u64 {
-        self.inner.bytes_per_step(depth)
+    fn bytes_per_step(&self, depth: Whole) -> PyResult<u64> {
+        Ok(self.inner.bytes_per_step(depth.within("depth", 0..=u32::MAX.into())?))
     }
 
     /// Seconds of each of some decode steps with `depth` tokens cached.
-    #[pyo3(signature = (depth, steps, sequences = 1, *, progress = None))]
+    #[pyo3(
+        signature = (depth, steps, sequences = Whole::from(1), *, progress = None),
+        text_signature = "($self, depth, steps, sequences=1, *, progress=None)"
+    )]
     fn measure_decode(
         &self,
         py: Python<'_>,
-        depth: usize,
-        steps: usize,
-        sequences: usize,
+        depth: Whole,
+        steps: Whole,
+        sequences: Whole,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Vec<f64>> {
+        let (depth, steps, sequences) =
+            (depth.count("depth")?, steps.count("steps")?, sequences.within("sequences", 1..=MOST_SEQUENCES)?);
         work::run(py, progress, |progress| self.inner.measure_decode(depth, steps, sequences, progress))
     }
 
@@ -226,10 +247,11 @@ impl Model {
     fn measure_prefill(
         &self,
         py: Python<'_>,
-        tokens: usize,
-        passes: usize,
+        tokens: Whole,
+        passes: Whole,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Vec<f64>> {
+        let (tokens, passes) = (tokens.positive("tokens")?, passes.within("passes", 0..=MOST_PASSES)?);
         work::run(py, progress, |progress| self.inner.measure_prefill(tokens, passes, progress))
     }
 
@@ -252,10 +274,10 @@ impl Model {
         &self,
         py: Python<'py>,
         ids: &Bound<'py, PyAny>,
-        steps: Vec<usize>,
+        steps: Vec<Whole>,
         progress: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        let ids = token_ids(ids)?;
+        let (ids, steps) = (token_ids(ids)?, counts("steps", &steps)?);
         let logits = work::run(py, progress, |progress| self.inner.logits_in_steps(&ids, &steps, progress))?;
         logits.into_pyarray(py).reshape([ids.len(), self.inner.config().vocab_size])
     }
@@ -297,14 +319,14 @@ impl Model {
         py: Python<'_>,
         requests: Vec<(Bound<'_, PyAny>, Bound<'_, PyAny>)>,
         start: Option<&Bound<'_, RequestStates>>,
-        keep: Vec<usize>,
+        keep: Vec<Whole>,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<(Vec<Likelihood>, Vec<RequestStates>)> {
         let requests: PyResult<Vec<_>> = requests
             .iter()
             .map(|(context, continuation)| Ok((token_ids(context)?, token_ids(continuation)?)))
             .collect();
-        let (requests, start) = (requests?, start.map(|start| &start.get().0));
+        let (requests, start, keep) = (requests?, start.map(|start| &start.get().0), counts("keep", &keep)?);
         let (scores, kept) =
             work::run(py, progress, |progress| self.inner.loglikelihood_from(&requests, start, &keep, progress))?;
         Ok((scores, kept.into_iter().map(RequestStates).collect()))
@@ -316,28 +338,32 @@ impl Model {
         &self,
         py: Python<'_>,
         ids: &Bound<'_, PyAny>,
-        context: usize,
-        windows: Option<usize>,
+        context: Whole,
+        windows: Option<Whole>,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<f64> {
-        let ids = token_ids(ids)?;
+        let (ids, context) = (token_ids(ids)?, context.within("context", 2..=u64::MAX)?);
+        let windows = windows.map(|windows| windows.positive("windows")).transpose()?;
         let out = work::run(py, progress, |progress| self.inner.perplexity(&ids, context, windows, progress))?;
         Ok(out.perplexity)
     }
 
     /// New tokens after one prompt, or after each of several.
-    #[pyo3(signature = (ids, max_new_tokens = 256, temperature = 0.0, *, top_k = None, top_p = None, seed = 0,
-        stop_tokens = None, on_token = None, progress = None))]
+    #[pyo3(
+        signature = (ids, max_new_tokens = Whole::from(256), temperature = Real(0.0), *, top_k = None, top_p = None,
+            seed = Whole::from(0), stop_tokens = None, on_token = None, progress = None),
+        text_signature = "($self, ids, max_new_tokens=256, temperature=0.0, *, top_k=None, top_p=None, seed=0, stop_tokens=None, on_token=None, progress=None)"
+    )]
     #[allow(clippy::too_many_arguments)] // the keywords of the Python function
     fn generate<'py>(
         &self,
         py: Python<'py>,
         ids: &Bound<'py, PyAny>,
-        max_new_tokens: usize,
-        temperature: f64,
-        top_k: Option<usize>,
-        top_p: Option<f64>,
-        seed: u64,
+        max_new_tokens: Whole,
+        temperature: Real,
+        top_k: Option<Whole>,
+        top_p: Option<Real>,
+        seed: Whole,
         stop_tokens: Option<&Bound<'py, PyAny>>,
         on_token: Option<Py<PyAny>>,
         progress: Option<&Bound<'py, PyAny>>,
@@ -345,7 +371,14 @@ impl Model {
         let one = ids.len()? == 0 || ids.get_item(0)?.extract::<i64>().is_ok();
         let prompts = if one { vec![token_ids(ids)?] } else { sequences(ids)? };
         let stop_tokens = stop_tokens.map_or_else(|| Ok(self.stop_tokens.clone()), token_ids)?;
-        let options = GenerateOptions { max_new_tokens, temperature, top_k, top_p, seed, stop_tokens };
+        let options = GenerateOptions {
+            max_new_tokens: max_new_tokens.count("max_new_tokens")?,
+            temperature: temperature.0,
+            top_k: top_k.map(|top_k| top_k.positive("top_k")).transpose()?,
+            top_p: top_p.map(|top_p| top_p.0),
+            seed: seed.seed()?,
+            stop_tokens,
+        };
         let mut raised = None;
         let new = work::run(py, progress, |progress| {
             let mut goes_on = |index: usize, token: u32| {
@@ -370,11 +403,11 @@ impl Model {
     fn hidden_before(
         &self,
         py: Python<'_>,
-        layer_idx: usize,
+        layer_idx: Whole,
         sequences: &Bound<'_, PyAny>,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<HiddenStates> {
-        let sequences = self::sequences(sequences)?;
+        let (sequences, layer_idx) = (self::sequences(sequences)?, layer_idx.count("layer_idx")?);
         work::run(py, progress, |progress| self.inner.hidden_before(layer_idx, &sequences, progress)).map(HiddenStates)
     }
 
@@ -384,10 +417,10 @@ impl Model {
         &self,
         py: Python<'_>,
         hidden: &Bound<'_, HiddenStates>,
-        layer_idx: usize,
+        layer_idx: Whole,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<HiddenStates> {
-        let hidden = &hidden.get().0;
+        let (hidden, layer_idx) = (&hidden.get().0, layer_idx.count("layer_idx")?);
         work::run(py, progress, |progress| self.inner.forward_from(hidden, layer_idx, progress)).map(HiddenStates)
     }
 

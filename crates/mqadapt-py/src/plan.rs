@@ -4,6 +4,7 @@ use mqadapt_core::cost;
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
+use crate::arguments::{Text, Whole, counts};
 use crate::config::ModelConfig;
 use crate::errors::{OrRaise, argument};
 
@@ -40,8 +41,9 @@ impl Plan {
     }
 
     /// Bytes that one token adds to the K/V cache over all layers, with `value_bytes` bytes a value.
-    #[pyo3(signature = (config, value_bytes = 2))]
-    fn kv_bytes_per_token(&self, config: &Bound<'_, PyAny>, value_bytes: usize) -> PyResult<u64> {
+    #[pyo3(signature = (config, value_bytes = Whole::from(2)), text_signature = "($self, config, value_bytes=2)")]
+    fn kv_bytes_per_token(&self, config: &Bound<'_, PyAny>, value_bytes: Whole) -> PyResult<u64> {
+        let value_bytes = value_bytes.within("value_bytes", 1..=64)?;
         Ok(cost::kv_bytes_per_token(&self.fitting(config)?.0, &self.0, value_bytes))
     }
 
@@ -91,9 +93,11 @@ pub(crate) fn read(plan: &Bound<'_, PyAny>, config: &mqadapt_core::ModelConfig) 
     if let Ok(plan) = plan.extract::<Plan>() {
         return mqadapt_core::Plan::from_heads(&plan.0.num_key_value_heads(), config).or_raise();
     }
-    if let Ok(heads) = plan.extract::<Vec<usize>>() {
+    if let Ok(heads) = plan.extract::<Vec<Whole>>() {
+        let heads = counts("num_key_value_heads", &heads)?;
         return mqadapt_core::Plan::from_heads(&heads, config).or_raise();
     }
-    let text: String = plan.extract().or_else(|_| plan.str()?.extract())?; // a path has its text
+    let unknown = |_| argument("a plan is a text, the name of a file, or a list with the K/V heads of each layer");
+    let text: Text = plan.str().map_err(unknown)?.extract()?; // a path has its text
     mqadapt_checkpoint::read_plan(&text, config).or_raise()
 }

@@ -12,5 +12,5 @@ pub(crate) fn local_path(source: &Bound<'_, PyAny>, config_only: bool) -> PyResu
 
 /// What a source is called: as it was given.
 pub(crate) fn name(source: &Bound<'_, PyAny>) -> PyResult<String> {
-    source.str()?.extract()
+    Ok(source.str()?.to_string_lossy().into_owned())
 }

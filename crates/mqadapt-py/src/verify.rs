@@ -1,10 +1,9 @@
 //! `verify`.
 
-use std::path::PathBuf;
-
 use mqadapt_checkpoint::Checkpoint;
 use pyo3::prelude::*;
 
+use crate::arguments::Place;
 use crate::errors::OrRaise;
 use crate::source::local_path;
 use crate::work;
@@ -38,7 +37,7 @@ impl Verification {
 #[pyo3(signature = (dst, against = None, *, progress = None))]
 pub(crate) fn verify(
     py: Python<'_>,
-    dst: PathBuf,
+    dst: Place,
     against: Option<&Bound<'_, PyAny>>,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Verification> {

@@ -6,12 +6,13 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use mqadapt_core::{Interrupted, Progress};
 use pyo3::prelude::*;
 
-use crate::errors::IntoPyErr;
+use crate::errors::{IntoPyErr, failure, io};
 
 /// How often signals are looked for, and how often the callback is called at most.
 const TICK: Duration = Duration::from_millis(50);
@@ -104,10 +105,14 @@ where
 {
     let shared = Shared::default();
     let (outcome, raised) = std::thread::scope(|scope| {
-        let worker = scope.spawn(|| {
+        let spawned = Builder::new().spawn_scoped(scope, || {
             let _finish = Finish(&shared);
             work(&shared)
         });
+        let worker = match spawned {
+            Ok(worker) => worker,
+            Err(error) => return (None, Some(io(&format!("cannot start a thread for the work: {error}"), &error))),
+        };
         let raised = wait(py, &shared, callback).err();
         if raised.is_some() {
             shared.stop.store(true, Ordering::Relaxed);
@@ -116,12 +121,13 @@ where
         shared.let_go();
         // the work has ended, or ends as soon as it next reports progress
         let outcome = py.detach(|| worker.join());
-        (outcome, raised)
+        (Some(outcome), raised)
     });
     match (outcome, raised) {
-        (Err(panic), _) => std::panic::resume_unwind(panic),
-        (Ok(_), Some(raised)) => Err(raised),
-        (Ok(outcome), None) => outcome.map_err(IntoPyErr::into_py_err),
+        (Some(Err(panic)), _) => std::panic::resume_unwind(panic),
+        (_, Some(raised)) => Err(raised),
+        (Some(Ok(outcome)), None) => outcome.map_err(IntoPyErr::into_py_err),
+        (None, None) => Err(failure("the work was not done")),
     }
 }
 

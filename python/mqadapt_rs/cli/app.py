@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mqadapt_rs.cli.bench import bench
 from mqadapt_rs.cli.convert import convert
@@ -16,8 +19,37 @@ from mqadapt_rs.cli.options import Debug
 from mqadapt_rs.cli.perplexity import perplexity
 from mqadapt_rs.cli.search import plot, report, search
 from mqadapt_rs.cli.verify import verify
+from mqadapt_rs.readable import readable
+
+# the base of all that is wrong with a command line, in click or in what Typer has in place of it
+UsageError = typer.BadParameter.__mro__[1]
+
+
+class Commands(TyperGroup):
+    """The commands; what is wrong with a command line is said without its control characters."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """As the base."""
+        with _readable_usage_errors():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """As the base."""
+        with _readable_usage_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _readable_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        error.message = readable(error.message)
+        raise
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mqadapt_rs.cli.options import Debug, Json
+from mqadapt_rs.readable import readable
 
 
 def demo(
@@ -22,7 +23,7 @@ def demo(
     from mqadapt_rs.cli import output
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr)
+        print(readable(line), file=sys.stderr)
 
     with output.progress_bars("units") as progress:
         outcomes = steps.run(folder, say=say, progress=progress)
@@ -46,5 +47,5 @@ def demo(
         ],
     )
     for outcome in outcomes:
-        print(f"\n{outcome.plan} {outcome.method}: {steps.PROMPT}{outcome.text}")
-    print(f"\nThe checkpoints are in {folder}; go on with: mqadapt eval {outcomes[1].folder} --tasks ...")
+        output.print_text(f"\n{outcome.plan} {outcome.method}: {steps.PROMPT}{outcome.text}")
+    output.print_text(f"\nThe checkpoints are in {folder}; go on with: mqadapt eval {outcomes[1].folder} --tasks ...")

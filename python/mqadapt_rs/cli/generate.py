@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Annotated
 
@@ -28,7 +27,11 @@ def generate(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a text."""
+    """Continue a text.
+
+    A terminal gets the text without control characters (line breaks and tabs stay, of others their codes are shown); a file or
+    another program gets it exactly.
+    """
     from mqadapt_rs import text as texts
     from mqadapt_rs.cli import output
 
@@ -44,4 +47,4 @@ def generate(
             {"prompt": prompt, "text": text, "tokens": len(new), "ids": new, "seconds": time.perf_counter() - start}
         )
     else:
-        sys.stdout.write(f"{prompt}{text}\n")
+        output.print_text(f"{prompt}{text}")

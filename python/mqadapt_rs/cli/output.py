@@ -1,4 +1,8 @@
-"""What the commands print: tables for people, JSON for programs, progress on a terminal."""
+"""What the commands print: tables for people, JSON for programs, progress on a terminal.
+
+Names from outside reach a terminal without control characters, and are no markup. JSON, and text for a program that reads the
+output, are exact.
+"""
 
 from __future__ import annotations
 
@@ -8,44 +12,61 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from mqadapt_rs.readable import for_json, for_terminal, readable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from rich.progress import Progress, TaskID
+    from rich.table import Table
 
 _PATIENCE = 1.0  # seconds before progress is shown
 
 
 def print_json(value: Any) -> None:
     """JSON on stdout."""
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False, default=str)
-    sys.stdout.write("\n")
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    document = json.dumps(value, indent=2, ensure_ascii=not is_unicode, default=str)
+    sys.stdout.write(for_json(document) + "\n")
+
+
+def print_text(text: str) -> None:
+    """Text and a line break on stdout: exact, unless it is a terminal; that gets it without control characters."""
+    sys.stdout.write((for_terminal(text) if sys.stdout.isatty() else text) + "\n")
+
+
+def _table(title: str, **options: Any) -> Table:
+    """An empty table whose title, as all that comes into it, is text and no markup."""
+    from rich.table import Table
+    from rich.text import Text
+
+    return Table(title=Text(readable(title)), title_justify="left", **options)
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console(markup=False, emoji=False).print(table)
 
 
 def print_table(title: str, rows: Mapping[str, object]) -> None:
     """Names and values, one a line."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = _table(title, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, str(value))
-    Console().print(table, markup=False)
+        table.add_row(readable(name), readable(value))
+    _print(table)
 
 
 def print_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table: the first column is text, the others are numbers."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
+    table = _table(title)
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(readable(name), justify="right" if index else "left")
     for row in rows:
-        table.add_row(*map(str, row))
-    Console().print(table)
+        table.add_row(*map(readable, row))
+    _print(table)
 
 
 def in_bytes(count: float) -> str:
@@ -106,7 +127,7 @@ def progress_bars(unit: str) -> Iterator[Callable[[str, int, int], None] | None]
     amount: list[ProgressColumn] = (
         [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
     )
-    columns = [TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn()]
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), *amount, TimeRemainingColumn()]
     progress = Progress(*columns, console=Console(stderr=True), transient=True)
     try:
         yield _Bars(progress)

@@ -144,9 +144,9 @@ def search(
 
         output.print_json(json_module.loads((result.folder / "summary.json").read_text()))
         return
-    print(result.verdict)
+    output.print_text(result.verdict)
     if result.winner is not None:
-        print(f"{result.folder / 'best.plan.json'} can go straight into 'mqadapt convert --plan'.")
+        output.print_text(f"{result.folder / 'best.plan.json'} can go straight into 'mqadapt convert --plan'.")
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -170,15 +170,17 @@ def plot(
     debug: Debug = False,
 ) -> None:
     """Draw the figures of searches, as PNG and SVG."""
+    from mqadapt_rs.cli import output
     from mqadapt_rs.plots import plot as draw
 
     for file in draw(*folders, out=out, latency=latency):
-        print(file)
+        output.print_text(str(file))
 
 
 def report(folder: Folder, latency: Latency = None, debug: Debug = False) -> None:
     """Write one page about a search, as HTML and as Markdown (a model card)."""
+    from mqadapt_rs.cli import output
     from mqadapt_rs.report import report as write
 
     for file in write(folder, latency=latency):
-        print(file)
+        output.print_text(str(file))

@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mqadapt_rs.arguments import LARGEST_SEED, real, whole
 from mqadapt_rs.errors import ArgumentError
 
 from . import latency
 from .conduct import SearchResult, check, conduct, fits
-from .executors import adopt, forget, in_process, processes, ray_cluster
+from .executors import MOST_WORKERS, adopt, forget, in_process, processes, ray_cluster
 from .journal import begun
 from .limit import Limit
 from .predicted import METRIC as PREDICTED
@@ -127,6 +128,22 @@ def search(
         ArgumentError: arguments that do not fit; `JournalError`, one of them, for a journal of another search.
         MqadaptError, OSError: the model cannot be read.
     """
+    # a number of NumPy's would overflow later
+    context, depth, refine = whole("context", context, 2), whole("depth", depth, 1), whole("refine", refine)
+    windows, limit = whole("windows", windows, 1), whole("limit", limit, 1)
+    num_fewshot, points = whole("num_fewshot", num_fewshot), whole("points", points, 1)
+    swaps, trials = whole("swaps", swaps), whole("trials", trials, 1)
+    calibration_tokens = whole("calibration_tokens", calibration_tokens, 1)
+    calibration_context = whole("calibration_context", calibration_context, 1)
+    target_context = [whole("target_context", one, 1) for one in target_context]
+    max_memory, seed = whole("max_memory", max_memory, 1), whole("seed", seed, 0, LARGEST_SEED)
+    workers = whole("workers", workers, 1, MOST_WORKERS)
+    if counts is not None:
+        counts = [whole("counts", count, 1) for count in counts]
+    if max_damage is not None:
+        max_damage = real("max_damage", max_damage, -math.inf)
+    if error_rate is not None:
+        error_rate = real("error_rate", error_rate, 0.0, 0.5)
     if kv_budget is not None and latency_budget is not None:
         raise ArgumentError("--kv-budget and --latency-budget are two limits: choose one")
     if workers is not None and ray is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,8 @@ def check(strategy: str, options: Options) -> None:
             raise ArgumentError(
                 f"{_switch(option.name)} does nothing for the strategy '{strategy}'; it is for {', '.join(users)}"
             )
+        if isinstance(value, float) and math.isnan(value):
+            raise ArgumentError(f"{_switch(option.name)} {value}: expected a number")
         if isinstance(value, int) and value < (0 if option.name == "swaps" else 1):
             raise ArgumentError(f"{_switch(option.name)} {value}: expected a positive number")
     needs = STRATEGIES[strategy].needs

@@ -8,13 +8,17 @@ evaluator once and keeps it.
 from __future__ import annotations
 
 import contextlib
+import math
+import os
+import threading
 import time
 from collections import deque
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mqadapt_rs.errors import ArgumentError
+from mqadapt_rs.arguments import whole
+from mqadapt_rs.errors import ArgumentError, MqadaptError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +28,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MOST_WORKERS = 4096
+
 _EVALUATORS: dict[EvaluatorSpec, Evaluator] = {}  # of this process
+
+
+class WorkersDiedError(MqadaptError, BrokenExecutor):
+    """Workers that die again and again."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,12 @@ def perform(spec: EvaluatorSpec, work: Work) -> Outcome:
     start = time.perf_counter()
     answers = evaluator.losses(work.plans, work.branches, range(*work.documents))
     losses = [tuple(float(loss) for loss in answer) for answer in answers]
+    for plan, found in zip(work.plans, losses, strict=False):
+        if not all(map(math.isfinite, found)):
+            raise MqadaptError(
+                f"the plan with K/V heads {list(plan)} has a loss that is infinite or not a number: the model's weights are "
+                "damaged or its activations overflow; try --dtype float32, or 'mqadapt verify' on a converted model"
+            )
     if len(losses) != len(work.plans):
         raise RuntimeError(f"the evaluator answered {len(losses)} of {len(work.plans)} plans")
     # plans of a group may share passes, so the time is that of the group, evenly
@@ -132,7 +148,7 @@ class Pool:
         """Does the work; outcomes come in the order of `works`, as soon as those before them are there.
 
         Raises:
-            BrokenExecutor: workers died three times in a row with nothing done in between.
+            WorkersDiedError: workers died three times in a row with nothing done in between.
         """
         waiting = deque(works)
         running: deque[tuple[Work, Future[Outcome]]] = deque()
@@ -146,11 +162,14 @@ class Pool:
                         running.append((waiting[0], self._get().submit(perform, spec, waiting[0])))
                         waiting.popleft()
                     outcome = running[0][1].result()
-                except BrokenExecutor:
+                except BrokenExecutor as problem:
                     failures += 1
                     self.close()
                     if failures == 3:
-                        raise
+                        raise WorkersDiedError(
+                            f"the workers ({self.name}) died three times in a row, for want of memory most often: use "
+                            f"fewer, or none; the journal keeps what is done ({problem})"
+                        ) from problem
                     waiting.extendleft(reversed([work for work, _ in running]))
                     running.clear()
                     continue
@@ -189,10 +208,29 @@ def processes(workers: int) -> Pool:
     """That many processes on this machine."""
     import multiprocessing
 
-    if workers < 1:
-        raise ArgumentError(f"{workers} workers: expected at least 1")
+    workers = whole("workers", workers, 1, MOST_WORKERS)
     context = multiprocessing.get_context("spawn")  # a fork would copy locked threads of the forward pass
-    return Pool(lambda: ProcessPoolExecutor(workers, mp_context=context), workers, f"{workers} processes")
+    return Pool(
+        lambda: ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent),
+        workers,
+        f"{workers} processes",
+    )
+
+
+def _end_with_parent() -> None:
+    """Lets this worker end when its parent does, however that ends: it would wait for work for ever."""
+    import multiprocessing
+    from multiprocessing.connection import wait
+
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])  # the end of a pipe that the parent holds, so this works wherever there are processes
+        os._exit(1)  # nothing of a worker is on disk: the parent writes the journal
+
+    threading.Thread(target=watch, name="mqadapt-parent", daemon=True).start()
 
 
 def ray_cluster(address: str | None = None, num_cpus: float = 1.0) -> Pool:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
+from mqadapt_rs import json_document
 from mqadapt_rs.errors import ArgumentError
 
 from .evaluation import Evaluation, Metric
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from .space import Heads, Space
@@ -77,7 +80,7 @@ class Journal:
     def _evaluation(self, record: dict[str, Any], source: tuple[float, ...] | None, number: int) -> Evaluation:
         """What a line says; `source`: the losses of the first evaluation, unless this is it."""
         try:
-            losses = tuple(float(loss) for loss in record["losses"])
+            losses = finite(record["losses"])
             return Evaluation.of(
                 self.space,
                 self.metric,
@@ -88,7 +91,7 @@ class Journal:
                 stage=str(record["stage"]),
                 stopped=bool(record["stopped"]),
             )
-        except (KeyError, TypeError, ValueError) as problem:
+        except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
             raise JournalError(f"{self.path}, line {number}: not an evaluation ({problem})") from None
 
     def add(self, evaluation: Evaluation) -> None:
@@ -110,6 +113,18 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def finite(losses: Iterable[Any]) -> tuple[float, ...]:
+    """The losses of a record.
+
+    Raises:
+        TypeError, ValueError, ArithmeticError: they are no numbers, one of them is infinite or NaN, or there are none.
+    """
+    found = tuple(float(loss) for loss in losses)
+    if not found or not all(map(math.isfinite, found)):
+        raise ValueError("expected finite losses, at least one")
+    return found
 
 
 def begun(folder: Path, *, resume: bool) -> bool:
@@ -188,7 +203,7 @@ def _lines(content: bytes) -> tuple[list[bytes], int]:
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(line)
+        content = json_document.loads(line)
     except ValueError as problem:
         raise JournalError(f"{path}, line {number}: not JSON ({problem}); the file was damaged") from None
     if not isinstance(content, dict):

@@ -7,11 +7,12 @@ merged head gets changes no time.
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import TYPE_CHECKING
 
-from .journal import write_json
+from mqadapt_rs import json_document
+
+from .journal import JournalError, write_json
 from .space import Space
 
 if TYPE_CHECKING:
@@ -52,8 +53,15 @@ def measured(folder: Path, model: Model, space: Space, depth: int, *, resume: bo
     """The space with measured times; a search that is resumed keeps those that it began with."""
     path = folder / FILE
     if resume and path.exists():
-        content = json.loads(path.read_text())
-        seconds = tuple(tuple((int(c), float(s)) for c, s in layer) for layer in content["layer_seconds"])
+        try:
+            content = json_document.loads(path.read_bytes())
+            seconds = tuple(tuple((int(c), float(s)) for c, s in layer) for layer in content["layer_seconds"])
+            if len(seconds) != space.num_hidden_layers or not all(0 <= s < 1e9 for layer in seconds for _, s in layer):
+                raise ValueError("expected times of every layer, in seconds")
+        except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
+            raise JournalError(
+                f"{path}: not the times that a search measured ({problem!r}); remove it to measure them again"
+            ) from None
     else:
         seconds = measure(model, space, depth)
     return Space(space.source, space.head_bytes, space.counts, seconds)

@@ -6,6 +6,8 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from mqadapt_rs.readable import readable
+
 from .conduct import said
 from .space import describe
 
@@ -26,7 +28,7 @@ def live(source: Heads) -> Iterator[Watcher | None]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")]
+    columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False)]
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("loading", total=None)
 
@@ -37,7 +39,7 @@ def live(source: Heads) -> Iterator[Watcher | None]:
             if best is not None:
                 plan = describe(best.plan, source)
                 words += f" | best {plan if len(plan) < 40 else plan[:37] + '...'}: {said(best.damage)}"
-            progress.update(task, completed=done, total=expected, description=words)
+            progress.update(task, completed=done, total=expected, description=readable(words))
 
         yield watch
 

@@ -5,19 +5,24 @@ In: the folder of a search. Out: its evaluations and what they say about known p
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
+
+from mqadapt_rs import json_document
 
 from .conduct import BEST, SUMMARY
 from .evaluation import Evaluation, Metric
-from .journal import JOURNAL, JournalError, latest, read
+from .journal import JOURNAL, JournalError, finite, latest, read
 from .pareto import front
 from .space import Space
 from .study import Options, Rule
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+MOST_LAYERS, MOST_HEADS = 1 << 14, 1 << 12
+"""More than any model has."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +44,34 @@ class Results:
         """Reads a folder.
 
         Raises:
-            JournalError: it holds no journal, or a damaged one.
+            JournalError: it holds no journal, or a damaged one, or a damaged summary.
         """
         header, records = read(folder)
         path = folder / JOURNAL
         try:
+            check(header)
             metric = Metric(header["metric"], header["unit"], header["damage_unit"], header["scale"])
             seconds = header["layer_seconds"] and tuple(tuple(map(tuple, layer)) for layer in header["layer_seconds"])
             space = Space(tuple(header["source"]), tuple(header["head_bytes"]), None, seconds)
             evaluations: list[Evaluation] = []
             for plan, record in latest(records).items():
-                losses = [float(loss) for loss in record["losses"]]
+                losses = finite(record["losses"])
+                legal = zip(plan, space.source, strict=True)
+                if not all(0 < own <= full and full % own == 0 for own, full in legal):
+                    raise ValueError(f"the plan {list(plan)} is not one of this model")
                 source = evaluations[0].losses if evaluations else losses
                 seconds, stage, stopped = float(record["seconds"]), str(record["stage"]), bool(record["stopped"])
                 evaluation = Evaluation.of(
                     space, metric, plan, losses, source, seconds=seconds, stage=stage, stopped=stopped
                 )
                 evaluations.append(evaluation)
-        except (KeyError, TypeError, ValueError) as problem:
+                if not math.isfinite(seconds):
+                    raise ValueError("expected finite seconds")
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as problem:
             raise JournalError(f"{path}: not the journal of a search ({problem!r})") from None
         if not evaluations or evaluations[0].plan != space.source:
             raise JournalError(f"{path}: no evaluation yet")
-        summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).exists() else None
-        return cls(folder, header, summary, space, metric, tuple(evaluations))
+        return cls(folder, header, _summary(folder), space, metric, tuple(evaluations))
 
     @property
     def source(self) -> Evaluation:
@@ -120,3 +130,66 @@ class Results:
     def title(self) -> str:
         """Model and method."""
         return f"{self.header.get('name', self.header.get('model', '?'))}, {self.header['method']}"
+
+
+def check(header: dict[str, Any]) -> None:
+    """Refuses the first line of a journal that a search did not write: later code trusts its types and sizes.
+
+    Raises:
+        LookupError, TypeError, ValueError: with the first field that cannot be.
+    """
+
+    def expect(name: str, what: str, fits: bool) -> None:
+        if not fits:
+            raise ValueError(f"'{name}' must be {what}; found {header.get(name)!r}")
+
+    def numbers(value: object, most: int) -> bool:
+        return isinstance(value, list) and all(type(number) is int and 0 < number <= most for number in value)
+
+    for name in ("metric", "unit", "damage_unit", "scale", "strategy", "method"):
+        expect(name, "a text", isinstance(header[name], str))
+    expect("name", "a text", isinstance(header.get("name", ""), str))
+    source, sizes = header["source"], header["head_bytes"]
+    expect("source", "the K/V heads of every layer", numbers(source, MOST_HEADS) and 0 < len(source) <= MOST_LAYERS)
+    expect("head_bytes", "a size for every layer", numbers(sizes, 1 << 40) and len(sizes) == len(source))
+    expect("documents", "a whole number", type(header["documents"]) is int and header["documents"] >= 0)
+    rate = header.get("error_rate")
+    expect("error_rate", "a number from 0 to 1", rate is None or (_is_number(rate) and 0 <= rate <= 1))
+    seconds = header["layer_seconds"]
+    times = seconds is None or (
+        len(seconds) == len(source)
+        and all(type(count) is int and _is_number(time) for layer in seconds for count, time in layer)
+    )
+    expect("layer_seconds", "the times of every layer's counts", times)
+    options, known = header["options"], {field.name for field in fields(Options)}
+    expect("options", "an object of options", isinstance(options, dict) and set(options) <= known)
+    for name, value in options.items():
+        plans = name == "plans" and isinstance(value, list) and all(numbers(plan, MOST_HEADS) for plan in value)
+        counts = name == "counts" and numbers(value, MOST_HEADS)
+        if not (plans or counts or _is_number(value)):
+            raise ValueError(f"the option '{name}' cannot be {value!r}")
+        if plans and any(len(plan) != len(source) for plan in value):
+            raise ValueError("a plan has another number of layers than the model")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _summary(folder: Path) -> dict[str, Any] | None:
+    """`summary.json`; `None` where there is none."""
+    path = folder / SUMMARY
+    if not path.exists():
+        return None
+    try:
+        summary = json_document.loads(path.read_bytes())
+        winner = summary["winner"]
+        if not isinstance(summary["verdict"], str) or not (winner is None or winner["num_key_value_heads"]):
+            raise ValueError("expected a verdict, and a winner with its plan")
+        if winner is not None:
+            tuple(winner["num_key_value_heads"])
+    except (LookupError, TypeError, ValueError) as problem:
+        raise JournalError(
+            f"{path}: not the summary of a search ({problem!r}); 'mqadapt search --resume' writes it again"
+        ) from None
+    return dict(summary)

@@ -122,6 +122,10 @@ impl Backend for Kernels {
         Ok(values)
     }
 
+    fn in_main_memory(&self) -> bool {
+        true
+    }
+
     fn cache(&self, heads: &Heads, slots: usize, dtype: DType) -> Result<KernelCache> {
         let len = (heads.num_key_value_heads * heads.head_dim).saturating_mul(slots);
         let zeros = || Floats::try_zeros(len, dtype).ok_or(Error::Cache { tokens: slots });

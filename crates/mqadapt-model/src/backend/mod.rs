@@ -79,6 +79,8 @@ pub(crate) trait Backend: Sized + Send + Sync + 'static {
     /// Bytes that it takes.
     fn matrix_bytes(&self, matrix: &Self::Matrix) -> u64;
     fn vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
+    /// Whether caches are in main memory, not in that of a device.
+    fn in_main_memory(&self) -> bool;
     fn cache(&self, heads: &Heads, slots: usize, dtype: DType) -> Result<Self::Cache>;
     /// Bytes allocated for it.
     fn cache_bytes(&self, cache: &Self::Cache) -> u64;

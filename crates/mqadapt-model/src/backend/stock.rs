@@ -151,6 +151,10 @@ impl Backend for Stock {
         Ok(Tensor::from_vec(values, len, &self.device)?)
     }
 
+    fn in_main_memory(&self) -> bool {
+        self.device.is_cpu()
+    }
+
     fn cache(&self, heads: &Heads, slots: usize, dtype: DType) -> Result<StockCache> {
         let shape = (heads.num_key_value_heads, slots, heads.head_dim);
         let zeros = || Tensor::zeros(shape, candle_dtype(dtype), &self.device);
