@@ -117,7 +117,7 @@ class Calibration:
         cls,
         sequences: Sequence[_Ids] | None = None,
         *,
-        target_context: Sequence[int] = ...,
+        target_context: Sequence[int] | None = None,
         stats: _Path | None = None,
         sequential: bool = False,
         refine: int = 0,
@@ -129,7 +129,8 @@ class Calibration:
         Args:
             sequences: may be left out where `stats` exists and `sequential` is false.
             target_context: contexts in tokens that the converted model is for; they decide between fast and slow
-                rotary pairs, layer by layer, by the measured attention-output error.
+                rotary pairs, layer by layer, by the measured attention-output error. By default 512 and 2048, as far as
+                the longest sequence reaches, else its length.
             stats: a file of statistics of the whole model. It is used where it exists (and is of this model and text)
                 and written where it does not, so that many plans are merged from one pass.
             sequential: refit `o_proj` of every merged layer on the converted model's own stream.
@@ -139,10 +140,16 @@ class Calibration:
             regroup: may let heads share that are not neighbours, where that is predicted to cost less.
 
         Raises:
-            ArgumentError: an empty or zero `target_context`.
+            ArgumentError: an empty or zero `target_context`, or one longer than every sequence.
         """
     @property
     def tokens(self) -> int: ...
+    @property
+    def context(self) -> list[int]:
+        """Lengths of the sequences in tokens, ascending; those of the statistics where there is no text."""
+    @property
+    def target_context(self) -> list[int]:
+        """Contexts in tokens that the converted model is for."""
     def predicted_errors(
         self, src: _Path, method: str, layers: Sequence[tuple[int, int]], *, progress: _Progress | None = None
     ) -> list[float]:

@@ -4,7 +4,8 @@ without loss."""
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import tiny
 from mqadapt_rs import ArgumentError, Calibration, Model, MqadaptError, convert
+from mqadapt_rs.calibration import draw_windows
 from mqadapt_rs.cli.app import app
 
 if TYPE_CHECKING:
@@ -59,6 +61,33 @@ def test_the_manifest_says_what_was_done(tmp_path: Path) -> None:
     assert kept[0] < 3 <= kept[1]
 
 
+def test_windows_of_several_lengths_convert_and_are_in_the_manifest(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "src", "llama")
+    stats = tmp_path / "stats"
+    windows = draw_windows(tiny.ids(2000, seed=4), tokens=800, context=(40, 100), seed=0)
+    mixed = Calibration(windows, target_context=[40, 100], stats=stats)
+
+    def manifest(name: str, calibration: Calibration) -> dict[str, Any]:
+        report = convert(
+            tmp_path / "src", tmp_path / name, "mqa:all", "closed-form", calibration=calibration, sync=False
+        )
+        return report.manifest
+
+    written = manifest("dst", mixed)
+    assert written["options"]["calibration_context"] == [40, 100]
+    assert written["options"]["target_context"] == [40, 100]
+    assert written["options"]["calibration_tokens"] == 800
+    # the statistics know the windows: their contexts are the default, and no longer one is measured with them
+    saved = Calibration(stats=stats)
+    assert (saved.context, saved.target_context) == ([40, 100], [100])
+    assert manifest("saved", saved)["options"]["calibration_context"] == [40, 100]
+    again = manifest("again", Calibration(stats=stats, target_context=[40, 100]))
+    assert again["layers"] == written["layers"]
+    with pytest.raises(ArgumentError, match=r"target_context is 101 tokens.* has 100"):
+        manifest("longer", Calibration(stats=stats, target_context=[40, 101]))
+    assert not (tmp_path / "longer").exists()
+
+
 def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     tiny.save(tmp_path / "src", "llama")
     tiny.save(tmp_path / "other", "llama", seed=5)
@@ -87,13 +116,18 @@ def test_the_command_line_takes_the_same(tmp_path: Path) -> None:
     tiny.save(tmp_path / "src", "llama", vocab_size=vocab_size)
     text = tmp_path / "text.txt"
     text.write_text("the lazy dog jumps over the quick brown fox " * 60, encoding="utf-8")
-    shared = ["--plan", "mqa:all", "--method", "closed-form", "--calibration", str(text), "--calibration-context", "40"]
-    shared += ["--target-context", "20,40", "--sequential"]
+    shared = ["--plan", "mqa:all", "--method", "closed-form", "--calibration", str(text), "--sequential"]
+    shared += ["--calibration-context", "24,40", "--target-context", "20,40"]
     runner = CliRunner()
     with pytest.warns(UserWarning, match="are few"):
         run = runner.invoke(app, ["convert", str(tmp_path / "src"), str(tmp_path / "dst"), *shared, "--json"])
     assert run.exit_code == 0, run.output
-    assert json.loads(run.stdout)["options"]["sequential"] is True
+    options = json.loads(run.stdout)["options"]
+    assert (options["sequential"], options["calibration_context"], options["target_context"]) == (
+        True,
+        [24, 40],
+        [20, 40],
+    )
     measure = ["--text", str(text), "--context", "40", "--json"]
     with pytest.warns(UserWarning, match="are few"):
         overlay = runner.invoke(app, ["perplexity", str(tmp_path / "src"), *shared, *measure])
@@ -104,6 +138,29 @@ def test_the_command_line_takes_the_same(tmp_path: Path) -> None:
         here = runner.invoke(app, ["generate", str(tmp_path / "src"), *shared, *written])
     there = runner.invoke(app, ["generate", str(tmp_path / "dst"), *written])
     assert json.loads(here.stdout)["ids"] == json.loads(there.stdout)["ids"]
+
+
+def test_the_command_line_refuses_contexts_that_cannot_be(tmp_path: Path) -> None:
+    vocab_size = tiny.save_tokenizer(tmp_path / "src", "the quick brown fox jumps over the lazy dog " * 20)
+    tiny.save(tmp_path / "src", "llama", vocab_size=vocab_size)
+    text = tmp_path / "text.txt"
+    text.write_text("the lazy dog jumps over the quick brown fox " * 60, encoding="utf-8")
+
+    def refusal(*contexts: str) -> str:
+        words = ["--plan", "mqa:0", "--method", "closed-form", "--calibration", str(text), *contexts]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the text is short
+            run = CliRunner().invoke(app, ["convert", str(tmp_path / "src"), str(tmp_path / "dst"), *words])
+        assert isinstance(run.exception, ArgumentError)
+        return str(run.exception)
+
+    message = refusal("--calibration-context", "24,40", "--target-context", "2048")
+    assert "2048 tokens" in message
+    assert "--calibration-context" in message
+    assert "numbers joined by commas" in refusal("--calibration-context", "24;40")
+    assert "at least 2" in refusal("--calibration-context", "24,1")
+    assert "less than one window of 5000" in refusal("--calibration-context", "5000")
+    assert not (tmp_path / "dst").exists()
 
 
 def test_gradient_steps_bring_the_converted_stream_nearer(tmp_path: Path) -> None:

@@ -126,14 +126,15 @@ def test_a_search_takes_what_a_conversion_takes(hub: FakeHub, tmp_path: Path, mo
         return CliRunner().invoke(app, [*map(str, fixed), *map(str, words)], catch_exceptions=False).output
 
     drawn = ["--method", "closed-form", "--calibration", "org/set", "--calibration-field", "page"]
-    sizes = ["--calibration-tokens", 256, "--calibration-context", 32, "--target-context", "16,32"]
+    sizes = ["--calibration-tokens", 256, "--calibration-context", "16,32", "--target-context", "16,32"]
     with pytest.warns(UserWarning, match="are few"):
         assert "Winner" in run("a", *drawn, *sizes)
     header = json.loads((tmp_path / "a/journal.jsonl").read_text().splitlines()[0])
-    assert header["calibration"] == "256 tokens of org/set, target context 16, 32"
+    assert header["calibration"] == "256 tokens of org/set in windows of 16, 32, target context 16, 32"
     assert "(org/set, windows of 16 tokens)" in header["text"]
     command = json.loads((tmp_path / "a/summary.json").read_text())["command"]
     assert "--calibration org/set --calibration-field page" in command
+    assert "--calibration-context 16,32 --target-context 16,32" in command
     # and the statistics alone are enough, on another text
     saved = ["--method", "closed-form", "--stats", tmp_path / "a/statistics.safetensors", "--target-context", "16,32"]
     assert "Winner" in run("b", *saved, "--text", "org/set:train.jsonl.gz", "--field", "page")

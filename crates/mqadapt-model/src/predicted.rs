@@ -39,6 +39,8 @@ pub fn predicted_errors(
         }
     };
     saved.check_model(&checkpoint.fingerprint()?)?;
+    let text = Calibration { sequences: Vec::new(), target_contexts: contexts.to_vec() };
+    text.check_target_contexts(&saved.lengths())?;
     let mut error: Box<Predict<'_>> = if let Some(fixed) = fixed {
         let context = contexts.iter().copied().max().unwrap_or(1);
         Box::new(move |layer_idx, heads, weights| {
@@ -48,7 +50,6 @@ pub fn predicted_errors(
                 .map_err(Error::merge(layer_idx))
         })
     } else {
-        let text = Calibration { sequences: Vec::new(), target_contexts: contexts.to_vec() };
         let method = CalibratedMethod::ClosedForm { options: options.clone(), sequential: false, refine: None };
         let mut merge = CalibratedMerge::new(checkpoint, text, method, Some(saved), checkpoint.dtype())?;
         Box::new(move |layer_idx, heads, weights| {

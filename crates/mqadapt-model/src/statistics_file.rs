@@ -56,7 +56,8 @@ fn failed(path: &Path) -> impl Fn(std::io::Error) -> Error + '_ {
 /// more than `spill` allows. Progress: layers, phase `calibrate`.
 ///
 /// # Errors
-/// [`Error::Io`] where the file cannot be written; as running the model.
+/// [`Error::Argument`] for a target context longer than every sequence; [`Error::Io`] where the file cannot be written; as
+/// running the model.
 pub fn collect_statistics(
     checkpoint: &Checkpoint,
     calibration: &Calibration,
@@ -64,6 +65,7 @@ pub fn collect_statistics(
     spill: Option<&Spill>,
     progress: &dyn Progress,
 ) -> Result<StatisticsFile> {
+    calibration.check_target_contexts(&calibration.lengths())?;
     let config = checkpoint.config();
     let partial = partial_path(path);
     let written = (|| {
@@ -122,7 +124,7 @@ fn layout(checkpoint: &Checkpoint, calibration: &Calibration) -> Result<(Vec<u8>
         "model": checkpoint.fingerprint()?,
         "text": calibration.fingerprint(),
         "tokens": tokens.to_string(),
-        "context": calibration.sequences.iter().map(Vec::len).max().unwrap_or(0).to_string(),
+        "context": calibration.lengths().iter().map(usize::to_string).collect::<Vec<_>>().join(","),
     });
     header.insert("__metadata__".to_owned(), metadata);
     let mut at = 0u64;
@@ -184,6 +186,13 @@ impl StatisticsFile {
     #[must_use]
     pub fn tokens(&self) -> u64 {
         self.metadata.get("tokens").and_then(|tokens| tokens.parse().ok()).unwrap_or(0)
+    }
+
+    /// [`Calibration::lengths`] of the text.
+    #[must_use]
+    pub fn lengths(&self) -> Vec<usize> {
+        let lengths = self.metadata.get("context").map_or("", String::as_str);
+        lengths.split(',').filter_map(|length| length.parse().ok()).filter(|length| *length > 0).collect()
     }
 
     /// [`Calibration::fingerprint`] of the text.

@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 use serde_json::{Map, Value, json};
 
 use crate::arguments::{self, Place, Text, Whole};
-use crate::errors::argument;
+use crate::errors::{OrRaise, argument};
 use crate::source::local_path;
 use crate::work;
 
@@ -25,6 +25,7 @@ const MOST_STEPS: u64 = 1 << 20;
 /// Calibration text and options of the methods that need it.
 #[pyclass(module = "mqadapt_rs", frozen)]
 pub(crate) struct Calibration {
+    /// Without target contexts where none were named and only the statistics know the windows.
     text: mqadapt_model::Calibration,
     stats: Option<PathBuf>,
     sequential: bool,
@@ -37,13 +38,13 @@ impl Calibration {
     /// Token sequences, each of them from position 0.
     #[new]
     #[pyo3(
-        signature = (sequences = None, *, target_context = vec![Whole::from(512), Whole::from(2048)], stats = None,
-            sequential = false, refine = Whole::from(0), fast_pairs = None, regroup = true),
-        text_signature = "(sequences=None, *, target_context=..., stats=None, sequential=False, refine=0, fast_pairs=None, regroup=True)"
+        signature = (sequences = None, *, target_context = None, stats = None, sequential = false,
+            refine = Whole::from(0), fast_pairs = None, regroup = true),
+        text_signature = "(sequences=None, *, target_context=None, stats=None, sequential=False, refine=0, fast_pairs=None, regroup=True)"
     )]
     fn new(
         sequences: Option<&Bound<'_, PyAny>>,
-        target_context: Vec<Whole>,
+        target_context: Option<Vec<Whole>>,
         stats: Option<Place>,
         sequential: bool,
         refine: Whole,
@@ -51,18 +52,24 @@ impl Calibration {
         regroup: bool,
     ) -> PyResult<Self> {
         let sequences = sequences.map(arguments::sequences).transpose()?.unwrap_or_default();
-        if target_context.is_empty() {
+        if target_context.as_ref().is_some_and(Vec::is_empty) {
             return Err(argument("target_context must be one context length or more, in tokens"));
         }
         // rotary tables and the counts of distances are as long
-        let contexts = target_context.iter().map(|context| context.within("target_context", 1..=LONGEST_CONTEXT));
-        let target_context = contexts.collect::<PyResult<_>>()?;
+        let contexts = target_context.unwrap_or_default();
+        let contexts = contexts.iter().map(|context| context.within("target_context", 1..=LONGEST_CONTEXT));
+        let target_contexts = contexts.collect::<PyResult<_>>()?;
         let refine = refine.within("refine", 0..=MOST_STEPS)?;
         let fast_pairs = fast_pairs.map(|pairs| pairs.count("fast_pairs")).transpose()?;
         let stats = stats.map(|stats| stats.0);
+        let mut text = mqadapt_model::Calibration { sequences, target_contexts };
+        let lengths = text.lengths();
+        if let (Some(longest), true) = (lengths.last(), text.target_contexts.is_empty()) {
+            text.target_contexts = mqadapt_model::Calibration::usual_contexts(*longest);
+        }
+        text.check_target_contexts(&lengths).or_raise()?;
         let cut = fast_pairs.map_or(Cut::Measured, Cut::Pairs);
         let options = ClosedFormOptions { cut, regroup, ..ClosedFormOptions::default() };
-        let text = mqadapt_model::Calibration { sequences, target_contexts: target_context };
         let refine = (refine > 0).then(|| RefineOptions { steps: refine, ..RefineOptions::default() });
         Ok(Self { text, stats, sequential: sequential || refine.is_some(), refine, options })
     }
@@ -71,6 +78,18 @@ impl Calibration {
     #[getter]
     fn tokens(&self) -> usize {
         self.text.sequences.iter().map(Vec::len).sum()
+    }
+
+    /// Lengths of the windows in tokens, ascending; those of the saved statistics where there is no text.
+    #[getter]
+    fn context(&self) -> Vec<usize> {
+        self.windows(self.described().as_ref())
+    }
+
+    /// Contexts that the result is for.
+    #[getter]
+    fn target_context(&self) -> Vec<usize> {
+        self.text_for(self.described().as_ref()).target_contexts
     }
 
     /// Names the text and its windows.
@@ -100,14 +119,15 @@ impl Calibration {
                 name: "stats",
                 detail: "must name the file of the statistics, to be read or written".to_owned(),
             })?;
-            let contexts = &self.text.target_contexts;
-            predicted_errors(&checkpoint, saved, &method, &self.options, contexts, &layers, progress)
+            let contexts = self.text_for(Some(&saved)).target_contexts;
+            predicted_errors(&checkpoint, saved, &method, &self.options, &contexts, &layers, progress)
         })
     }
 
     fn __repr__(&self) -> String {
         let (sequences, tokens) = (self.text.sequences.len(), self.tokens());
-        format!("Calibration({sequences} sequences, {tokens} tokens, target_context={:?})", self.text.target_contexts)
+        let (context, target) = (self.context(), self.target_context());
+        format!("Calibration({sequences} sequences, {tokens} tokens, context={context:?}, target_context={target:?})")
     }
 }
 
@@ -161,7 +181,8 @@ impl Calibration {
             },
         };
         let saved = self.statistics(checkpoint, spill.as_ref(), progress)?;
-        let merge = CalibratedMerge::new(checkpoint, self.text.clone(), method, saved, dtype)?;
+        let text = self.text_for(saved.as_ref());
+        let merge = CalibratedMerge::new(checkpoint, text, method, saved, dtype)?;
         Ok(match spill {
             Some(spill) => merge.with_spill(spill),
             None => merge,
@@ -189,6 +210,30 @@ impl Calibration {
         }
     }
 
+    /// The saved statistics where they stand for the text; what is wrong with their file is said where it is used.
+    fn described(&self) -> Option<StatisticsFile> {
+        let path = self.stats.as_ref().filter(|_| self.tokens() == 0)?;
+        StatisticsFile::open(path).ok()
+    }
+
+    /// Lengths of the windows, ascending.
+    fn windows(&self, saved: Option<&StatisticsFile>) -> Vec<usize> {
+        match saved {
+            Some(saved) if self.tokens() == 0 => saved.lengths(),
+            _ => self.text.lengths(),
+        }
+    }
+
+    /// The text, with the target contexts that follow from the windows where none were named.
+    fn text_for(&self, saved: Option<&StatisticsFile>) -> mqadapt_model::Calibration {
+        let mut text = self.text.clone();
+        if text.target_contexts.is_empty() {
+            let longest = self.windows(saved).last().copied().unwrap_or(usize::MAX);
+            text.target_contexts = mqadapt_model::Calibration::usual_contexts(longest);
+        }
+        text
+    }
+
     /// A file that was collected from this text, where there is one.
     fn saved(&self, saved: StatisticsFile) -> Result<StatisticsFile, Error> {
         let fingerprint = self.text.fingerprint();
@@ -203,15 +248,15 @@ impl Calibration {
     /// What the manifest says of it.
     pub(crate) fn describe(&self) -> Map<String, Value> {
         let mut out = Map::new();
-        // without a text, that of the statistics; what is wrong with their file is said where it is used
-        let saved = self.stats.as_ref().filter(|_| self.tokens() == 0).and_then(|path| StatisticsFile::open(path).ok());
+        let saved = self.described();
         let (tokens, text) = match &saved {
             Some(saved) => (saved.tokens(), saved.text().to_owned()),
             None => (self.tokens() as u64, self.text.fingerprint()),
         };
         out.insert("calibration_tokens".to_owned(), json!(tokens));
         out.insert("calibration_fingerprint".to_owned(), json!(text));
-        out.insert("target_context".to_owned(), json!(self.text.target_contexts));
+        out.insert("calibration_context".to_owned(), json!(self.windows(saved.as_ref())));
+        out.insert("target_context".to_owned(), json!(self.text_for(saved.as_ref()).target_contexts));
         out.insert("sequential".to_owned(), json!(self.sequential));
         if let Some(refine) = self.refine {
             out.insert("refine".to_owned(), json!(refine.steps));

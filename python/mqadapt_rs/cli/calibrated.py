@@ -32,11 +32,22 @@ def _options(
         int, typer.Option("--calibration-tokens", min=1, help="Tokens drawn from the text.")
     ] = 16384,
     calibration_context: Annotated[
-        int, typer.Option("--calibration-context", min=2, help="Tokens of a drawn window.")
-    ] = 2048,
-    target_context: Annotated[
-        str, typer.Option("--target-context", help="Contexts in tokens that the result is for, joined by commas.")
+        str,
+        typer.Option(
+            "--calibration-context",
+            help="Tokens of a drawn window, one length or several joined by commas, each of which gets an equal part of the "
+            "tokens.",
+        ),
     ] = "512,2048",
+    target_context: Annotated[
+        str | None,
+        typer.Option(
+            "--target-context",
+            help="Contexts in tokens that the result is for, joined by commas: 512,2048 by default, as far as the windows "
+            "are that long.",
+            show_default=False,
+        ),
+    ] = None,
     stats: Annotated[
         Path | None,
         typer.Option(
@@ -69,19 +80,23 @@ class Calibrated:
     values: dict[str, Any]
 
     @property
-    def target_context(self) -> list[int]:
-        """The contexts that the result is for.
+    def context(self) -> list[int]:
+        """The lengths of the windows that are drawn.
+
+        Raises:
+            ArgumentError: they are not numbers, or there is one below 2.
+        """
+        return _lengths("--calibration-context", self.values["calibration_context"], least=2)
+
+    @property
+    def target_context(self) -> list[int] | None:
+        """The contexts that the result is for; none where they follow from the windows.
 
         Raises:
             ArgumentError: they are not numbers.
         """
-        from mqadapt_rs import ArgumentError
-
         text = self.values["target_context"]
-        try:
-            return [int(part) for part in text.split(",")]
-        except ValueError as error:
-            raise ArgumentError(f"--target-context '{text}' is not numbers joined by commas") from error
+        return None if text is None else _lengths("--target-context", text, least=1)
 
     def load(self, src: str, seed: int) -> Calibration | None:
         """The text or the statistics for a model; none where neither was given.
@@ -104,7 +119,7 @@ class Calibrated:
             given["calibration"],
             field=given["calibration_field"],
             tokens=given["calibration_tokens"],
-            context=given["calibration_context"],
+            context=self.context,
             seed=seed,
             target_context=self.target_context,
             stats=given["stats"],
@@ -120,6 +135,18 @@ class Calibrated:
         calibration = self.load(src, seed)
         with output.progress_bars("bytes" if calibration is None else "layers or bytes") as progress:
             return Model.load(src, seed=seed, calibration=calibration, progress=progress, **options)
+
+
+def _lengths(option: str, text: str, least: int) -> list[int]:
+    from mqadapt_rs import ArgumentError
+
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ArgumentError(f"{option} '{text}' is not numbers joined by commas") from error
+    if min(lengths) < least:
+        raise ArgumentError(f"{option} {text}: a length is at least {least}, found {min(lengths)}")
+    return lengths
 
 
 def calibrated(command: Callable[..., None]) -> Callable[..., None]:

@@ -110,7 +110,11 @@ def search(
             out=out,
             metric=metric,
             method=method,
-            **{**calibration.values, "target_context": calibration.target_context},
+            **{
+                **calibration.values,
+                "calibration_context": calibration.context,
+                "target_context": calibration.target_context,
+            },
             text=text,
             field=field,
             context=context,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mqadapt_rs.arguments import LARGEST_SEED, real, whole
+from mqadapt_rs.calibration import CONTEXT, lengths_of
 from mqadapt_rs.errors import ArgumentError
 
 from . import latency
@@ -44,8 +45,8 @@ def search(
     calibration: str | os.PathLike[str] | None = None,
     calibration_field: str = "text",
     calibration_tokens: int = 16384,
-    calibration_context: int = 2048,
-    target_context: Sequence[int] = (512, 2048),
+    calibration_context: int | Sequence[int] = CONTEXT,
+    target_context: Sequence[int] | None = None,
     stats: str | os.PathLike[str] | None = None,
     sequential: bool = False,
     refine: int = 0,
@@ -90,8 +91,8 @@ def search(
             as `load_calibration` takes it; also what plans are evaluated on where no `text` is given.
         calibration_field: the field of a `.jsonl` file that holds it.
         calibration_tokens: tokens drawn from it.
-        calibration_context: tokens of a drawn window.
-        target_context: contexts that the converted model is for.
+        calibration_context: tokens of a drawn window, one length or several.
+        target_context: contexts that the converted model is for; by default as `load_calibration` has it.
         stats: file of the statistics; used where it exists, written where not (`out/statistics.safetensors`).
         sequential: refit of `closed-form`: every plan is merged anew, and none is stopped early, since merging takes longer
             than evaluating.
@@ -134,8 +135,9 @@ def search(
     num_fewshot, points = whole("num_fewshot", num_fewshot), whole("points", points, 1)
     swaps, trials = whole("swaps", swaps), whole("trials", trials, 1)
     calibration_tokens = whole("calibration_tokens", calibration_tokens, 1)
-    calibration_context = whole("calibration_context", calibration_context, 1)
-    target_context = [whole("target_context", one, 1) for one in target_context]
+    calibration_lengths = tuple(lengths_of(calibration_context))
+    if target_context is not None:
+        target_context = [whole("target_context", one, 1) for one in target_context]
     max_memory, seed = whole("max_memory", max_memory, 1), whole("seed", seed, 0, LARGEST_SEED)
     workers = whole("workers", workers, 1, MOST_WORKERS)
     if counts is not None:
@@ -186,8 +188,8 @@ def search(
             str(saved),
             calibration_field,
             calibration_tokens,
-            calibration_context,
-            tuple(target_context),
+            calibration_lengths,
+            None if target_context is None else tuple(target_context),
             sequential,
             refine,
         )
@@ -346,13 +348,13 @@ def in_words(options: dict[str, Any]) -> str:
 def calibration_options(data: CalibrationData) -> dict[str, Any]:
     """The options of the command line that say so, where they are not the usual ones."""
     usual = CalibrationData(None, "")
-    contexts = ",".join(map(str, data.target_context))
+    targets = None if data.target_context is None else ",".join(map(str, data.target_context))
     return {
         "calibration": data.file,
         "calibration-field": data.field if data.file and data.field != usual.field else None,
         "calibration-tokens": data.tokens if data.tokens != usual.tokens else None,
-        "calibration-context": data.context if data.context != usual.context else None,
-        "target-context": contexts if data.target_context != usual.target_context else None,
+        "calibration-context": ",".join(map(str, data.context)) if data.context != usual.context else None,
+        "target-context": targets,
         "stats": data.stats,
         "sequential": data.sequential or None,
         "refine": data.refine or None,

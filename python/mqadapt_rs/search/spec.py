@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mqadapt_rs.calibration import CONTEXT
 from mqadapt_rs.errors import ArgumentError
 
 from .evaluation import Metric
@@ -65,8 +66,9 @@ class CalibrationData:
     """File of the statistics: read where it exists, written where not."""
     field: str = "text"
     tokens: int = 16384
-    context: int = 2048
-    target_context: tuple[int, ...] = (512, 2048)
+    context: tuple[int, ...] = CONTEXT
+    target_context: tuple[int, ...] | None = None
+    """None: they follow from the windows."""
     sequential: bool = False
     refine: int = 0
 
@@ -240,9 +242,10 @@ class ModelSpec:
         data = self.calibration
         if data is None or data.file is None:
             return "saved statistics"
-        contexts = ", ".join(map(str, data.target_context))
+        windows = ", ".join(map(str, data.context))
+        targets = "" if data.target_context is None else f", target context {', '.join(map(str, data.target_context))}"
         refit = f", refined in {data.refine} steps" if data.refine else ", refitted" if data.sequential else ""
-        return f"{data.tokens} tokens of {_called(data.file)}, target context {contexts}{refit}"
+        return f"{data.tokens} tokens of {_called(data.file)} in windows of {windows}{targets}{refit}"
 
     def _data_in_words(self) -> str:
         data = self.data

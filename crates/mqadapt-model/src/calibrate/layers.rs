@@ -83,7 +83,8 @@ impl<'a> CalibratedMerge<'a> {
     /// Without `saved` statistics the text has to have tokens; `dtype` is that of the converted weights.
     ///
     /// # Errors
-    /// [`Error::Argument`] where there is neither text nor statistics; [`Error::Statistics`] where these are of another model.
+    /// [`Error::Argument`] where there is neither text nor statistics, or a target context is longer than their longest window;
+    /// [`Error::Statistics`] where these are of another model.
     pub fn new(
         checkpoint: &'a Checkpoint,
         calibration: Calibration,
@@ -105,6 +106,8 @@ impl<'a> CalibratedMerge<'a> {
         if let Some(saved) = &saved {
             saved.check_model(&checkpoint.fingerprint()?)?;
         }
+        let lengths = if empty { saved.as_ref().map(StatisticsFile::lengths) } else { Some(calibration.lengths()) };
+        calibration.check_target_contexts(&lengths.unwrap_or_default())?;
         Ok(Self { checkpoint, calibration, method, saved, dtype, spill: None, streams: None })
     }
 

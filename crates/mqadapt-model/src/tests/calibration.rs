@@ -159,6 +159,37 @@ fn files_of_other_models_and_broken_ones_are_refused() {
 }
 
 #[test]
+fn a_target_context_is_no_longer_than_the_windows() {
+    let tiny = Tiny::random(&config("llama", &json!({})), DType::F32);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.stats");
+    let saved = || collect_statistics(&tiny.checkpoint, &calibration(), &path, None, &NoProgress).unwrap();
+    assert_eq!(saved().lengths(), [60, 90]);
+    let long = |sequences| Calibration { sequences, target_contexts: vec![30, 91] };
+    let refusal = |message: String| {
+        assert!(message.contains("91 tokens") && message.contains("has 90"), "{message}");
+    };
+    for method in [closed_form(false), closed_form(true), CalibratedMethod::Prune] {
+        let text = long(calibration().sequences);
+        let refused = CalibratedMerge::new(&tiny.checkpoint, text, method, None, DType::F32);
+        refusal(refused.err().unwrap().to_string());
+    }
+    let refused =
+        CalibratedMerge::new(&tiny.checkpoint, long(Vec::new()), closed_form(false), Some(saved()), DType::F32);
+    refusal(refused.err().unwrap().to_string());
+    let options = ClosedFormOptions::default();
+    let predict = |contexts: &[usize]| {
+        crate::predicted_errors(&tiny.checkpoint, saved(), "mean", &options, contexts, &[(0, 1)], &NoProgress)
+    };
+    refusal(predict(&[30, 91]).unwrap_err().to_string());
+    predict(&[30, 90]).unwrap();
+    let unwritten = folder.path().join("other.stats");
+    let text = long(calibration().sequences);
+    refusal(collect_statistics(&tiny.checkpoint, &text, &unwritten, None, &NoProgress).unwrap_err().to_string());
+    assert!(!unwritten.exists());
+}
+
+#[test]
 fn layers_say_what_was_done() {
     let tiny = Tiny::random(&config("qwen3", &json!({ "num_key_value_heads": 3 })), DType::F32);
     let weights = layer_weights(&tiny.checkpoint, 1).unwrap();
