@@ -16,7 +16,7 @@ pub struct Calibration {
 
 impl Calibration {
     /// Sequences by index and the tokens of each that serve to measure a layer's cut: of every target context about
-    /// [`MEASURED_TOKENS`], one sequence at least.
+    /// [`MEASURED_TOKENS`], one sequence at least; where none is as long, so many of the longest.
     pub(crate) fn measured(&self) -> Vec<(usize, usize)> {
         let mut out = Vec::new();
         let mut next = 0;
@@ -30,6 +30,20 @@ impl Calibration {
             for _ in 0..wanted {
                 out.push((fitting[next % fitting.len()], context));
                 next += 1;
+            }
+        }
+        if out.is_empty() {
+            // no sequence reaches a target context: the longest ones, as they are
+            let mut longest: Vec<usize> =
+                (0..self.sequences.len()).filter(|i| !self.sequences[*i].is_empty()).collect();
+            longest.sort_by_key(|i| std::cmp::Reverse(self.sequences[*i].len()));
+            let mut tokens = 0;
+            for i in longest {
+                if tokens >= MEASURED_TOKENS {
+                    break;
+                }
+                tokens += self.sequences[i].len();
+                out.push((i, self.sequences[i].len()));
             }
         }
         out
@@ -46,18 +60,23 @@ pub struct LayerSample {
 }
 
 impl LayerSample {
-    /// The inputs for some target contexts: those of that length, or else longer ones cut short. None are left.
-    pub(crate) fn take_inputs_for(&mut self, target_contexts: &[usize], hidden_size: usize) -> Vec<Vec<f32>> {
+    /// The inputs for some target contexts: those of that length, or else longer ones cut short. And the rest of them; none
+    /// are left.
+    pub(crate) fn take_inputs_for(
+        &mut self,
+        target_contexts: &[usize],
+        hidden_size: usize,
+    ) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
         let wanted: Vec<usize> = target_contexts.iter().map(|context| context * hidden_size).collect();
-        let mut inputs = std::mem::take(&mut self.inputs);
+        let inputs = std::mem::take(&mut self.inputs);
         let mut out = Vec::new();
         for &values in wanted.iter().filter(|values| inputs.iter().all(|input| input.len() != **values)) {
             let longer = inputs.iter().filter(|input| input.len() > values);
             out.extend(longer.map(|input| input[..values].to_vec()));
         }
-        inputs.retain(|input| wanted.contains(&input.len()));
-        out.extend(inputs);
-        out
+        let (of_length, rest): (Vec<_>, Vec<_>) = inputs.into_iter().partition(|input| wanted.contains(&input.len()));
+        out.extend(of_length);
+        (out, rest)
     }
 }
 
@@ -84,7 +103,7 @@ mod tests {
         let inputs = vec![vec![1.0; 8], vec![2.0; 8], vec![3.0; 20]];
         let lengths = |contexts: &[usize]| -> Vec<usize> {
             let mut sample = LayerSample { statistics: statistics.clone(), inputs: inputs.clone() };
-            let taken = sample.take_inputs_for(contexts, 4);
+            let (taken, _) = sample.take_inputs_for(contexts, 4);
             assert!(sample.inputs.is_empty());
             taken.iter().map(|input| input.len() / 4).collect()
         };
