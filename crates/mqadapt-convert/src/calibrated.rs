@@ -101,6 +101,11 @@ fn notes(merged: &CalibratedLayer) -> Value {
     if !report.measured.is_empty() {
         add("measured_output_error", report.measured.iter().map(|(cut, error)| json!([cut, digits(*error)])).collect());
     }
+    if !report.compared.is_empty() {
+        let compared =
+            report.compared.iter().map(|(solution, error)| (solution.name().to_owned(), json!(digits(*error))));
+        add("compared_output_error", Value::Object(compared.collect()));
+    }
     if let Some(order) = &report.regrouped {
         add("key_value_heads_in_group_order", json!(order));
     }

@@ -3,6 +3,8 @@
 //! by head, in f64 with the bias as a last column.
 
 use faer::{Mat, MatRef};
+use half::{bf16, f16};
+use mqadapt_core::DType;
 
 use crate::Error;
 
@@ -140,6 +142,20 @@ impl LayerWeights {
         Ok(())
     }
 
+    /// Whether no value is infinite or not a number.
+    pub(crate) fn is_finite(&self) -> bool {
+        let biases = [&self.q_proj_bias, &self.k_proj_bias, &self.v_proj_bias].into_iter().flatten();
+        let weights = [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj];
+        weights.into_iter().chain(biases).all(|values| values.iter().all(|v| v.is_finite()))
+    }
+
+    /// Rounds every value to what `dtype` can hold, as the layer is stored.
+    pub fn round_to(&mut self, dtype: DType) {
+        let Self { q_proj, k_proj, v_proj, o_proj, q_proj_bias, k_proj_bias, v_proj_bias } = self;
+        let biases = [q_proj_bias, k_proj_bias, v_proj_bias].into_iter().flatten();
+        [q_proj, k_proj, v_proj, o_proj].into_iter().chain(biases).for_each(|values| round_to(values, dtype));
+    }
+
     /// Query heads `order[i]` become head `i`: `q_proj` rows, its bias and
     /// `o_proj` columns; K/V heads `kv_order[i]` become K/V head `i`.
     #[must_use]
@@ -211,6 +227,15 @@ pub(crate) fn store_output_head(from: MatRef<'_, f64>, head: usize, num_heads: u
         for j in 0..d {
             o_proj[(i * num_heads + head) * d + j] = round(from[(i, j)]);
         }
+    }
+}
+
+/// Rounds values in place to what `dtype` can hold.
+pub(crate) fn round_to(values: &mut [f32], dtype: DType) {
+    match dtype {
+        DType::F32 => {}
+        DType::F16 => values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
+        DType::BF16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
     }
 }
 

@@ -140,10 +140,8 @@ fn layout(checkpoint: &Checkpoint, calibration: &Calibration) -> Result<(Vec<u8>
         for (name, shape) in shape.tensors() {
             add(format!("layers.{layer_idx}.{name}"), "F64", &shape, 8);
         }
-        if !geometry.qk_norm {
-            for (n, (_, tokens)) in measured.iter().enumerate() {
-                add(format!("layers.{layer_idx}.inputs.{n}"), "F32", &[*tokens, config.hidden_size], 4);
-            }
+        for (n, (_, tokens)) in measured.iter().enumerate() {
+            add(format!("layers.{layer_idx}.inputs.{n}"), "F32", &[*tokens, config.hidden_size], 4);
         }
     }
     let mut json = serde_json::to_vec(&Value::Object(header)).unwrap_or_default();

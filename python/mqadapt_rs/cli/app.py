@@ -22,7 +22,7 @@ from mqadapt_rs.cli.verify import verify
 from mqadapt_rs.readable import readable
 
 # the base of all that is wrong with a command line, in click or in what Typer has in place of it
-UsageError = typer.BadParameter.__mro__[1]
+UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 class Commands(TyperGroup):

@@ -87,10 +87,21 @@ def _summary(report: dict[str, Any]) -> dict[str, object]:
 
     errors = [error for error in report["relative_error"] if error]
     before, after = report["kv_bytes_per_token_before"], report["kv_bytes_per_token_after"]
+    fallbacks = _fallbacks(report)
     return {
         "K/V heads (layers: heads)": output.in_runs(report["num_key_value_heads_after"]),
         "K/V cache per token": f"{output.in_bytes(after)} (before: {output.in_bytes(before)}, {1 - after / before:.0%} saved)",
         "parameters": f"{report['parameters_after']:,} (before: {report['parameters_before']:,})",
         "merged layers": f"{len(errors)}, relative error {min(errors):.3f} to {max(errors):.3f}" if errors else "none",
+        **({"done another way": fallbacks} if fallbacks else {}),
         "written": f"{output.in_bytes(report['bytes_written'])} in {report['seconds']:.1f} s, {report['dtype']}",
     }
+
+
+def _fallbacks(report: dict[str, Any]) -> str:
+    """What a method did another way, with the layers: one line for each."""
+    layers: dict[str, list[str]] = {}
+    for layer_idx, notes in report.get("layers", {}).items():
+        for fallback in notes.get("fallbacks", ()):
+            layers.setdefault(fallback, []).append(layer_idx)
+    return "\n".join(f"layers {', '.join(of)}: {fallback}" for fallback, of in layers.items())

@@ -1,18 +1,22 @@
 //! One target head: the source K/V heads it replaces and their query heads.
 
-use faer::{Mat, MatRef};
+use faer::{Mat, MatRef, c64};
 use mqadapt_core::Progressing;
 
 use crate::Error;
-use crate::algebra::dot;
+use crate::algebra::{count, dot};
+use crate::closed_form::prior::Prior;
 use crate::layer::{LayerGeometry, LayerWeights, output_head};
 use crate::statistics::{LayerStatistics, Moment};
 
 /// The K/V heads `members` become one.
+#[derive(Clone, Copy)]
 pub(crate) struct Group<'a> {
     pub(crate) geometry: &'a LayerGeometry,
     pub(crate) statistics: &'a LayerStatistics,
     pub(crate) members: &'a [usize],
+    /// What moments are taken together with; none: they are as they were summed.
+    pub(crate) prior: Option<&'a Prior>,
     /// Asked between query heads.
     pub(crate) progress: &'a Progressing<'a>,
 }
@@ -52,6 +56,24 @@ impl Group<'_> {
         stacked
     }
 
+    /// A stacked moment of a query head, of these dims of each member.
+    pub(crate) fn moment(&self, moment: Moment, head: usize, dims: &[usize]) -> Mat<f64> {
+        let mut sum = self.statistics.stacked(moment, head, self.members, dims);
+        if let Some(prior) = self.prior {
+            prior.add_to(&mut sum, moment, self.members, dims);
+        }
+        sum
+    }
+
+    /// `E[z zH]` of the members' rotated keys at a pair.
+    pub(crate) fn rotated_pair(&self, head: usize, pair: usize) -> Mat<c64> {
+        let mut sum = self.statistics.rotated_pair(head, pair, self.members);
+        if let Some(prior) = self.prior {
+            prior.add_to_pair(&mut sum, pair, self.geometry.rotary_pairs(), self.members);
+        }
+        sum
+    }
+
     /// All dims of a head.
     pub(crate) fn all_dims(&self) -> Vec<usize> {
         (0..self.geometry.head_dim).collect()
@@ -89,7 +111,7 @@ impl Stacked<'_> {
     }
 
     fn make(&self, i: usize) -> Mat<f64> {
-        self.group.statistics.stacked(self.moment, self.heads[i], self.group.members, &self.dims)
+        self.group.moment(self.moment, self.heads[i], &self.dims)
     }
 
     /// Hands out the moment of the `i`-th query head.
@@ -107,8 +129,11 @@ impl Stacked<'_> {
     /// Sum of the moments by their weights, divided by the sum of weights.
     pub(crate) fn pooled(&self, weights: &[f64]) -> Result<Mat<f64>, Error> {
         let n = self.group.members.len() * self.dims.len();
-        let total: f64 = weights.iter().sum::<f64>().max(1e-300);
+        let total: f64 = weights.iter().sum();
         let mut sum = Mat::<f64>::zeros(n, n);
+        // heads none of which weighs anything weigh the same
+        let (weights, total) =
+            if total > 0.0 { (weights, total) } else { (&vec![1.0; weights.len()][..], count(weights.len())) };
         for (i, weight) in weights.iter().enumerate() {
             self.with(i, |moment| sum += faer::Scale(weight / total) * moment)?;
         }

@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::group::Group;
 use super::keys::solve_keys;
 use super::predict::predict;
+use super::prior::Prior;
 use super::values::solve_values;
 use crate::Error;
 use crate::layer::{LayerGeometry, LayerWeights};
@@ -30,6 +31,7 @@ pub(crate) fn choose(
     weights: &LayerWeights,
     geometry: &LayerGeometry,
     statistics: &LayerStatistics,
+    prior: &Prior,
     target: usize,
     cut: usize,
     progress: &Progressing<'_>,
@@ -40,9 +42,9 @@ pub(crate) fn choose(
         return Ok(start);
     }
     let cost = |members: &[usize]| -> Result<f64, Error> {
-        let group = Group { geometry, statistics, members, progress };
+        let group = Group { geometry, statistics, members, prior: Some(prior), progress };
         let metrics = group.output_metrics(weights);
-        let values = solve_values(&group, &metrics, 0)?;
+        let values = solve_values(&group, &metrics, 0)?.plain;
         let keys = if geometry.qk_norm { None } else { Some(solve_keys(&group, cut)?) };
         Ok(predict(&group, &metrics, keys.as_ref().map(|k| (k, cut)), &values)?.output_lost)
     };

@@ -8,12 +8,13 @@ use rayon::prelude::*;
 
 use super::group::Stacked;
 use super::lbfgs::minimise;
+use super::prior::{noise, with_noise};
 use super::slow::{right_solve_lower, whiten};
 use crate::Error;
 use crate::algebra::{cholesky, dot, solve_factored};
 
 /// One query head's share of the objective
-/// `tr(M (C_gg - C_g PT (P C PT)^-1 P C_gT))`.
+/// `tr(M (C_gg - C_g PT (P (C + N) PT)^-1 P C_gT))`, `N` the noise of `C`.
 pub(crate) struct JointHead<'a> {
     /// `M`, `[d, d]`: `O_hT O_h` for values, `E[q qT]` for keys.
     pub(crate) metric: &'a Mat<f64>,
@@ -24,8 +25,10 @@ pub(crate) struct JointHead<'a> {
     pub(crate) select: usize,
 }
 
-/// Relative jitter of `P C PT`, whose rows are white on average.
+/// Relative jitter of `P (C + N) PT`, whose rows are white on average.
 const JITTER: f64 = 1e-9;
+/// A share of the energy that is not worth a search: it is what rounding may have made.
+const NOTHING: f64 = 1e-6;
 
 impl JointHead<'_> {
     /// The energy if nothing is lost.
@@ -38,34 +41,37 @@ impl JointHead<'_> {
     fn loss(&self, p: MatRef<'_, f64>, moment: MatRef<'_, f64>) -> Result<(f64, Mat<f64>), Error> {
         let d = self.metric.nrows();
         let projected = p * moment; // [n, stacked]
-        let factor = cholesky((&projected * p.transpose()).as_ref(), JITTER)?;
+        let noisy = with_noise(p, projected.as_ref(), moment);
+        let factor = cholesky((&noisy * p.transpose()).as_ref(), JITTER)?;
         let own = projected.subcols(self.select, d);
         let w = solve_factored(factor.as_ref(), own.to_owned()); // [n, d]
         let weighted = &w * self.metric; // [n, d]
         let loss = self.total(moment) - dot(weighted.as_ref(), own);
-        let residual = moment.subrows(self.select, d) - w.transpose() * &projected; // [d, stacked]
+        let residual = moment.subrows(self.select, d) - w.transpose() * &noisy; // [d, stacked]
         Ok((loss, faer::Scale(-2.0) * (&weighted * residual)))
     }
 }
 
 /// Refines `rows` (`[n, stacked]`) for `iterations`; `mean` is the heads' mean
-/// moment, in whose metric the problem is well scaled. Returns rows that are
-/// white in it, or `rows` unchanged where nothing is lost already.
+/// moment, in whose metric, noise included, the problem is well scaled. None where
+/// nothing is lost already.
 pub(crate) fn joint_rows(
     heads: &[JointHead<'_>],
     mean: &Mat<f64>,
     rows: Mat<f64>,
     iterations: usize,
     progress: &Progressing<'_>,
-) -> Result<Mat<f64>, Error> {
+) -> Result<Option<Mat<f64>>, Error> {
     let totals = heads.iter().map(|head| head.moments.with(head.index, |moment| head.total(moment)));
     let total: f64 = totals.collect::<Result<Vec<_>, _>>()?.iter().sum();
     let (n, stacked) = (rows.nrows(), rows.ncols());
-    let root = cholesky(mean.as_ref(), JITTER)?;
-    let start = whiten(rows.to_owned(), mean.as_ref(), JITTER)?;
+    let noise = noise(mean.as_ref());
+    let metric = Mat::from_fn(stacked, stacked, |i, j| mean[(i, j)] + if i == j { noise[i] } else { 0.0 });
+    let root = cholesky(metric.as_ref(), 0.0)?;
+    let start = whiten(rows, mean.as_ref())?;
     let initial = objective(heads, start.as_ref())?.0;
-    if initial.is_nan() || initial <= 1e-9 * total {
-        return Ok(rows);
+    if initial.is_nan() || initial <= NOTHING * total {
+        return Ok(None);
     }
     let x = &start * &root;
     let mut flat: Vec<f64> = (0..n * stacked).map(|i| x[(i % n, i / n)]).collect();
@@ -83,7 +89,7 @@ pub(crate) fn joint_rows(
         loss / initial
     });
     progress.tell()?; // an objective that was interrupted ends the search
-    whiten(unflatten(&flat), mean.as_ref(), JITTER)
+    Ok(Some(unflatten(&flat)))
 }
 
 /// Sum over heads, in their order.

@@ -9,6 +9,7 @@ use crate::Error;
 use crate::statistics::Moment;
 
 /// The merged keys of a group.
+#[derive(Clone)]
 pub(crate) struct KeySolution {
     /// `k' = rows * stacked keys`, `[head_dim, members * head_dim]`.
     pub(crate) rows: Mat<f64>,
@@ -26,7 +27,7 @@ pub(crate) fn solve_keys(group: &Group<'_>, cut: usize) -> Result<KeySolution, E
     let mut maps: Vec<Mat<f64>> = heads.iter().map(|_| Mat::zeros(d, d)).collect();
     for j in 0..cut {
         let energy: Vec<f64> = query.iter().map(|q| (q[(j, j)] + q[(j + pairs, j + pairs)]).max(0.0)).collect();
-        let blocks: Vec<_> = heads.iter().map(|h| group.statistics.rotated_pair(*h, j, group.members)).collect();
+        let blocks: Vec<_> = heads.iter().map(|h| group.rotated_pair(*h, j)).collect();
         let mix = PairMix::solve(&energy, &blocks, r)?;
         mix.store(&mut rows, j, j + pairs, j, pairs, d);
         for (i, map) in maps.iter_mut().enumerate() {

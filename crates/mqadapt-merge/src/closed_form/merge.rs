@@ -1,7 +1,7 @@
 //! A whole layer: groups, values, the cut, keys, and what it all costs.
 
 use faer::{Mat, MatRef};
-use mqadapt_core::Progressing;
+use mqadapt_core::{DType, Progressing};
 
 use super::cut::{Cut, candidates, context_cut};
 use super::group::Group;
@@ -9,9 +9,12 @@ use super::grouping::{Groups, choose, contiguous};
 use super::keys::{KeySolution, solve_keys};
 use super::measure::Measurement;
 use super::predict::{Loss, predict};
+use super::prior::Prior;
 use super::values::{ValueSolution, solve_values};
 use crate::Error;
-use crate::layer::{LayerGeometry, LayerWeights, affine_head, output_head, store_affine_head, store_output_head};
+use crate::layer::{
+    LayerGeometry, LayerWeights, affine_head, output_head, round_to, store_affine_head, store_output_head,
+};
 use crate::statistics::LayerStatistics;
 
 /// Choices of [`merge`].
@@ -23,11 +26,13 @@ pub struct ClosedFormOptions {
     pub joint_iterations: usize,
     /// May put heads that are not neighbours into one group.
     pub regroup: bool,
+    /// What the merged weights are stored in: solutions are judged rounded to it.
+    pub dtype: DType,
 }
 
 impl Default for ClosedFormOptions {
     fn default() -> Self {
-        Self { cut: Cut::Context(vec![2048]), joint_iterations: 25, regroup: true }
+        Self { cut: Cut::Context(vec![2048]), joint_iterations: 25, regroup: true, dtype: DType::F32 }
     }
 }
 
@@ -37,6 +42,14 @@ impl Default for ClosedFormOptions {
 pub enum Fallback {
     /// Keys are the mean of their group: q/k norms do not commute with mixing heads.
     MeanKeys,
+    /// The joint step is left out: with it, the attention output is no nearer.
+    PlainValues,
+    /// The layer is merged as `mean` merges it: by the closed form, the attention output is no nearer.
+    Mean,
+    /// The gradient steps are left out: after them, the attention output on the converted stream is no nearer.
+    NotRefined,
+    /// `o_proj` is not refitted: with the refit, the attention output on the converted stream is no nearer.
+    NotRefitted,
 }
 
 impl Fallback {
@@ -45,6 +58,33 @@ impl Fallback {
     pub fn describe(self) -> &'static str {
         match self {
             Self::MeanKeys => "keys mean-pooled: q/k norm does not commute with mixing heads",
+            Self::PlainValues => "values without the joint step: it does not lower the error of the attention output",
+            Self::Mean => "heads averaged as by mean: the closed form does not lower the error of the attention output",
+            Self::NotRefined => "gradient steps dropped: they do not lower the error of the attention output",
+            Self::NotRefitted => "o_proj not refitted: the refit does not lower the error of the attention output",
+        }
+    }
+}
+
+/// A solution for a layer, simplest last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Solution {
+    /// The closed form with joint values.
+    Joint,
+    /// The closed form, its rows as they are.
+    Plain,
+    /// Contiguous heads averaged.
+    Mean,
+}
+
+impl Solution {
+    /// Its name in manifests.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Joint => "joint_values",
+            Self::Plain => "closed_form_rows",
+            Self::Mean => "mean",
         }
     }
 }
@@ -63,6 +103,9 @@ pub struct LayerReport {
     pub output_error: f64,
     /// Measured relative attention-output error of every cut tried.
     pub measured: Vec<(usize, f64)>,
+    /// Relative attention-output error of every solution of the layer that was compared, the taken one among them: of the
+    /// weights as they are stored, on calibration inputs; as the statistics predict it where there are none.
+    pub compared: Vec<(Solution, f64)>,
     /// Source K/V heads in the order of the groups, where not contiguous.
     pub regrouped: Option<Vec<usize>>,
     /// What was done another way.
@@ -94,35 +137,34 @@ pub fn merge(
         return Ok((weights.clone(), report));
     }
     statistics.check(geometry, geometry.num_key_value_heads / target)?;
+    let prior = Prior::new(weights, geometry, statistics.shape().block_heads, progress)?;
     let (cuts, first_cut) = cuts(geometry, options, measurement)?;
     let groups = if options.regroup {
-        choose(weights, geometry, statistics, target, first_cut, progress)?
+        choose(weights, geometry, statistics, &prior, target, first_cut, progress)?
     } else {
         contiguous(geometry, target)
     };
-    let solver = Solver { weights, geometry, statistics, groups: &groups, options, progress };
-    let values = solver.values()?;
-    let mut merged = solver.with_values(&values);
-    if geometry.qk_norm {
-        report.fallbacks.push(Fallback::MeanKeys);
-        solver.write_keys(&solver.mean_keys(), &mut merged);
-        let loss = solver.loss(None, &values)?;
-        report.output_error = share(loss.output_lost, loss.output_total);
-    } else {
-        let (cut, keys) = solver.best_keys(&cuts, measurement, &mut merged, &mut report)?;
-        let loss = solver.loss(Some((&keys, cut)), &values)?;
-        report.cut = Some(cut);
-        report.logit_error = Some(share(loss.logit_lost, loss.logit_total));
-        report.output_error = share(loss.output_lost, loss.output_total);
+    let solver = Solver { weights, geometry, statistics, prior: &prior, groups: &groups, options, progress };
+    let mut best = solver.closed_form(&cuts, measurement, &mut report)?;
+    let neighbours = contiguous(geometry, target);
+    let averaging = Solver { groups: &neighbours, ..solver };
+    let mean = averaging.mean(best.cut, measurement)?;
+    report.compared.push((Solution::Mean, mean.error));
+    let mut taken = &solver;
+    if mean.not_worse_than(&best) {
+        (best, taken) = (mean, &averaging);
+        report.fallbacks.retain(|fallback| *fallback != Fallback::PlainValues);
+        report.fallbacks.push(Fallback::Mean);
     }
-    if groups != contiguous(geometry, target) {
-        report.regrouped = Some(groups.concat());
+    let judged = !geometry.qk_norm;
+    let loss = taken.loss(judged.then_some((&best.keys, best.cut)), &best.values, None)?;
+    report.output_error = share(loss.output_lost, loss.output_total);
+    report.cut = judged.then_some(best.cut);
+    report.logit_error = judged.then(|| share(loss.logit_lost, loss.logit_total));
+    if *taken.groups != neighbours {
+        report.regrouped = Some(taken.groups.concat());
     }
-    let tensors = [&merged.q_proj, &merged.k_proj, &merged.v_proj, &merged.o_proj];
-    if tensors.iter().any(|t| t.iter().any(|v| !v.is_finite())) {
-        return Err(Error::NotFinite);
-    }
-    Ok((merged, report))
+    if best.weights.is_finite() { Ok((best.weights, report)) } else { Err(Error::NotFinite) }
 }
 
 /// Root of a share of energy.
@@ -155,11 +197,30 @@ fn cuts(
     }
 }
 
+/// A solved layer, and how far its attention output is from the original's.
+struct Candidate {
+    values: Vec<ValueSolution>,
+    keys: Vec<KeySolution>,
+    cut: usize,
+    /// As they are stored.
+    weights: LayerWeights,
+    error: f64,
+}
+
+impl Candidate {
+    /// Whether a simpler solution is to be taken in the place of another.
+    fn not_worse_than(&self, other: &Self) -> bool {
+        !other.error.is_finite() || self.error <= other.error
+    }
+}
+
 /// The parts every step needs.
+#[derive(Clone, Copy)]
 struct Solver<'a> {
     weights: &'a LayerWeights,
     geometry: &'a LayerGeometry,
     statistics: &'a LayerStatistics,
+    prior: &'a Prior,
     groups: &'a Groups,
     options: &'a ClosedFormOptions,
     progress: &'a Progressing<'a>,
@@ -171,6 +232,7 @@ impl<'a> Solver<'a> {
             geometry: self.geometry,
             statistics: self.statistics,
             members: &self.groups[i],
+            prior: Some(self.prior),
             progress: self.progress,
         }
     }
@@ -179,13 +241,53 @@ impl<'a> Solver<'a> {
         (0..self.groups.len()).map(|i| self.group(i))
     }
 
-    fn values(&self) -> Result<Vec<ValueSolution>, Error> {
+    /// The closed form, with joint values where they are nearer than without.
+    fn closed_form(
+        &self,
+        cuts: &[usize],
+        measurement: Option<&Measurement>,
+        report: &mut LayerReport,
+    ) -> Result<Candidate, Error> {
+        if self.geometry.qk_norm {
+            report.fallbacks.push(Fallback::MeanKeys);
+        }
         let solve = |g: Group<'_>| solve_values(&g, &g.output_metrics(self.weights), self.options.joint_iterations);
-        self.groups().map(solve).collect()
+        let solved = self.groups().map(solve).collect::<Result<Vec<_>, Error>>()?;
+        let (mut plain, mut joint, mut searched) = (Vec::new(), Vec::new(), false);
+        for values in solved {
+            searched |= values.joint.is_some();
+            joint.push(values.joint.unwrap_or_else(|| values.plain.clone()));
+            plain.push(values.plain);
+        }
+        if !searched {
+            let best = self.best_keys(cuts, plain, measurement, report)?;
+            report.compared.push((Solution::Plain, best.error));
+            return Ok(best);
+        }
+        let best = self.best_keys(cuts, joint, measurement, report)?;
+        let simpler = self.candidate(plain, best.keys.clone(), best.cut, measurement)?;
+        report.compared.extend([(Solution::Joint, best.error), (Solution::Plain, simpler.error)]);
+        if !simpler.not_worse_than(&best) {
+            return Ok(best);
+        }
+        report.fallbacks.push(Fallback::PlainValues);
+        if report.measured.is_empty() {
+            return Ok(simpler);
+        }
+        // the cut was chosen with the other values
+        report.measured.clear();
+        self.best_keys(cuts, simpler.values, measurement, report)
     }
 
-    fn keys(&self, cut: usize) -> Result<Vec<KeySolution>, Error> {
-        self.groups().map(|g| solve_keys(&g, cut)).collect()
+    /// Each group averaged, queries and `o_proj` as they are.
+    fn mean(&self, cut: usize, measurement: Option<&Measurement>) -> Result<Candidate, Error> {
+        let d = self.geometry.head_dim;
+        let values = |keys: &KeySolution| ValueSolution {
+            rows: keys.rows.clone(),
+            maps: vec![Mat::identity(d, d); keys.maps.len()],
+        };
+        let keys = self.mean_keys();
+        self.candidate(keys.iter().map(values).collect(), keys, cut, measurement)
     }
 
     /// The mean of each group, queries as they are.
@@ -200,35 +302,81 @@ impl<'a> Solver<'a> {
         self.groups().map(mean).collect()
     }
 
-    /// Solves every cut, measures where there are several, writes the best into `merged`.
+    /// Solves every cut, and takes the one whose attention output is nearest.
     fn best_keys(
         &self,
         cuts: &[usize],
+        values: Vec<ValueSolution>,
         measurement: Option<&Measurement>,
-        merged: &mut LayerWeights,
         report: &mut LayerReport,
-    ) -> Result<(usize, Vec<KeySolution>), Error> {
+    ) -> Result<Candidate, Error> {
+        let mut weights = self.with_values(&values);
         let mut best: Option<(f64, usize, Vec<KeySolution>)> = None;
         for &cut in cuts {
-            let keys = self.keys(cut)?;
-            let mut error = 0.0;
-            if let (true, Some(measurement)) = (cuts.len() > 1, measurement) {
-                self.write_keys(&keys, merged);
-                error = measurement.relative_error(merged, self.groups.len(), self.progress)?;
+            let keys = if self.geometry.qk_norm {
+                self.mean_keys()
+            } else {
+                self.groups().map(|g| solve_keys(&g, cut)).collect::<Result<_, Error>>()?
+            };
+            self.write_keys(&keys, &mut weights);
+            let error = self.error(&weights, &keys, cut, &values, measurement)?;
+            if cuts.len() > 1 {
                 report.measured.push((cut, error));
             }
             if best.as_ref().is_none_or(|(least, ..)| error < *least) {
                 best = Some((error, cut, keys));
             }
         }
-        let (_, cut, keys) = best.ok_or(Error::NotFinite)?;
-        self.write_keys(&keys, merged);
-        Ok((cut, keys))
+        let (error, cut, keys) = best.ok_or(Error::NotFinite)?;
+        self.write_keys(&keys, &mut weights);
+        Ok(Candidate { values, keys, cut, weights, error })
     }
 
-    fn loss(&self, keys: Option<(&[KeySolution], usize)>, values: &[ValueSolution]) -> Result<Loss, Error> {
+    fn candidate(
+        &self,
+        values: Vec<ValueSolution>,
+        keys: Vec<KeySolution>,
+        cut: usize,
+        measurement: Option<&Measurement>,
+    ) -> Result<Candidate, Error> {
+        let mut weights = self.with_values(&values);
+        self.write_keys(&keys, &mut weights);
+        let error = self.error(&weights, &keys, cut, &values, measurement)?;
+        Ok(Candidate { values, keys, cut, weights, error })
+    }
+
+    /// The relative error of a solution's attention output: measured, or else what the statistics predict of it, rounding
+    /// and inputs that the text does not have included.
+    fn error(
+        &self,
+        weights: &LayerWeights,
+        keys: &[KeySolution],
+        cut: usize,
+        values: &[ValueSolution],
+        measurement: Option<&Measurement>,
+    ) -> Result<f64, Error> {
+        if !weights.is_finite() {
+            return Ok(f64::INFINITY);
+        }
+        let error = if let Some(measurement) = measurement {
+            measurement.relative_error(weights, self.groups.len(), self.progress)?
+        } else {
+            let loss = self.loss((!self.geometry.qk_norm).then_some((keys, cut)), values, Some(self.prior))?;
+            share(loss.output_lost, loss.output_total)
+        };
+        Ok(if error.is_nan() { f64::INFINITY } else { error })
+    }
+
+    /// What the statistics predict, together with a prior where there is one.
+    fn loss(
+        &self,
+        keys: Option<(&[KeySolution], usize)>,
+        values: &[ValueSolution],
+        prior: Option<&'a Prior>,
+    ) -> Result<Loss, Error> {
         let mut loss = Loss::default();
         for (i, group) in self.groups().enumerate() {
+            let group = Group { prior, ..group };
             let metrics = group.output_metrics(self.weights);
             loss.add(&predict(&group, &metrics, keys.map(|(k, cut)| (&k[i], cut)), &values[i])?);
         }
@@ -260,6 +408,7 @@ impl<'a> Solver<'a> {
                 to += 1;
             }
         }
+        merged.round_to(self.options.dtype);
         merged
     }
 
@@ -276,6 +425,10 @@ impl<'a> Solver<'a> {
                 store_affine_head(q.as_ref(), to, hidden, &mut merged.q_proj, merged.q_proj_bias.as_mut());
                 to += 1;
             }
+        }
+        let biases = [&mut merged.q_proj_bias, &mut merged.k_proj_bias].into_iter().flatten();
+        for values in [&mut merged.q_proj, &mut merged.k_proj].into_iter().chain(biases) {
+            round_to(values, self.options.dtype);
         }
     }
 }

@@ -15,6 +15,7 @@ mod merge;
 mod pairs;
 mod predict;
 mod predicted;
+mod prior;
 mod readout;
 mod slow;
 #[cfg(test)]
@@ -22,8 +23,8 @@ pub(crate) mod tests;
 mod values;
 
 pub use cut::Cut;
-pub use measure::Measurement;
+pub use measure::{Measurement, QkNorm};
 #[cfg(test)]
 pub(crate) use measure::{features, outputs};
-pub use merge::{ClosedFormOptions, Fallback, LayerReport, merge};
+pub use merge::{ClosedFormOptions, Fallback, LayerReport, Solution, merge};
 pub use predicted::{FixedMerge, predicted_error};

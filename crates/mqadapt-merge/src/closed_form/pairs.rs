@@ -3,6 +3,7 @@
 
 use faer::{Mat, c64};
 
+use super::prior::ROUNDING;
 use crate::Error;
 use crate::algebra::top_eigenvector;
 
@@ -10,6 +11,8 @@ use crate::algebra::top_eigenvector;
 pub(crate) struct PairMix {
     /// One factor per member.
     pub(crate) u: Vec<c64>,
+    /// Each member's read-out of it, by all query heads together.
+    pooled: Vec<c64>,
 }
 
 impl PairMix {
@@ -31,7 +34,8 @@ impl PairMix {
         let w: Vec<f64> = energy.chunks_exact(r).map(|e| e.iter().sum::<f64>().max(1e-20).sqrt()).collect();
         let weighted = Mat::from_fn(members, members, |i, j| mean[(i, j)] * (w[i] * w[j]));
         let a = top_eigenvector(weighted.as_ref())?;
-        let mut mix = Self { u: a.iter().zip(&w).map(|(a, w)| a.conj() * *w).collect() };
+        let u = a.iter().zip(&w).map(|(a, w)| a.conj() * *w).collect();
+        let mut mix = Self { u, pooled: vec![c64::new(0.0, 0.0); members] };
         let share: f64 = w.iter().map(|w| w * w).sum();
         let original: f64 = (0..members).map(|g| w[g] * w[g] / share * mean[(g, g)].re).sum();
         let energy_now = mix.energy(&mean);
@@ -42,6 +46,7 @@ impl PairMix {
         let phase = if turn.norm() > 1e-12 * total { turn / turn.norm() } else { c64::new(1.0, 0.0) };
         let scale = if energy_now > 0.0 && original > 0.0 { (original / energy_now).sqrt() } else { 1.0 };
         mix.u.iter_mut().for_each(|u| *u *= phase * scale);
+        mix.pooled = (0..members).map(|g| mix.read_out(&mean, g)).collect();
         Ok(mix)
     }
 
@@ -56,10 +61,17 @@ impl PairMix {
         (0..self.u.len()).map(|i| (0..self.u.len()).map(|j| block[(i, j)] * self.u[j].conj()).sum()).collect()
     }
 
-    /// `c` with `k_g ~ c k'` for member `member`.
+    /// `c` with `k_g ~ c k'` for member `member`: regressed towards the pooled one where `k'` has no more energy than
+    /// the rounding of its terms.
     pub(crate) fn read_out(&self, block: &Mat<c64>, member: usize) -> c64 {
-        let energy = self.energy(block);
-        if energy > 0.0 { self.cross(block)[member] / energy } else { c64::new(0.0, 0.0) }
+        let energy = self.energy(block).max(0.0);
+        let noise: f64 = self.u.iter().enumerate().map(|(g, u)| ROUNDING * u.norm_sqr() * block[(g, g)].re).sum();
+        let pooled = self.pooled[member];
+        if energy + noise > 0.0 {
+            pooled + (self.cross(block)[member] - pooled * energy) / (energy + noise)
+        } else {
+            pooled
+        }
     }
 
     /// Writes the mix as two real rows: `rows[re]` and `rows[im]` of a matrix

@@ -4,6 +4,7 @@ use faer::{Mat, MatRef};
 
 use super::group::Group;
 use super::keys::KeySolution;
+use super::prior::noise;
 use super::readout::unexplained;
 use super::slow::slow_dims;
 use super::values::ValueSolution;
@@ -30,7 +31,8 @@ impl Loss {
     }
 }
 
-/// Loss of a group; `keys` none where the keys cannot be judged (q/k norm).
+/// Loss of a group; `keys` none where the keys cannot be judged (q/k norm). A group with a prior loses what is unseen and
+/// what is rounded too.
 ///
 /// Heads count as independent. A logit error of variance `e` costs head `h`
 /// about `e tr(Gamma_h Cov_p(v)) / head_dim` of output energy.
@@ -49,8 +51,10 @@ pub(crate) fn predict(
     let mut loss = Loss::default();
     for (i, head) in group.query_heads().into_iter().enumerate() {
         let at = group.slot(i) * d;
-        let unexplained =
-            |moment: MatRef<'_, f64>| unexplained(values.rows.as_ref(), values.maps[i].as_ref(), moment, at);
+        let unexplained = |moment: MatRef<'_, f64>| {
+            let noise = group.prior.map(|_| noise(moment));
+            unexplained(values.rows.as_ref(), values.maps[i].as_ref(), moment, at, noise.as_deref())
+        };
         let rest = outputs.with(i, unexplained)?;
         loss.output_lost += dot(metrics[i].as_ref(), rest.as_ref()).max(0.0);
         loss.output_total += energy[i];
@@ -74,7 +78,7 @@ fn logits(group: &Group<'_>, keys: &KeySolution, cut: usize, i: usize, head: usi
     let (mut lost, mut total) = (0.0, 0.0);
     for j in 0..cut {
         let energy = (query[(j, j)] + query[(j + pairs, j + pairs)]).max(0.0) / 2.0;
-        let block = group.statistics.rotated_pair(head, j, group.members);
+        let block = group.rotated_pair(head, j);
         let c = faer::c64::new(map[(j, j)], map[(j, j + pairs)]);
         let rest: Vec<faer::c64> = (0..group.members.len())
             .map(|g| {
@@ -95,11 +99,12 @@ fn logits(group: &Group<'_>, keys: &KeySolution, cut: usize, i: usize, head: usi
     if !dims.is_empty() {
         let n = dims.len();
         let stacked: Vec<usize> = (0..group.members.len() * n).map(|s| s / n * d + dims[s % n]).collect();
-        let moment = group.statistics.stacked(Moment::KeyCentred, head, group.members, &dims);
+        let moment = group.moment(Moment::KeyCentred, head, &dims);
         let metric = gather(query.as_ref(), &dims, &dims);
         let rows = gather(keys.rows.as_ref(), &dims, &stacked);
         let read_out = gather(map.as_ref(), &dims, &dims).transpose().to_owned();
-        let rest = unexplained(rows.as_ref(), read_out.as_ref(), moment.as_ref(), slot * n);
+        let noise = group.prior.map(|_| noise(moment.as_ref()));
+        let rest = unexplained(rows.as_ref(), read_out.as_ref(), moment.as_ref(), slot * n, noise.as_deref());
         lost += dot(metric.as_ref(), rest.as_ref()).max(0.0);
         total += dot(metric.as_ref(), moment.submatrix(slot * n, slot * n, n, n));
     }

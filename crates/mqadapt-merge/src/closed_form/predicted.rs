@@ -53,7 +53,7 @@ pub fn predicted_error(
     let (d, cut) = (geometry.head_dim, context_cut(geometry, context));
     let mut loss = Loss::default();
     for members in contiguous(geometry, target) {
-        let group = Group { geometry, statistics, members: &members, progress: &Progressing::UNWATCHED };
+        let group = Group { geometry, statistics, members: &members, prior: None, progress: &Progressing::UNWATCHED };
         let weight = |slot: usize| match merge {
             FixedMerge::Mean => 1.0 / crate::algebra::count(members.len()),
             FixedMerge::First => f64::from(u8::from(slot == 0)),

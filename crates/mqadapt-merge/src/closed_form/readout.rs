@@ -3,6 +3,7 @@
 use faer::{Mat, MatRef};
 
 use super::group::Stacked;
+use super::prior::with_noise;
 use crate::Error;
 use crate::algebra::{cholesky, solve_factored};
 
@@ -26,26 +27,39 @@ pub(crate) fn read_outs(
     d: usize,
 ) -> Result<Vec<Mat<f64>>, Error> {
     let projected = p * pooled; // [n, stacked]
-    let factor = cholesky((&projected * p.transpose()).as_ref(), POOLED_JITTER)?;
+    let noisy = with_noise(p, projected.as_ref(), pooled);
+    let factor = cholesky((noisy * p.transpose()).as_ref(), POOLED_JITTER)?;
     let all = solve_factored(factor.as_ref(), projected); // pooled read-outs of every member, transposed
     select
         .iter()
         .enumerate()
         .map(|(i, &at)| {
             let base = all.subcols(at, d); // [n, d]
-            let own = moments.with(i, |moment| p * moment)?; // [n, stacked]
-            let gram = &own * p.transpose();
-            let rest = own.subcols(at, d) - &gram * base;
-            let step = solve_factored(cholesky(gram.as_ref(), HEAD_JITTER)?.as_ref(), rest);
+            let (own, noisy) = moments.with(i, |moment| {
+                let own = p * moment; // [n, stacked]
+                let noisy = with_noise(p, own.as_ref(), moment);
+                (own, noisy)
+            })?;
+            let rest = own.subcols(at, d) - &own * p.transpose() * base;
+            let step = solve_factored(cholesky((noisy * p.transpose()).as_ref(), HEAD_JITTER)?.as_ref(), rest);
             Ok((base + step).transpose().to_owned())
         })
         .collect()
 }
 
-/// Covariance of `k_g - B P z`: what a read-out leaves unexplained, for any `B`.
-pub(crate) fn unexplained(p: MatRef<'_, f64>, b: MatRef<'_, f64>, moment: MatRef<'_, f64>, at: usize) -> Mat<f64> {
+/// Covariance of `k_g - B P (z + e)`: what a read-out leaves unexplained, for any `B`, with noise `e` of these variances.
+pub(crate) fn unexplained(
+    p: MatRef<'_, f64>,
+    b: MatRef<'_, f64>,
+    moment: MatRef<'_, f64>,
+    at: usize,
+    noise: Option<&[f64]>,
+) -> Mat<f64> {
     let (d, n) = (b.nrows(), p.ncols());
     let map = b * p; // [d, stacked]
     let residual = Mat::from_fn(d, n, |i, j| f64::from(u8::from(j == at + i)) - map[(i, j)]);
-    &residual * moment * residual.transpose()
+    let rest = &residual * moment * residual.transpose();
+    let Some(noise) = noise else { return rest };
+    let noisy = Mat::from_fn(d, n, |i, j| map[(i, j)] * noise[j]);
+    rest + noisy * map.transpose()
 }

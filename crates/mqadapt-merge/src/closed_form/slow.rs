@@ -6,6 +6,7 @@ use mqadapt_core::Progressing;
 
 use super::group::{Group, Stacked};
 use super::pairs::PairMix;
+use super::prior::with_noise;
 use super::readout::read_outs;
 use crate::Error;
 use crate::algebra::{cholesky, gather, solve_lower, solve_lower_transposed, top_eigenvectors};
@@ -40,7 +41,7 @@ pub(crate) fn solve_slow(group: &Group<'_>, cut: usize) -> Result<SlowKeys, Erro
     let query: Vec<Mat<f64>> =
         heads.iter().map(|h| gather(group.statistics.own(Moment::Query, *h).as_ref(), &dims, &dims)).collect();
     let key = group.stacked(Moment::KeyCentred, dims);
-    let energy: Vec<f64> = query.iter().map(trace).collect();
+    let energy: Vec<f64> = query.iter().map(|q| trace(q.as_ref())).collect();
     let pooled = key.pooled(&energy)?;
     let moments = SlowMoments { query, key, pooled };
     let mut rows = principal_rows(group, &moments)?;
@@ -52,7 +53,8 @@ pub(crate) fn solve_slow(group: &Group<'_>, cut: usize) -> Result<SlowKeys, Erro
     Ok(SlowKeys { rows, read_outs })
 }
 
-fn trace(a: &Mat<f64>) -> f64 {
+/// Sum of the diagonal.
+pub(crate) fn trace(a: MatRef<'_, f64>) -> f64 {
     (0..a.nrows()).map(|i| a[(i, i)]).sum::<f64>().max(0.0)
 }
 
@@ -105,8 +107,8 @@ pub(crate) fn weighted_principal_rows(
 /// correlation between the two, `L_t`, `L_k` their Cholesky factors.
 fn align(group: &Group<'_>, moments: &SlowMoments<'_>, rows: Mat<f64>, cut: usize) -> Result<Mat<f64>, Error> {
     let target = native_rows(group, moments, group.geometry.rotary_pairs() - cut)?;
-    let scale = |p: &Mat<f64>| cholesky((p * &moments.pooled * p.transpose()).as_ref(), 1e-12);
-    let (target_root, root) = (scale(&target)?, scale(&rows)?);
+    let root = |p: &Mat<f64>| energy_root(p.as_ref(), moments.pooled.as_ref());
+    let (target_root, root) = (root(&target)?, root(&rows)?);
     let cross = solve_lower(target_root.as_ref(), &target * &moments.pooled * rows.transpose());
     let cross = solve_lower(root.as_ref(), cross.transpose().to_owned()).transpose().to_owned();
     let svd = cross.svd().map_err(|_| Error::NotFinite)?;
@@ -119,7 +121,7 @@ fn native_rows(group: &Group<'_>, moments: &SlowMoments<'_>, slow: usize) -> Res
     let n = moments.query[0].nrows();
     let pairs = group.geometry.rotary_pairs();
     let (heads, dims) = (group.query_heads(), slow_dims(pairs - slow, pairs, group.geometry.head_dim));
-    let of = |head: usize, dims: &[usize]| group.statistics.stacked(Moment::KeyCentred, head, group.members, dims);
+    let of = |head: usize, dims: &[usize]| group.moment(Moment::KeyCentred, head, dims);
     let mut target = Mat::<f64>::zeros(n, group.members.len() * n);
     for a in 0..slow {
         let energy: Vec<f64> = moments.query.iter().map(|q| (q[(a, a)] + q[(a + slow, a + slow)]).max(0.0)).collect();
@@ -148,10 +150,22 @@ fn hermitian(c: &Mat<f64>) -> Mat<c64> {
     })
 }
 
-/// `p` with rows made white in `moment`.
-pub(crate) fn whiten(p: Mat<f64>, moment: MatRef<'_, f64>, jitter: f64) -> Result<Mat<f64>, Error> {
-    let factor = cholesky((&p * moment * p.transpose()).as_ref(), jitter)?;
+/// Jitter of factors of what has its noise added already.
+const WITH_NOISE_JITTER: f64 = 1e-12;
+
+/// `p` with rows made white in `moment` and its noise.
+pub(crate) fn whiten(p: Mat<f64>, moment: MatRef<'_, f64>) -> Result<Mat<f64>, Error> {
+    if trace(moment) <= 0.0 {
+        return Ok(p); // nothing has energy
+    }
+    let factor = energy_root(p.as_ref(), moment)?;
     Ok(solve_lower(factor.as_ref(), p))
+}
+
+/// The Cholesky factor of `P (M + N) PT`.
+fn energy_root(p: MatRef<'_, f64>, moment: MatRef<'_, f64>) -> Result<Mat<f64>, Error> {
+    let noisy = with_noise(p, (p * moment).as_ref(), moment);
+    cholesky((noisy * p.transpose()).as_ref(), WITH_NOISE_JITTER)
 }
 
 /// `X L^-1` for lower `L`.

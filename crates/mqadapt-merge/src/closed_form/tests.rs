@@ -101,11 +101,15 @@ fn repeated_heads_merge_back() {
         let (expanded, geometry) = expand(&source, &small, times);
         let sequences = inputs(&geometry, &[150, 90], &mut noise);
         let statistics = statistics(&expanded, &geometry, &sequences);
-        let measurement = Measurement::new(&expanded, &geometry, sequences, &Progressing::UNWATCHED).unwrap();
+        let measurement = Measurement::new(&expanded, &geometry, None, sequences, &Progressing::UNWATCHED).unwrap();
         for target in geometry.legal_targets().into_iter().filter(|t| t % kv == 0) {
             for cut in 0..=pairs {
-                let options =
-                    ClosedFormOptions { cut: Cut::Pairs(cut), joint_iterations: 25 * (cut % 2), regroup: cut % 2 == 0 };
+                let options = ClosedFormOptions {
+                    cut: Cut::Pairs(cut),
+                    joint_iterations: 25 * (cut % 2),
+                    regroup: cut % 2 == 0,
+                    ..ClosedFormOptions::default()
+                };
                 let (merged, report) =
                     merge(&expanded, &geometry, target, &statistics, &options, None, &Progressing::UNWATCHED).unwrap();
                 let error = measurement.relative_error(&merged, target, &Progressing::UNWATCHED).unwrap();
@@ -124,11 +128,12 @@ fn beats_the_mean_and_predicts_its_error() {
     let source = random_layer(&geometry, true, &mut noise);
     let sequences = inputs(&geometry, &[300, 300, 120], &mut noise);
     let statistics = statistics(&source, &geometry, &sequences);
-    let measurement = Measurement::new(&source, &geometry, sequences, &Progressing::UNWATCHED).unwrap();
+    let measurement = Measurement::new(&source, &geometry, None, sequences, &Progressing::UNWATCHED).unwrap();
     let run = |options: &ClosedFormOptions| {
         merge(&source, &geometry, 1, &statistics, options, Some(&measurement), &Progressing::UNWATCHED).unwrap()
     };
-    let plain = ClosedFormOptions { cut: Cut::Pairs(2), joint_iterations: 0, regroup: false };
+    let plain =
+        ClosedFormOptions { cut: Cut::Pairs(2), joint_iterations: 0, regroup: false, ..ClosedFormOptions::default() };
     let (closed, report) = run(&plain);
     let (joint, joint_report) = run(&ClosedFormOptions { joint_iterations: 25, ..plain.clone() });
     let (best, best_report) = run(&ClosedFormOptions { cut: Cut::Measured, ..plain.clone() });
@@ -173,7 +178,7 @@ fn alike_heads_are_grouped() {
     let mixed = expanded.permute(&geometry, &[0, 1, 4, 5, 2, 3, 6, 7], &[0, 2, 1, 3]);
     let sequences = inputs(&geometry, &[200], &mut noise);
     let statistics = statistics(&mixed, &geometry, &sequences);
-    let measurement = Measurement::new(&mixed, &geometry, sequences, &Progressing::UNWATCHED).unwrap();
+    let measurement = Measurement::new(&mixed, &geometry, None, sequences, &Progressing::UNWATCHED).unwrap();
     let options = ClosedFormOptions { cut: Cut::Pairs(2), ..ClosedFormOptions::default() };
     let (merged, report) = merge(&mixed, &geometry, 2, &statistics, &options, None, &Progressing::UNWATCHED).unwrap();
     assert_eq!(report.regrouped, Some(vec![0, 2, 1, 3]));
@@ -192,7 +197,7 @@ fn results_do_not_depend_on_the_thread_count() {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
             let statistics = statistics(&weights, &geometry, &sequences);
             let measurement =
-                Measurement::new(&weights, &geometry, sequences.clone(), &Progressing::UNWATCHED).unwrap();
+                Measurement::new(&weights, &geometry, None, sequences.clone(), &Progressing::UNWATCHED).unwrap();
             let options = ClosedFormOptions { cut: Cut::Measured, ..ClosedFormOptions::default() };
             let merged =
                 merge(&weights, &geometry, 1, &statistics, &options, Some(&measurement), &Progressing::UNWATCHED)

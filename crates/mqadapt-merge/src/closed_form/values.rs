@@ -6,11 +6,13 @@ use faer::Mat;
 use super::group::Group;
 use super::joint::{JointHead, joint_rows};
 use super::readout::read_outs;
-use super::slow::weighted_principal_rows;
+use super::slow::{trace, weighted_principal_rows, whiten};
 use crate::Error;
+use crate::algebra::count;
 use crate::statistics::Moment;
 
 /// The merged values of a group.
+#[derive(Clone)]
 pub(crate) struct ValueSolution {
     /// `v' = rows * stacked values`, `[head_dim, members * head_dim]`.
     pub(crate) rows: Mat<f64>,
@@ -18,8 +20,15 @@ pub(crate) struct ValueSolution {
     pub(crate) maps: Vec<Mat<f64>>,
 }
 
+/// A group's values by the closed form, and after the joint refinement.
+pub(crate) struct SolvedValues {
+    pub(crate) plain: ValueSolution,
+    /// None where there was nothing to refine.
+    pub(crate) joint: Option<ValueSolution>,
+}
+
 /// Solves a group; `metrics[i] = O_hT O_h`, `iterations` of joint refinement.
-pub(crate) fn solve_values(group: &Group<'_>, metrics: &[Mat<f64>], iterations: usize) -> Result<ValueSolution, Error> {
+pub(crate) fn solve_values(group: &Group<'_>, metrics: &[Mat<f64>], iterations: usize) -> Result<SolvedValues, Error> {
     let d = group.geometry.head_dim;
     let outputs = group.stacked(Moment::ValueOutput, group.all_dims());
     let pooled = outputs.pooled(&group.output_energy(metrics))?;
@@ -32,14 +41,22 @@ pub(crate) fn solve_values(group: &Group<'_>, metrics: &[Mat<f64>], iterations: 
         }
         sum
     });
-    let mut rows = weighted_principal_rows(blocks, pooled.as_ref(), d, 1e-9, group.progress)?;
+    let rows = weighted_principal_rows(blocks, pooled.as_ref(), d, 1e-9, group.progress)?;
     let select: Vec<usize> = (0..outputs.len()).map(|i| group.slot(i) * d).collect();
+    let mean = outputs.pooled(&vec![1.0; outputs.len()])?;
+    let solution = |rows: Mat<f64>| -> Result<ValueSolution, Error> {
+        // white rows, as large as the heads that they replace
+        let size = (trace(mean.as_ref()) / count(mean.nrows())).sqrt();
+        let rows = faer::Scale(if size > 0.0 { size } else { 1.0 }) * whiten(rows, mean.as_ref())?;
+        let maps = read_outs(rows.as_ref(), &outputs, pooled.as_ref(), &select, d)?;
+        Ok(ValueSolution { rows, maps })
+    };
+    let mut joint = None;
     if iterations > 0 {
-        let joint: Vec<JointHead<'_>> = (0..outputs.len())
+        let heads: Vec<JointHead<'_>> = (0..outputs.len())
             .map(|i| JointHead { metric: &metrics[i], moments: &outputs, index: i, select: select[i] })
             .collect();
-        rows = joint_rows(&joint, &outputs.pooled(&vec![1.0; outputs.len()])?, rows, iterations, group.progress)?;
+        joint = joint_rows(&heads, &mean, rows.clone(), iterations, group.progress)?.map(solution).transpose()?;
     }
-    let maps = read_outs(rows.as_ref(), &outputs, pooled.as_ref(), &select, d)?;
-    Ok(ValueSolution { rows, maps })
+    Ok(SolvedValues { plain: solution(rows)?, joint })
 }

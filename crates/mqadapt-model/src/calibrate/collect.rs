@@ -39,7 +39,7 @@ impl Collector {
         block_heads: usize,
     ) -> Result<Self> {
         let sums = Accumulator::new(geometry.clone(), o_proj, Some(block_heads)).map_err(Error::merge(layer_idx))?;
-        let wanted = if geometry.qk_norm { Vec::new() } else { calibration.measured() };
+        let wanted = calibration.measured();
         let inputs = vec![Vec::new(); wanted.len()];
         Ok(Self { layer_idx, sums, wanted, inputs, hidden_size: geometry.hidden_size })
     }

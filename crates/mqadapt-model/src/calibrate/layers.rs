@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_core::{DType, Progress, Progressing};
-use mqadapt_merge::closed_form::{self, ClosedFormOptions, Cut, LayerReport, Measurement};
-use mqadapt_merge::{LayerGeometry, LayerWeights, REFIT_LAMBDA, RefineOptions, Refit, prune};
+use mqadapt_merge::closed_form::{self, ClosedFormOptions, Cut, Fallback, LayerReport, Measurement, QkNorm};
+use mqadapt_merge::{LayerGeometry, LayerWeights, REFIT_LAMBDA, RefineOptions, prune};
 
 use super::collect::{Collector, block_heads};
 use super::refine::refined;
+use super::refit::Refitting;
 use super::text::{Calibration, LayerSample};
-use super::weights::{attention_weights, layer_geometry};
+use super::weights::{attention_weights, layer_geometry, qk_norm};
 use crate::activations::{Activations, Spill};
 use crate::allocator::give_back;
 use crate::statistics_file::StatisticsFile;
@@ -88,7 +89,7 @@ impl<'a> CalibratedMerge<'a> {
     pub fn new(
         checkpoint: &'a Checkpoint,
         calibration: Calibration,
-        method: CalibratedMethod,
+        mut method: CalibratedMethod,
         saved: Option<StatisticsFile>,
         dtype: DType,
     ) -> Result<Self> {
@@ -102,6 +103,9 @@ impl<'a> CalibratedMerge<'a> {
                 "has no tokens; give a text of a few thousand".to_owned()
             };
             return Err(Error::Argument { name: "calibration", detail });
+        }
+        if let CalibratedMethod::ClosedForm { options, .. } = &mut method {
+            options.dtype = dtype;
         }
         if let Some(saved) = &saved {
             saved.check_model(&checkpoint.fingerprint()?)?;
@@ -165,8 +169,9 @@ impl<'a> CalibratedMerge<'a> {
                 CalibratedLayer { weights, report, refit: None, kept: Some(kept) }
             }
             CalibratedMethod::ClosedForm { options, .. } => {
+                let norms = qk_norm(self.checkpoint, layer_idx)?;
                 let (measurement, options) =
-                    measurement(weights, &geometry, &mut sample, options, &self.calibration, &progressing)
+                    measurement(weights, &geometry, norms, &mut sample, options, &self.calibration, &progressing)
                         .map_err(failed)?;
                 let merged = closed_form::merge(
                     weights,
@@ -302,30 +307,43 @@ impl<'a> CalibratedMerge<'a> {
         merged: &mut CalibratedLayer,
         progress: &dyn Progress,
     ) -> Result<()> {
-        let failed = Error::merge(layer_idx);
         let geometry = &run.geometry;
         // read again: the weights of its MLP are not held while the layer is merged
         let layer = StreamedLayer::load(self.checkpoint, layer_idx, progress)?;
         let progressing = layer.progressing(progress);
         let Some(stream) = self.streams.as_mut().and_then(|streams| streams.converted.as_mut()) else { return Ok(()) };
-        let features = geometry.num_attention_heads * geometry.head_dim;
-        if let (CalibratedMethod::ClosedForm { refine: Some(refine), .. }, false) = (&self.method, geometry.qk_norm) {
-            merged.weights = refined(&layer, &run, stream, original, merged, refine, progress)?;
-        }
-        let mut sums =
-            Refit::new(&merged.weights.o_proj, &original.o_proj, features, geometry.hidden_size).map_err(failed)?;
         let heads = merged.report.num_key_value_heads;
-        let converted = layer.with_attention(&attention_weights(&merged.weights, heads), self.dtype)?;
-        let mut add = |trace: &crate::LayerTrace<'_>| {
-            let original = run.attention.read(trace.sequence)?;
-            sums.add_sequence(trace.attention, &original, &progressing).map_err(failed)?;
-            // the refit changes `o_proj` alone, so what it reads is not computed again
-            run.attention.write(trace.sequence, trace.attention.to_vec())
+        let refitting = Refitting { layer: &layer, geometry, original, heads, dtype: self.dtype };
+        let refine = match &self.method {
+            CalibratedMethod::ClosedForm { refine: Some(refine), .. } if !geometry.qk_norm => Some(refine),
+            _ => None,
         };
-        converted.look(stream, &mut add, progress)?;
-        let refitted = sums.solve(REFIT_LAMBDA, &progressing).map_err(failed)?;
-        merged.weights.o_proj = refitted.o_proj;
-        merged.refit = Some((refitted.error_before, refitted.error_after));
+        let sums = if let Some(refine) = refine {
+            let mut moved = refined(&layer, &run, stream, original, merged, refine, progress)?;
+            moved.round_to(self.dtype);
+            let mut of_moved = run.attention.like(geometry.num_attention_heads * geometry.head_dim)?;
+            let after = refitting.sums(&moved, stream, &mut run.attention, Some(&mut of_moved), progress)?;
+            let before = refitting.sums(&merged.weights, stream, &mut run.attention, None, progress)?;
+            if after.error() < before.error() {
+                merged.weights = moved;
+                run.attention = of_moved;
+                after
+            } else {
+                merged.report.fallbacks.push(Fallback::NotRefined);
+                before
+            }
+        } else {
+            refitting.sums(&merged.weights, stream, &mut run.attention, None, progress)?
+        };
+        // the refit changes `o_proj` alone, so what it reads is not computed again
+        let refitted = sums.solve(REFIT_LAMBDA, self.dtype, &progressing).map_err(Error::merge(layer_idx))?;
+        if refitted.error_after < refitted.error_before {
+            merged.weights.o_proj = refitted.o_proj;
+            merged.refit = Some((refitted.error_before, refitted.error_after));
+        } else {
+            merged.report.fallbacks.push(Fallback::NotRefitted);
+            merged.refit = Some((refitted.error_before, refitted.error_before));
+        }
         let converted = layer.with_attention(&attention_weights(&merged.weights, heads), self.dtype)?;
         converted.leave(stream, &run.attention, progress)
     }
@@ -340,22 +358,26 @@ pub(super) struct Visit {
     pub(super) attention: Activations,
 }
 
-/// The measurement for a measured cut. Where there is nothing to measure on, the cut follows from the target contexts.
+/// The measurement that cuts and solutions are chosen by. Where there is nothing to measure on at the target contexts, the cut
+/// follows from them, and solutions are compared on what there is.
 fn measurement(
     weights: &LayerWeights,
     geometry: &LayerGeometry,
+    norms: Option<QkNorm>,
     sample: &mut LayerSample,
     options: &ClosedFormOptions,
     calibration: &Calibration,
     progress: &Progressing<'_>,
 ) -> std::result::Result<(Option<Measurement>, ClosedFormOptions), mqadapt_merge::Error> {
-    if options.cut != Cut::Measured || geometry.qk_norm {
-        return Ok((None, options.clone()));
-    }
-    let inputs = sample.take_inputs_for(&calibration.target_contexts, geometry.hidden_size);
+    let mut options = options.clone();
+    let (mut inputs, rest) = sample.take_inputs_for(&calibration.target_contexts, geometry.hidden_size);
     if inputs.iter().all(Vec::is_empty) {
-        let cut = Cut::Context(calibration.target_contexts.clone());
-        return Ok((None, ClosedFormOptions { cut, ..options.clone() }));
+        inputs = rest;
+        if options.cut == Cut::Measured {
+            options.cut = Cut::Context(calibration.target_contexts.clone());
+        }
     }
-    Ok((Some(Measurement::new(weights, geometry, inputs, progress)?), options.clone()))
+    let empty = inputs.iter().all(Vec::is_empty);
+    let measurement = if empty { None } else { Some(Measurement::new(weights, geometry, norms, inputs, progress)?) };
+    Ok((measurement, options))
 }

@@ -7,6 +7,7 @@ mod collect;
 mod layers;
 mod overlay;
 mod refine;
+mod refit;
 mod text;
 mod weights;
 

@@ -52,7 +52,7 @@ impl Calibration {
 
     /// Sequences by index and the tokens of each that serve to measure a layer's cut: of every target context about
     /// [`MEASURED_TOKENS`], one sequence at least. Sequences of that very length come before longer ones, which are cut short;
-    /// they are taken from all over the text.
+    /// they are taken from all over the text. Where none is as long, the longest ones serve.
     pub(crate) fn measured(&self) -> Vec<(usize, usize)> {
         let mut out = Vec::new();
         for &context in self.target_contexts.iter().filter(|context| **context > 0) {
@@ -65,6 +65,20 @@ impl Calibration {
             }
             let wanted = (MEASURED_TOKENS / context).max(1).min(fitting.len());
             out.extend((0..wanted).map(|nth| (fitting[(2 * nth + 1) * fitting.len() / (2 * wanted)], context)));
+        }
+        if out.is_empty() {
+            // no sequence reaches a target context: the longest ones, as they are
+            let mut longest: Vec<usize> =
+                (0..self.sequences.len()).filter(|i| !self.sequences[*i].is_empty()).collect();
+            longest.sort_by_key(|i| std::cmp::Reverse(self.sequences[*i].len()));
+            let mut tokens = 0;
+            for i in longest {
+                if tokens >= MEASURED_TOKENS {
+                    break;
+                }
+                tokens += self.sequences[i].len();
+                out.push((i, self.sequences[i].len()));
+            }
         }
         out
     }
@@ -80,23 +94,27 @@ pub struct LayerSample {
 }
 
 impl LayerSample {
-    /// The inputs for some target contexts: those of that length, or else longer ones cut short. None at all where a context
-    /// has none, since what is measured at the others would decide for it too. None are left.
-    pub(crate) fn take_inputs_for(&mut self, target_contexts: &[usize], hidden_size: usize) -> Vec<Vec<f32>> {
+    /// The inputs for some target contexts: those of that length, or else longer ones cut short; none at all where a context
+    /// has none, since what is measured at the others would decide for it too. And the rest of them; none are left.
+    pub(crate) fn take_inputs_for(
+        &mut self,
+        target_contexts: &[usize],
+        hidden_size: usize,
+    ) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
         let wanted: Vec<usize> = target_contexts.iter().map(|context| context * hidden_size).collect();
-        let mut inputs = std::mem::take(&mut self.inputs);
+        let inputs = std::mem::take(&mut self.inputs);
         let mut out = Vec::new();
         for &values in wanted.iter().filter(|values| inputs.iter().all(|input| input.len() != **values)) {
             let longer = inputs.iter().filter(|input| input.len() > values);
             let before = out.len();
             out.extend(longer.map(|input| input[..values].to_vec()));
             if out.len() == before {
-                return Vec::new();
+                return (Vec::new(), inputs);
             }
         }
-        inputs.retain(|input| wanted.contains(&input.len()));
-        out.extend(inputs);
-        out
+        let (of_length, rest): (Vec<_>, Vec<_>) = inputs.into_iter().partition(|input| wanted.contains(&input.len()));
+        out.extend(of_length);
+        (out, rest)
     }
 }
 
@@ -123,7 +141,7 @@ mod tests {
         let inputs = vec![vec![1.0; 8], vec![2.0; 8], vec![3.0; 20]];
         let lengths = |contexts: &[usize]| -> Vec<usize> {
             let mut sample = LayerSample { statistics: statistics.clone(), inputs: inputs.clone() };
-            let taken = sample.take_inputs_for(contexts, 4);
+            let (taken, _) = sample.take_inputs_for(contexts, 4);
             assert!(sample.inputs.is_empty());
             taken.iter().map(|input| input.len() / 4).collect()
         };
@@ -144,10 +162,11 @@ mod tests {
     fn cuts_are_measured_on_windows_of_their_context() {
         let mixed = text(&[512, 2048, 512, 512, 512, 2048, 512, 512], &[512, 2048]);
         assert_eq!(mixed.measured(), [(2, 512), (4, 512), (7, 512), (5, 2048)]);
-        // longer ones serve where there are none of that length; no shorter one ever does
+        // longer ones serve where there are none of that length; where none is as long, the longest as they are, which are
+        // no measure of a cut but of what a merge costs
         assert_eq!(text(&[2048, 512, 2048], &[1024]).measured(), [(2, 1024)]);
         assert_eq!(text(&[300, 2048], &[512]).measured(), [(1, 512)]);
-        assert!(text(&[300], &[512]).measured().is_empty());
+        assert_eq!(text(&[300], &[512]).measured(), [(0, 300)]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_core::ModelConfig;
 use mqadapt_core::family::{LayerTensor, Module};
+use mqadapt_merge::closed_form::QkNorm;
 use mqadapt_merge::{LayerGeometry, LayerWeights};
 
 use crate::overlay::AttentionWeights;
@@ -31,15 +32,9 @@ pub fn layer_geometry(config: &ModelConfig, layer_idx: usize) -> LayerGeometry {
 /// [`Error::Missing`], [`Error::Checkpoint`].
 pub fn layer_weights(checkpoint: &Checkpoint, layer_idx: usize) -> Result<LayerWeights> {
     let config = checkpoint.config();
-    let read = |tensor: LayerTensor| -> Result<Vec<f32>> {
-        let name = tensor.name();
-        let info = checkpoint.tensor(&name).ok_or(Error::Missing { tensor: name })?;
-        let mut values = vec![0.0; info.len()];
-        checkpoint.read_f32(info, 0, &mut values)?;
-        Ok(values)
-    };
-    let weight = |module| read(LayerTensor::weight(layer_idx, module));
-    let bias = |module| config.has_bias(module).then(|| read(LayerTensor::bias(layer_idx, module))).transpose();
+    let weight = |module| read(checkpoint, LayerTensor::weight(layer_idx, module));
+    let bias =
+        |module| config.has_bias(module).then(|| read(checkpoint, LayerTensor::bias(layer_idx, module))).transpose();
     Ok(LayerWeights {
         q_proj: weight(Module::QProj)?,
         k_proj: weight(Module::KProj)?,
@@ -49,6 +44,33 @@ pub fn layer_weights(checkpoint: &Checkpoint, layer_idx: usize) -> Result<LayerW
         k_proj_bias: bias(Module::KProj)?,
         v_proj_bias: bias(Module::VProj)?,
     })
+}
+
+/// The norms of queries and keys of a layer, where it has them.
+///
+/// # Errors
+/// [`Error::Missing`], [`Error::Checkpoint`].
+pub(crate) fn qk_norm(checkpoint: &Checkpoint, layer_idx: usize) -> Result<Option<QkNorm>> {
+    let config = checkpoint.config();
+    if !config.family.forward.qk_norm {
+        return Ok(None);
+    }
+    let norm = |module| -> Result<Vec<f32>> {
+        let mut weight = read(checkpoint, LayerTensor::weight(layer_idx, module))?;
+        if config.family.forward.norm_weight_plus_one {
+            weight.iter_mut().for_each(|w| *w += 1.0);
+        }
+        Ok(weight)
+    };
+    Ok(Some(QkNorm { q_norm: norm(Module::QNorm)?, k_norm: norm(Module::KNorm)?, eps: config.rms_norm_eps }))
+}
+
+fn read(checkpoint: &Checkpoint, tensor: LayerTensor) -> Result<Vec<f32>> {
+    let name = tensor.name();
+    let info = checkpoint.tensor(&name).ok_or(Error::Missing { tensor: name })?;
+    let mut values = vec![0.0; info.len()];
+    checkpoint.read_f32(info, 0, &mut values)?;
+    Ok(values)
 }
 
 /// All weights of a merged layer, for the forward pass.
