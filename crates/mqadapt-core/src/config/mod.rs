@@ -6,7 +6,7 @@ mod rope;
 
 use serde_json::Value;
 
-use crate::family::{EMBED_TOKENS, FAMILIES, Family, LM_HEAD, LayerTensor, Module, NORM};
+use crate::family::{AttentionBias, EMBED_TOKENS, FAMILIES, Family, LM_HEAD, LayerTensor, Module, NORM};
 use crate::{Error, Result};
 use fields::Fields;
 pub use rope::{Rope, RopeScaling};
@@ -142,6 +142,7 @@ impl ModelConfig {
             found: model_type.to_owned(),
             supported: FAMILIES.iter().map(|f| f.model_type).collect::<Vec<_>>().join(", "),
         })?;
+        fields.refuse_unsupported()?;
         let defaults = &family.defaults;
 
         let hidden_size = fields.required_size("hidden_size")?;
@@ -161,8 +162,18 @@ impl ModelConfig {
         if !head_dim.is_multiple_of(2) {
             return Err(fields.wrong("head_dim", "an even number (RoPE rotates pairs)"));
         }
-        let num_key_value_heads = fields.num_key_value_heads(num_hidden_layers, num_attention_heads)?;
-        let attention_bias = fields.flag("attention_bias")?.unwrap_or(false);
+        let num_key_value_heads = fields.num_key_value_heads(family, num_hidden_layers, num_attention_heads)?;
+        let bias = |field, read: bool| Ok(read && fields.flag(field)?.unwrap_or(false));
+        let (qkv_bias, o_bias) = match family.forward.attention_bias {
+            AttentionBias::Never => (false, false),
+            AttentionBias::Qkv => (true, false),
+            AttentionBias::ByField => {
+                let all = bias("attention_bias", true)?;
+                (all, all)
+            }
+        };
+        let max_position_embeddings =
+            fields.size("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
 
         Ok(Self {
             family,
@@ -173,15 +184,13 @@ impl ModelConfig {
             num_key_value_heads,
             head_dim,
             vocab_size: fields.required_size("vocab_size")?,
-            max_position_embeddings: fields
-                .size("max_position_embeddings")?
-                .unwrap_or(defaults.max_position_embeddings),
+            max_position_embeddings,
             rms_norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps),
-            rope: Rope::read(&fields, defaults.rope_theta, head_dim)?,
+            rope: Rope::read(&fields, defaults.rope_theta, max_position_embeddings, head_dim)?,
             tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(defaults.tie_word_embeddings),
-            qkv_bias: family.forward.qkv_bias || attention_bias,
-            o_bias: !family.forward.qkv_bias && attention_bias,
-            mlp_bias: fields.flag("mlp_bias")?.unwrap_or(false),
+            qkv_bias,
+            o_bias,
+            mlp_bias: bias("mlp_bias", family.forward.mlp_bias)?,
             hidden_act: fields.activation(family)?,
             sliding_window: fields.sliding_windows(family, num_hidden_layers)?,
             initializer_range: fields.positive("initializer_range")?.unwrap_or(0.02),

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::rope::given;
 use super::{ModelConfig, RopeScaling};
 
 /// The source's file with other K/V-head counts. Layers alike: an ordinary configuration. Layers that differ: the widest
@@ -45,11 +46,9 @@ fn remove_auto_map(out: &mut Map<String, Value>, ours: &str) {
 /// Both spellings: transformers 5 reads `rope_parameters`; 4.x, MLX and llama.cpp read `rope_theta` and `rope_scaling`.
 fn write_rope(source: &ModelConfig, out: &mut Map<String, Value>) {
     let theta = source.rope.theta;
-    let given = ["rope_parameters", "rope_scaling"]
-        .into_iter()
-        .find_map(|name| out.get(name).and_then(Value::as_object).cloned());
-    let mut parameters = given.unwrap_or_default();
-    if parameters.get("rope_type").is_none() {
+    let given = given(|name| out.get(name).filter(|value| !value.is_null()));
+    let mut parameters = given.and_then(|(_, value)| value.as_object().cloned()).unwrap_or_default();
+    if parameters.get("rope_type").is_none_or(Value::is_null) {
         let kind = parameters.remove("type").unwrap_or_else(|| json!("default"));
         parameters.insert("rope_type".to_owned(), kind);
     }
