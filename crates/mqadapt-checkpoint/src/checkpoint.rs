@@ -8,6 +8,7 @@ use mqadapt_core::{DType, ModelConfig};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::gguf::{self, Gguf};
+use crate::naming::by_name;
 use crate::numbers::convert;
 use crate::{Error, Result, Shard, ShardHead, ShardSource, SideFile, StoredType, TensorInfo, folder, side_files};
 
@@ -63,7 +64,7 @@ impl Checkpoint {
     }
 
     fn new(path: &Path, contents: Contents, gguf: Option<Gguf>) -> Self {
-        let by_name = contents.tensors.iter().enumerate().map(|(at, tensor)| (tensor.name.clone(), at)).collect();
+        let by_name = by_name(&contents.config, &contents.tensors);
         let dtype = prevailing_dtype(&contents.tensors);
         Self { path: path.to_owned(), contents, by_name, dtype, gguf }
     }
@@ -93,7 +94,7 @@ impl Checkpoint {
         &self.contents.tensors
     }
 
-    /// The tensor of this name.
+    /// The tensor of this name; for the embedding of a tied pair of which only `lm_head.weight` is stored, that one.
     #[must_use]
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.by_name.get(name).and_then(|&at| self.contents.tensors.get(at))
@@ -191,7 +192,8 @@ impl Checkpoint {
         let mut hash = Xxh3::new();
         hash.update(self.config().json.to_string().as_bytes());
         for tensor in self.tensors() {
-            let TensorInfo { name, shape, dtype, offset, shard, .. } = tensor;
+            let TensorInfo { shape, dtype, offset, shard, .. } = tensor;
+            let name = self.config().stored_name(&tensor.name);
             hash.update(format!("\n{name} {shape:?} {dtype} {offset}@{shard}").as_bytes());
         }
         format!("{:032x}", hash.digest128())

@@ -34,6 +34,7 @@ mod folder;
 mod gguf;
 mod header;
 mod index;
+mod naming;
 mod numbers;
 mod plan_file;
 mod shard;

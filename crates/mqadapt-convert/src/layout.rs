@@ -126,7 +126,7 @@ impl OutputShard {
         for tensor in &mut tensors {
             tensor.offset = end;
             end += tensor.bytes;
-            let source = checkpoint.tensors().get(tensor.source).map_or("", |source| source.name.as_str());
+            let source = checkpoint.tensors().get(tensor.source).map_or("", |source| stored_name(checkpoint, source));
             let dtype = tensor.dtype.safetensors().map_or(Value::Null, |dtype| json!(dtype));
             let entry = json!({ "dtype": dtype, "shape": tensor.shape, "data_offsets": [tensor.offset, end] });
             header.insert(source.to_owned(), entry);
@@ -188,6 +188,11 @@ impl Request<'_> {
     }
 }
 
+/// The name of a tensor in the source's files, and in ours.
+fn stored_name<'a>(checkpoint: &Checkpoint, tensor: &'a TensorInfo) -> &'a str {
+    checkpoint.config().stored_name(&tensor.name)
+}
+
 fn is_kv(layer: LayerTensor) -> bool {
     use mqadapt_core::family::Module::{KProj, VProj};
     matches!(layer.module, KProj | VProj)
@@ -231,7 +236,8 @@ fn index_text(shards: &[OutputShard], checkpoint: &Checkpoint) -> String {
     for shard in shards {
         for tensor in &shard.tensors {
             total_size += tensor.bytes;
-            places.extend(checkpoint.tensors().get(tensor.source).map(|t| (t.name.as_str(), shard.name.as_str())));
+            let source = checkpoint.tensors().get(tensor.source);
+            places.extend(source.map(|source| (stored_name(checkpoint, source), shard.name.as_str())));
         }
     }
     places.sort_unstable();

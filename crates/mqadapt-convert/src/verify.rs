@@ -181,6 +181,9 @@ impl Verifier<'_> {
             }
         };
         let checkpoint = self.checkpoint;
+        if checkpoint.config().stored != source.config().stored {
+            self.problem(format!("one of it and {} is a base model, the other is not", source.path().display()));
+        }
         for tensor in source.tensors().iter().filter(|tensor| checkpoint.tensor(&tensor.name).is_none()) {
             self.problem(format!("tensor '{}' of the source is missing", tensor.name));
         }

@@ -6,7 +6,9 @@ mod rope;
 
 use serde_json::Value;
 
-use crate::family::{AttentionBias, EMBED_TOKENS, FAMILIES, Family, LM_HEAD, LayerTensor, Module, NORM};
+use crate::family::{
+    AttentionBias, BASE_MODEL_PREFIX, EMBED_TOKENS, FAMILIES, Family, LM_HEAD, LayerTensor, Module, NORM,
+};
 use crate::{Error, Result};
 use fields::Fields;
 pub use rope::{Rope, RopeScaling};
@@ -65,6 +67,15 @@ pub enum Activation {
     Gelu,
 }
 
+/// What a checkpoint stores, where `config.json` alone does not tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stored {
+    /// Its tensors have the names of a base model (`LlamaModel`): `layers.0...`, not `model.layers.0...`.
+    pub base_model: bool,
+    /// There is an output projection, which may be the embeddings. Only a base model can be without.
+    pub lm_head: bool,
+}
+
 /// A validated model configuration: every size is positive, consistent and small enough to compute with.
 #[derive(Debug, Clone)]
 #[allow(clippy::struct_excessive_bools)] // the fields of config.json
@@ -107,6 +118,8 @@ pub struct ModelConfig {
     pub initializer_range: f64,
     /// Type of the stored weights, if the file tells.
     pub dtype: Option<DType>,
+    /// What the checkpoint stores; of a `config.json` alone, what a `...ForCausalLM` does.
+    pub stored: Stored,
     /// The file as read, for writing it back.
     pub json: Value,
 }
@@ -195,12 +208,13 @@ impl ModelConfig {
             sliding_window: fields.sliding_windows(family, num_hidden_layers)?,
             initializer_range: fields.positive("initializer_range")?.unwrap_or(0.02),
             dtype: fields.dtype(),
+            stored: Stored { base_model: false, lm_head: true },
             json,
         })
     }
 
     /// Every tensor that a checkpoint of this model must have, in the order of the forward pass.
-    /// `lm_head.weight` only where the embeddings are not tied.
+    /// `lm_head.weight` only where the embeddings are not tied, and the checkpoint has one.
     #[must_use]
     pub fn tensors(&self) -> Vec<ExpectedTensor> {
         let mut out =
@@ -219,10 +233,16 @@ impl ModelConfig {
             }
         }
         out.push(ExpectedTensor { name: NORM.to_owned(), shape: vec![self.hidden_size] });
-        if !self.tie_word_embeddings {
+        if !self.tie_word_embeddings && self.stored.lm_head {
             out.push(ExpectedTensor { name: LM_HEAD.to_owned(), shape: vec![self.vocab_size, self.hidden_size] });
         }
         out
+    }
+
+    /// The name in the checkpoint's own files of a tensor that a `...ForCausalLM` calls `name`.
+    #[must_use]
+    pub fn stored_name<'a>(&self, name: &'a str) -> &'a str {
+        name.strip_prefix(BASE_MODEL_PREFIX).filter(|_| self.stored.base_model).unwrap_or(name)
     }
 
     /// Shape of a module's weight in one layer; `None` where the family has no such module.

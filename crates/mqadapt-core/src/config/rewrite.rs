@@ -11,25 +11,26 @@ use super::{ModelConfig, RopeScaling};
 pub(super) fn rewrite(source: &ModelConfig, heads: &[usize], modeling_file: &str) -> Value {
     let mut out = source.json.as_object().cloned().unwrap_or_default();
     let widest = heads.iter().copied().max().unwrap_or(source.num_attention_heads);
-    let ours = format!("LayerwiseKV{}ForCausalLM", source.class_prefix());
-    let plain = format!("{}ForCausalLM", source.class_prefix());
+    let family = source.class_prefix();
+    let own = if source.stored.base_model { "Model" } else { "ForCausalLM" };
     out.insert("num_key_value_heads".to_owned(), json!(widest));
     out.shift_remove("per_layer_config");
     // `head_dim` is derived from the head counts by some readers, which a Gemma contradicts: say it
     out.insert("head_dim".to_owned(), json!(source.head_dim));
 
     if heads.iter().all(|&own| own == widest) {
-        remove_auto_map(&mut out, &ours);
-        out.insert("architectures".to_owned(), json!([plain]));
+        remove_auto_map(&mut out, &format!("LayerwiseKV{family}ForCausalLM"));
+        out.insert("architectures".to_owned(), json!([format!("{family}{own}")]));
     } else {
         let width = (heads.len() - 1).to_string().len().max(2);
         let differing = heads.iter().enumerate().filter(|(_, own)| **own != widest);
         let per_layer: Map<_, _> =
             differing.map(|(idx, own)| (format!("{idx:0width$}"), json!({ "num_key_value_heads": own }))).collect();
         out.insert("per_layer_config".to_owned(), Value::Object(per_layer));
-        out.insert("architectures".to_owned(), json!([ours]));
-        let class = format!("{modeling_file}.{ours}");
-        out.insert("auto_map".to_owned(), json!({ "AutoModel": class, "AutoModelForCausalLM": class }));
+        out.insert("architectures".to_owned(), json!([format!("LayerwiseKV{family}{own}")]));
+        let class = |kind| format!("{modeling_file}.LayerwiseKV{family}{kind}");
+        let classes = json!({ "AutoModel": class("Model"), "AutoModelForCausalLM": class("ForCausalLM") });
+        out.insert("auto_map".to_owned(), classes);
     }
     write_rope(source, &mut out);
     Value::Object(out)
