@@ -146,7 +146,7 @@ impl Request<'_> {
     /// Shape, type and way of one tensor.
     fn output_tensor(&self, at: usize, tensor: &TensorInfo) -> Result<OutputTensor> {
         let dtype = match (tensor.dtype, self.options.dtype) {
-            (StoredType::Float(_), Some(asked)) => StoredType::Float(asked),
+            (StoredType::Float(_) | StoredType::F64, Some(asked)) => StoredType::Float(asked),
             (StoredType::Ggml(_), asked) => StoredType::Float(asked.unwrap_or(self.checkpoint.dtype())),
             (stored, _) => stored,
         };
@@ -159,9 +159,9 @@ impl Request<'_> {
             None if tensor.dtype == dtype && tensor.verbatim => (How::Copy, tensor.shape.clone()),
             None => (How::Read, tensor.shape.clone()),
         };
-        let bytes = match (how, dtype.float()) {
+        let bytes = match (how, dtype.value_bytes()) {
             (How::Copy, _) => tensor.bytes, // of any type, sub-byte ones too
-            (_, Some(dtype)) => (shape.iter().product::<usize>() * dtype.bytes()) as u64,
+            (_, Some(width)) => (shape.iter().product::<usize>() * width) as u64,
             (_, None) => {
                 let (path, name) = (self.checkpoint.path().to_owned(), tensor.name.clone());
                 let found = tensor.dtype.to_string();

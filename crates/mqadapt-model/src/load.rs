@@ -63,7 +63,7 @@ pub(crate) fn read(
     let mut sizes = Vec::with_capacity(names.len());
     for name in names {
         let info = checkpoint.tensor(name).ok_or_else(|| Error::Missing { tensor: name.clone() })?;
-        let dtype = dtype.or(info.dtype.float()).unwrap_or(checkpoint.dtype());
+        let dtype = dtype.or(info.dtype.computed()).unwrap_or(checkpoint.dtype());
         let merge = overlay.and_then(|overlay| merged(name, overlay.plan));
         let len = match (merge, overlay) {
             (Some((heads, tensor)), Some(overlay)) => {
