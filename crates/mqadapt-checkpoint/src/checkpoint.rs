@@ -8,7 +8,8 @@ use mqadapt_core::{DType, ModelConfig};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::gguf::{self, Gguf};
-use crate::numbers::convert;
+use crate::naming::by_name;
+use crate::numbers::convert_stored;
 use crate::{Error, Result, Shard, ShardHead, ShardSource, SideFile, StoredType, TensorInfo, folder, side_files};
 
 /// Bytes read at a time where values are converted while they are read.
@@ -20,7 +21,7 @@ pub struct Checkpoint {
     path: PathBuf,
     contents: Contents,
     by_name: HashMap<String, usize>,
-    dtype: DType,
+    stored: StoredType,
     gguf: Option<Gguf>,
 }
 
@@ -63,9 +64,9 @@ impl Checkpoint {
     }
 
     fn new(path: &Path, contents: Contents, gguf: Option<Gguf>) -> Self {
-        let by_name = contents.tensors.iter().enumerate().map(|(at, tensor)| (tensor.name.clone(), at)).collect();
-        let dtype = prevailing_dtype(&contents.tensors);
-        Self { path: path.to_owned(), contents, by_name, dtype, gguf }
+        let by_name = by_name(&contents.config, &contents.tensors);
+        let stored = prevailing_type(&contents.tensors);
+        Self { path: path.to_owned(), contents, by_name, stored, gguf }
     }
 
     /// Where it was opened.
@@ -81,10 +82,16 @@ impl Checkpoint {
     }
 
     /// The dtype that its weights are converted to or computed with unless another is asked for: the one that most of its
-    /// matrices are stored in; `BF16` for quantised ones.
+    /// matrices are stored in; `BF16` for quantised ones, `F32` for 64-bit ones.
     #[must_use]
     pub fn dtype(&self) -> DType {
-        self.dtype
+        self.stored.computed().unwrap_or(DType::BF16)
+    }
+
+    /// The name of the dtype that its weights have when they are converted without another being asked for.
+    #[must_use]
+    pub fn stored_dtype(&self) -> &'static str {
+        self.stored.name().unwrap_or(DType::BF16.name())
     }
 
     /// Its tensors, in source order: shard by shard, by offset.
@@ -93,7 +100,7 @@ impl Checkpoint {
         &self.contents.tensors
     }
 
-    /// The tensor of this name.
+    /// The tensor of this name; for the embedding of a tied pair of which only `lm_head.weight` is stored, that one.
     #[must_use]
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.by_name.get(name).and_then(|&at| self.contents.tensors.get(at))
@@ -105,7 +112,7 @@ impl Checkpoint {
         &self.contents.shards
     }
 
-    /// Reads values as f32 (exact), from value `first_value` of the row-major tensor on, filling `out`.
+    /// Reads values as f32 (exact, but for 64-bit ones), from value `first_value` of the row-major tensor on, filling `out`.
     ///
     /// # Errors
     /// [`Error::OutOfRange`], [`Error::Dtype`] for tensors that are not floats, [`Error::Io`], [`Error::Shrunk`].
@@ -135,22 +142,22 @@ impl Checkpoint {
         {
             return gguf.read_as(shard, tensor, dtype, first_value, out);
         }
-        let (Some(shard), Some(stored)) = (shard, tensor.dtype.float()) else {
+        let (Some(shard), Some(width)) = (shard, tensor.dtype.value_bytes()) else {
             let (path, name) = (self.path.clone(), tensor.name.clone());
             return Err(Error::Dtype { path, name, found: tensor.dtype.to_string() });
         };
-        let mut offset = tensor.offset + (first_value * stored.bytes()) as u64;
-        if stored == dtype {
+        let mut offset = tensor.offset + (first_value * width) as u64;
+        if tensor.dtype == StoredType::Float(dtype) {
             shard.read_exact_at(offset, out)?;
             return Ok(0);
         }
-        let values = (PIECE / stored.bytes()).min(count); // in a piece
-        let mut piece = vec![0; values * stored.bytes()];
+        let values = (PIECE / width).min(count); // in a piece
+        let mut piece = vec![0; values * width];
         let mut overflowed = 0;
         for out in out.chunks_mut((values * dtype.bytes()).max(1)) {
-            let piece = &mut piece[..out.len() / dtype.bytes() * stored.bytes()];
+            let piece = &mut piece[..out.len() / dtype.bytes() * width];
             shard.read_exact_at(offset, piece)?;
-            overflowed += convert(stored, piece, dtype, out);
+            overflowed += convert_stored(tensor.dtype, piece, dtype, out);
             offset += piece.len() as u64;
         }
         Ok(overflowed)
@@ -191,7 +198,8 @@ impl Checkpoint {
         let mut hash = Xxh3::new();
         hash.update(self.config().json.to_string().as_bytes());
         for tensor in self.tensors() {
-            let TensorInfo { name, shape, dtype, offset, shard, .. } = tensor;
+            let TensorInfo { shape, dtype, offset, shard, .. } = tensor;
+            let name = self.config().stored_name(&tensor.name);
             hash.update(format!("\n{name} {shape:?} {dtype} {offset}@{shard}").as_bytes());
         }
         format!("{:032x}", hash.digest128())
@@ -222,17 +230,23 @@ pub fn read_config(path: &Path) -> Result<ModelConfig> {
     if path.is_dir() { folder::read_config(path) } else { Ok(Checkpoint::open(path)?.contents.config) }
 }
 
-/// The dtype that holds most bytes of matrices.
-pub(crate) fn prevailing_dtype(tensors: &[TensorInfo]) -> DType {
-    let bytes = |dtype: DType| -> u64 {
-        let stored = |tensor: &&TensorInfo| match tensor.dtype {
-            StoredType::Float(own) => own == dtype,
-            StoredType::Ggml(_) => dtype == DType::BF16,
-            StoredType::Other(_) => false,
+/// The type that holds most bytes of matrices; for quantised ones, what they become.
+fn prevailing_type(tensors: &[TensorInfo]) -> StoredType {
+    let bytes = |stored: StoredType| -> u64 {
+        let same = |tensor: &&TensorInfo| match tensor.dtype {
+            StoredType::Ggml(_) => stored == StoredType::Float(DType::BF16),
+            own => own == stored,
         };
-        tensors.iter().filter(|tensor| tensor.shape.len() == 2).filter(stored).map(|tensor| tensor.bytes).sum()
+        tensors.iter().filter(|tensor| tensor.shape.len() == 2).filter(same).map(|tensor| tensor.bytes).sum()
     };
-    [DType::BF16, DType::F16, DType::F32].into_iter().max_by_key(|dtype| bytes(*dtype)).unwrap_or(DType::BF16)
+    let floats = [DType::BF16, DType::F16, DType::F32].map(StoredType::Float);
+    let all = [StoredType::F64].into_iter().chain(floats);
+    all.max_by_key(|stored| bytes(*stored)).unwrap_or(StoredType::Float(DType::BF16))
+}
+
+/// The dtype that most of the matrices are computed in.
+pub(crate) fn prevailing_dtype(tensors: &[TensorInfo]) -> DType {
+    prevailing_type(tensors).computed().unwrap_or(DType::BF16)
 }
 
 #[cfg(test)]

@@ -96,7 +96,7 @@ pub enum Error {
         found: Vec<usize>,
     },
     /// A weight is stored as something that is not a supported float.
-    #[error("{}: tensor '{name}' is stored as {found}; supported are F32, F16 and BF16", .path.display())]
+    #[error("{}: tensor '{name}' is stored as {found}; supported are F64, F32, F16 and BF16", .path.display())]
     Dtype {
         /// The file.
         path: PathBuf,

@@ -6,12 +6,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mqadapt_core::ModelConfig;
+use mqadapt_core::config::ExpectedTensor;
+use mqadapt_core::family::LM_HEAD;
 
 use crate::checkpoint::Contents;
 use crate::error::HeaderProblem;
 use crate::file::{self, MAX_TEXT_BYTES, read_exact_at, read_small};
 use crate::header::{Header, header_bytes};
 use crate::index::{INDEX_FILE, Index, MAX_INDEX_BYTES, SINGLE_FILE};
+use crate::naming::{adopt, by_name};
 use crate::{Error, Result, Shard, ShardHead, ShardSource, StoredType, TensorInfo};
 
 /// Opens a folder: configuration, index and headers, checked against each other.
@@ -50,7 +53,7 @@ pub(crate) fn open_lent(folder: &Path, heads: Vec<ShardHead>, lender: &Arc<dyn S
 /// Puts shards and headers together, and checks them against the index and the configuration.
 fn contents(
     folder: &Path,
-    config: ModelConfig,
+    mut config: ModelConfig,
     index: Option<&(PathBuf, Index)>,
     opened: Vec<(Shard, Header)>,
 ) -> Result<Contents> {
@@ -71,6 +74,7 @@ fn contents(
     if let Some((path, index)) = index {
         check_index(path, index, &shards, &tensors)?;
     }
+    adopt(&mut config, &mut tensors);
     check_tensors(folder, &config, &shards, &tensors)?;
     Ok(Contents { config, shards, tensors })
 }
@@ -161,9 +165,15 @@ pub(crate) fn check_tensors(
     shards: &[Shard],
     tensors: &[TensorInfo],
 ) -> Result<()> {
-    let by_name: HashMap<&str, &TensorInfo> = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
-    for expected in config.tensors() {
-        let Some(tensor) = by_name.get(expected.name.as_str()) else {
+    let by_name = by_name(config, tensors);
+    let mut all = config.tensors();
+    if config.tie_word_embeddings && by_name.contains_key(LM_HEAD) {
+        all.push(ExpectedTensor { name: LM_HEAD.to_owned(), shape: vec![config.vocab_size, config.hidden_size] });
+    }
+    for expected in all {
+        let found = by_name.get(&expected.name).and_then(|&at| tensors.get(at));
+        let expected = ExpectedTensor { name: config.stored_name(&expected.name).to_owned(), ..expected };
+        let Some(tensor) = found else {
             if let Some(shard) = unlisted_shard(source, shards) {
                 let detail = format!("is missing; the folder has '{shard}', which the index does not name");
                 return Err(Error::Misplaced { path: source.to_owned(), name: expected.name, detail });

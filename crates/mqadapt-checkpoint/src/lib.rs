@@ -34,6 +34,7 @@ mod folder;
 mod gguf;
 mod header;
 mod index;
+mod naming;
 mod numbers;
 mod plan_file;
 mod shard;
@@ -47,7 +48,7 @@ pub use gguf::check_gguf_bytes;
 pub use header::{Header, HeaderEntry, MAX_HEADER_BYTES};
 #[doc(hidden)]
 pub use index::index_shards;
-pub use numbers::{convert, round};
+pub use numbers::{convert, convert_stored, round, store};
 pub use plan_file::read_plan;
 pub use shard::{Shard, ShardHead, ShardSource};
 pub use side_files::{Content, SideFile};

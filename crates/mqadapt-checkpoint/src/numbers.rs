@@ -4,6 +4,8 @@
 use half::{bf16, f16};
 use mqadapt_core::DType;
 
+use crate::StoredType;
+
 /// Values of a block.
 const BLOCK: usize = 1024;
 
@@ -35,6 +37,55 @@ pub fn round(values: &mut [f32], dtype: DType, out: &mut [u8]) -> u64 {
         widen(dtype, out, values);
     }
     overflowed
+}
+
+/// [`convert`] from any type of floats; of another type, nothing.
+pub fn convert_stored(from: StoredType, source: &[u8], to: DType, out: &mut [u8]) -> u64 {
+    match from {
+        StoredType::Float(from) => convert(from, source, to, out),
+        StoredType::F64 => convert_f64(source, to, out),
+        _ => 0,
+    }
+}
+
+/// [`round`] to any type of floats: f64 holds every f32. To another type, nothing.
+pub fn store(values: &mut [f32], stored: StoredType, out: &mut [u8]) -> u64 {
+    match stored {
+        StoredType::Float(dtype) => return round(values, dtype, out),
+        StoredType::F64 => {
+            for (value, out) in values.iter().zip(out.as_chunks_mut::<8>().0) {
+                *out = f64::from(*value).to_le_bytes();
+            }
+        }
+        _ => {}
+    }
+    0
+}
+
+fn convert_f64(source: &[u8], to: DType, out: &mut [u8]) -> u64 {
+    let mut overflowed = 0;
+    let mut block = [0.0; BLOCK];
+    for (source, out) in source.chunks(BLOCK * 8).zip(out.chunks_mut(BLOCK * to.bytes())) {
+        let values = &mut block[..(source.len() / 8).min(out.len() / to.bytes())];
+        for (bytes, value) in source.as_chunks::<8>().0.iter().zip(&mut *values) {
+            let wide = f64::from_le_bytes(*bytes);
+            *value = if to == DType::F32 { wide as f32 } else { to_odd(wide) };
+            overflowed += u64::from(wide.is_finite() && value.is_infinite());
+        }
+        overflowed += narrow(to, values, out);
+    }
+    overflowed
+}
+
+/// The f32 next to a value on the side of zero, its last bit set if that is not the value: rounded once more, to a dtype of
+/// fewer digits, it gives what rounding the value itself would.
+fn to_odd(value: f64) -> f32 {
+    let nearest = value as f32;
+    if f64::from(nearest) == value || value.is_nan() {
+        return nearest;
+    }
+    let away = f64::from(nearest).abs() > value.abs();
+    f32::from_bits((nearest.to_bits() - u32::from(away)) | 1)
 }
 
 /// Bytes to f32, exactly.

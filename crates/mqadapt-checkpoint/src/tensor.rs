@@ -11,6 +11,8 @@ use mqadapt_core::DType;
 pub enum StoredType {
     /// Floats that can be computed with.
     Float(DType),
+    /// 64-bit floats: computed with as f32.
+    F64,
     /// Another type of safetensors: passed on unchanged, never computed with.
     Other(safetensors::Dtype),
     /// Blocks of llama.cpp's quantisation.
@@ -18,12 +20,39 @@ pub enum StoredType {
 }
 
 impl StoredType {
-    /// The dtype, if values are stored one by one as floats.
+    /// The dtype, if values are stored one by one as floats that can be computed with.
     #[must_use]
     pub fn float(self) -> Option<DType> {
         match self {
             Self::Float(dtype) => Some(dtype),
             _ => None,
+        }
+    }
+
+    /// The dtype that values are computed in unless another is asked for, if they are stored one by one as floats.
+    #[must_use]
+    pub fn computed(self) -> Option<DType> {
+        match self {
+            Self::F64 => Some(DType::F32),
+            stored => stored.float(),
+        }
+    }
+
+    /// Bytes of one value, if values are stored one by one as floats.
+    #[must_use]
+    pub fn value_bytes(self) -> Option<usize> {
+        match self {
+            Self::F64 => Some(8),
+            stored => stored.float().map(DType::bytes),
+        }
+    }
+
+    /// Its name in `config.json`, if values are stored one by one as floats.
+    #[must_use]
+    pub fn name(self) -> Option<&'static str> {
+        match self {
+            Self::F64 => Some("float64"),
+            stored => stored.float().map(DType::name),
         }
     }
 
@@ -34,6 +63,7 @@ impl StoredType {
             Self::Float(DType::F32) => Some(safetensors::Dtype::F32),
             Self::Float(DType::F16) => Some(safetensors::Dtype::F16),
             Self::Float(DType::BF16) => Some(safetensors::Dtype::BF16),
+            Self::F64 => Some(safetensors::Dtype::F64),
             Self::Other(dtype) => Some(dtype),
             Self::Ggml(_) => None,
         }
@@ -46,6 +76,7 @@ impl StoredType {
             safetensors::Dtype::F32 => Self::Float(DType::F32),
             safetensors::Dtype::F16 => Self::Float(DType::F16),
             safetensors::Dtype::BF16 => Self::Float(DType::BF16),
+            safetensors::Dtype::F64 => Self::F64,
             other => Self::Other(other),
         }
     }
@@ -57,6 +88,7 @@ impl fmt::Display for StoredType {
             Self::Float(DType::F32) => f.write_str("F32"),
             Self::Float(DType::F16) => f.write_str("F16"),
             Self::Float(DType::BF16) => f.write_str("BF16"),
+            Self::F64 => f.write_str("F64"),
             Self::Other(dtype) => write!(f, "{dtype:?}"),
             Self::Ggml(dtype) => write!(f, "{dtype:?}"),
         }

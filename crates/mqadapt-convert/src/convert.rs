@@ -183,7 +183,7 @@ fn manifest(
         plan: PlanRecord { num_key_value_heads: plan.num_key_value_heads() },
         method: options.method.name.to_owned(),
         options: merge_options(options),
-        dtype: dtype.name().to_owned(),
+        dtype: options.dtype.map_or(checkpoint.stored_dtype(), DType::name).to_owned(),
         num_key_value_heads_before: config.num_key_value_heads.clone(),
         num_key_value_heads_after: plan.num_key_value_heads(),
         relative_error,

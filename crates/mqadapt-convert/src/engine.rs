@@ -5,9 +5,9 @@
 use std::collections::VecDeque;
 use std::path::Path;
 
-use mqadapt_checkpoint::{Checkpoint, TensorInfo, round};
+use mqadapt_checkpoint::{Checkpoint, StoredType, TensorInfo, store};
 use mqadapt_core::family::LayerTensor;
-use mqadapt_core::{DType, Plan, Progress};
+use mqadapt_core::{Plan, Progress};
 use mqadapt_merge::{ErrorSum, KvMerge};
 
 use crate::cache::Visit;
@@ -179,12 +179,12 @@ impl<'a> Engine<'a> {
                     let mut data = self.buffer(step.end - out.hashed, writer)?;
                     let first_value = first_value + (out.hashed - step.start) as usize / dtype.bytes();
                     let overflowed = self.checkpoint.read_as(source, dtype, first_value, &mut data)?;
-                    refuse_overflow(&source.name, dtype, overflowed)?;
+                    refuse_overflow(&source.name, StoredType::Float(dtype), overflowed)?;
                     self.write(data, out, writer)?;
                 }
                 Ok(())
             }
-            Work::Merge { tensor, layer, dtype } => self.merge(tensor, layer, dtype, out, writer),
+            Work::Merge { tensor, layer, stored } => self.merge(tensor, layer, stored, out, writer),
             Work::Skip => {
                 self.before += step.end - step.start;
                 out.hash_from_file(step.end, |_| self.report(writer.written()))
@@ -197,7 +197,7 @@ impl<'a> Engine<'a> {
         &mut self,
         tensor: usize,
         layer: LayerTensor,
-        dtype: DType,
+        stored: StoredType,
         out: &mut Unfinished,
         writer: &mut Writer,
     ) -> Result<()> {
@@ -207,11 +207,12 @@ impl<'a> Engine<'a> {
         let Some(merge) = rows.and_then(|rows| KvMerge::of(layer, config, self.plan, rows, &self.options.merge)) else {
             return Ok(()); // the layout has merges only where there is one
         };
+        let width = stored.value_bytes().unwrap_or(1); // the layout merges only floats
         let read = |first: usize, out: &mut [f32]| Ok(self.checkpoint.read_f32(source, first, out)?);
         let take = |_: usize, merged: &mut [f32]| {
-            for values in merged.chunks_mut(self.piece / 4) {
-                let mut data = self.buffer((values.len() * dtype.bytes()) as u64, writer)?;
-                refuse_overflow(&source.name, dtype, round(values, dtype, &mut data))?;
+            for values in merged.chunks_mut(self.piece / width.max(4)) {
+                let mut data = self.buffer((values.len() * width) as u64, writer)?;
+                refuse_overflow(&source.name, stored, store(values, stored, &mut data))?;
                 self.write(data, out, writer)?;
             }
             Ok(())
@@ -322,6 +323,7 @@ fn stored(tensor: &TensorInfo, values: usize) -> u64 {
     (u128::from(tensor.bytes) * values as u128 / tensor.len().max(1) as u128) as u64
 }
 
-pub(crate) fn refuse_overflow(name: &str, dtype: DType, count: u64) -> Result<()> {
-    if count == 0 { Ok(()) } else { Err(Error::Overflow { name: name.to_owned(), dtype: dtype.name(), count }) }
+pub(crate) fn refuse_overflow(name: &str, stored: StoredType, count: u64) -> Result<()> {
+    let dtype = stored.name().unwrap_or_default();
+    if count == 0 { Ok(()) } else { Err(Error::Overflow { name: name.to_owned(), dtype, count }) }
 }

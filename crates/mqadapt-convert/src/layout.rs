@@ -126,7 +126,7 @@ impl OutputShard {
         for tensor in &mut tensors {
             tensor.offset = end;
             end += tensor.bytes;
-            let source = checkpoint.tensors().get(tensor.source).map_or("", |source| source.name.as_str());
+            let source = checkpoint.tensors().get(tensor.source).map_or("", |source| stored_name(checkpoint, source));
             let dtype = tensor.dtype.safetensors().map_or(Value::Null, |dtype| json!(dtype));
             let entry = json!({ "dtype": dtype, "shape": tensor.shape, "data_offsets": [tensor.offset, end] });
             header.insert(source.to_owned(), entry);
@@ -146,7 +146,7 @@ impl Request<'_> {
     /// Shape, type and way of one tensor.
     fn output_tensor(&self, at: usize, tensor: &TensorInfo) -> Result<OutputTensor> {
         let dtype = match (tensor.dtype, self.options.dtype) {
-            (StoredType::Float(_), Some(asked)) => StoredType::Float(asked),
+            (StoredType::Float(_) | StoredType::F64, Some(asked)) => StoredType::Float(asked),
             (StoredType::Ggml(_), asked) => StoredType::Float(asked.unwrap_or(self.checkpoint.dtype())),
             (stored, _) => stored,
         };
@@ -159,9 +159,9 @@ impl Request<'_> {
             None if tensor.dtype == dtype && tensor.verbatim => (How::Copy, tensor.shape.clone()),
             None => (How::Read, tensor.shape.clone()),
         };
-        let bytes = match (how, dtype.float()) {
+        let bytes = match (how, dtype.value_bytes()) {
             (How::Copy, _) => tensor.bytes, // of any type, sub-byte ones too
-            (_, Some(dtype)) => (shape.iter().product::<usize>() * dtype.bytes()) as u64,
+            (_, Some(width)) => (shape.iter().product::<usize>() * width) as u64,
             (_, None) => {
                 let (path, name) = (self.checkpoint.path().to_owned(), tensor.name.clone());
                 let found = tensor.dtype.to_string();
@@ -186,6 +186,11 @@ impl Request<'_> {
         }
         is_kv(layer).then_some((How::Merge(layer), layer))
     }
+}
+
+/// The name of a tensor in the source's files, and in ours.
+fn stored_name<'a>(checkpoint: &Checkpoint, tensor: &'a TensorInfo) -> &'a str {
+    checkpoint.config().stored_name(&tensor.name)
 }
 
 fn is_kv(layer: LayerTensor) -> bool {
@@ -231,7 +236,8 @@ fn index_text(shards: &[OutputShard], checkpoint: &Checkpoint) -> String {
     for shard in shards {
         for tensor in &shard.tensors {
             total_size += tensor.bytes;
-            places.extend(checkpoint.tensors().get(tensor.source).map(|t| (t.name.as_str(), shard.name.as_str())));
+            let source = checkpoint.tensors().get(tensor.source);
+            places.extend(source.map(|source| (stored_name(checkpoint, source), shard.name.as_str())));
         }
     }
     places.sort_unstable();

@@ -1,6 +1,6 @@
 //! A shard as a list of steps, each ending where the next begins. In: its tensors; out: what to do, in file order.
 
-use mqadapt_checkpoint::Checkpoint;
+use mqadapt_checkpoint::{Checkpoint, StoredType};
 use mqadapt_core::DType;
 use mqadapt_core::family::LayerTensor;
 
@@ -27,7 +27,7 @@ pub(crate) enum Work {
     /// Read values of a source tensor, from this one on, in another type.
     Read { tensor: usize, first_value: usize, dtype: DType },
     /// Merge the heads of a source tensor.
-    Merge { tensor: usize, layer: LayerTensor, dtype: DType },
+    Merge { tensor: usize, layer: LayerTensor, stored: StoredType },
     /// Nothing: a layer method has put the tensor there already.
     Skip,
 }
@@ -52,8 +52,9 @@ pub(crate) fn steps(shard: &OutputShard, checkpoint: &Checkpoint) -> Vec<Step> {
         cut_copy(copy.take().as_ref(), &mut steps);
         match (tensor.how, tensor.dtype.float()) {
             (How::Read, Some(dtype)) => cut_read(tensor, dtype, &mut steps),
-            (How::Merge(layer), Some(dtype)) => {
-                steps.push(Step { start, end, work: Work::Merge { tensor: tensor.source, layer, dtype } });
+            (How::Merge(layer), _) => {
+                let stored = tensor.dtype;
+                steps.push(Step { start, end, work: Work::Merge { tensor: tensor.source, layer, stored } });
             }
             _ => steps.push(Step { start, end, work: Work::Skip }),
         }

@@ -181,6 +181,9 @@ impl Verifier<'_> {
             }
         };
         let checkpoint = self.checkpoint;
+        if checkpoint.config().stored != source.config().stored {
+            self.problem(format!("one of it and {} is a base model, the other is not", source.path().display()));
+        }
         for tensor in source.tensors().iter().filter(|tensor| checkpoint.tensor(&tensor.name).is_none()) {
             self.problem(format!("tensor '{}' of the source is missing", tensor.name));
         }
@@ -258,16 +261,16 @@ impl Verifier<'_> {
         tensor: &TensorInfo,
         merge: &KvMerge<'_>,
     ) -> Result<Option<String>> {
-        let Some(dtype) = tensor.dtype.float() else { return Ok(Some(format!("is stored as {}", tensor.dtype))) };
+        let stored = tensor.dtype;
+        let Some(width) = stored.value_bytes() else { return Ok(Some(format!("is stored as {stored}"))) };
         let checkpoint = self.checkpoint;
         let mut different = 0;
         let read = |first: usize, out: &mut [f32]| Ok(source.read_f32(original, first, out)?);
         let write = |first: usize, merged: &mut [f32]| {
-            let (mut expected, mut own) =
-                (vec![0; merged.len() * dtype.bytes()], vec![0; merged.len() * dtype.bytes()]);
-            mqadapt_checkpoint::round(merged, dtype, &mut expected);
-            checkpoint.read_as(tensor, dtype, first, &mut own)?;
-            let pairs = own.chunks_exact(dtype.bytes()).zip(expected.chunks_exact(dtype.bytes()));
+            let (mut expected, mut own) = (vec![0; merged.len() * width], vec![0; merged.len() * width]);
+            mqadapt_checkpoint::store(merged, stored, &mut expected);
+            read_raw(checkpoint, tensor, (first * width) as u64, &mut own)?;
+            let pairs = own.chunks_exact(width).zip(expected.chunks_exact(width));
             different += pairs.filter(|(own, expected)| own != expected).count();
             self.advance(own.len() as u64)
         };
@@ -308,13 +311,18 @@ fn count_not_finite(dtype: StoredType, bytes: &[u8]) -> u64 {
         let values = bytes.as_chunks::<2>().0.iter();
         values.map(|b| u64::from(u16::from_le_bytes(*b) & exponent == exponent)).sum()
     };
-    match dtype.float() {
-        Some(DType::F16) => halves(0x7c00),
-        Some(DType::BF16) => halves(0x7f80),
-        Some(DType::F32) => {
+    match dtype {
+        StoredType::Float(DType::F16) => halves(0x7c00),
+        StoredType::Float(DType::BF16) => halves(0x7f80),
+        StoredType::F64 => {
+            let exponent = f64::INFINITY.to_bits();
+            let values = bytes.as_chunks::<8>().0.iter();
+            values.map(|b| u64::from(u64::from_le_bytes(*b) & exponent == exponent)).sum()
+        }
+        StoredType::Float(DType::F32) => {
             let values = bytes.as_chunks::<4>().0.iter();
             values.map(|b| u64::from(u32::from_le_bytes(*b) & 0x7f80_0000 == 0x7f80_0000)).sum()
         }
-        None => 0,
+        _ => 0,
     }
 }

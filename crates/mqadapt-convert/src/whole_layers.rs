@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use mqadapt_checkpoint::{Shard, convert, round};
+use mqadapt_checkpoint::{Shard, convert_stored, store};
 use mqadapt_core::DType;
 use serde_json::{Map, Value};
 use xxhash_rust::xxh3::Xxh3;
@@ -89,14 +89,14 @@ impl Engine<'_> {
         for (shard, tensor) in places {
             let path = self.work.join(&shard.name);
             let path = if complete.contains(shard.name.as_str()) { path } else { partial(&path) };
-            let (Ok(file), Some(dtype)) = (File::open(&path), tensor.dtype.float()) else { return Ok(false) };
+            let (Ok(file), Some(width)) = (File::open(&path), tensor.dtype.value_bytes()) else { return Ok(false) };
             let count = tensor.shape.iter().product::<usize>();
-            let (mut stored, mut wide) = (vec![0; count * dtype.bytes()], vec![0; count * DType::F32.bytes()]);
+            let (mut stored, mut wide) = (vec![0; count * width], vec![0; count * DType::F32.bytes()]);
             if file.read_exact_at(&mut stored, tensor.offset).is_err() {
                 return Ok(false);
             }
             hash.update(&stored);
-            convert(dtype, &stored, DType::F32, &mut wide);
+            convert_stored(tensor.dtype, &stored, DType::F32, &mut wide);
             let values = wide.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
             weights.insert(self.source(tensor.source)?.name.clone(), values);
         }
@@ -158,13 +158,13 @@ impl Engine<'_> {
         hash: &mut Xxh3,
     ) -> Result<()> {
         let name = &self.source(tensor.source)?.name;
-        let (Some(values), Some(dtype)) = (weights.get_mut(name), tensor.dtype.float()) else { return Ok(()) };
+        let (Some(values), Some(width)) = (weights.get_mut(name), tensor.dtype.value_bytes()) else { return Ok(()) };
         let path = partial(&self.work.join(&shard.name));
         let file = if write { Some(open(&path)?) } else { None };
         let mut at = tensor.offset;
-        for values in values.chunks_mut(self.piece / 4) {
-            let mut out = vec![0; values.len() * dtype.bytes()];
-            refuse_overflow(name, dtype, round(values, dtype, &mut out))?;
+        for values in values.chunks_mut(self.piece / width.max(4)) {
+            let mut out = vec![0; values.len() * width];
+            refuse_overflow(name, tensor.dtype, store(values, tensor.dtype, &mut out))?;
             hash.update(&out);
             if let Some(file) = &file {
                 file.write_all_at(&out, at).map_err(Error::io("write", &path))?;

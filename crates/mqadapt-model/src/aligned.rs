@@ -230,6 +230,12 @@ impl Floats {
         size_of_val(self.lines.all())
     }
 
+    /// Whether all bits are the same.
+    pub(crate) fn same(&self, other: &Self) -> bool {
+        let bytes = |floats: &Self| floats.len * floats.dtype.bytes();
+        self.dtype == other.dtype && self.lines.slice::<u8>(bytes(self)) == other.lines.slice::<u8>(bytes(other))
+    }
+
     /// The values as bytes of this machine.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         self.lines.slice_mut(self.len * self.dtype.bytes())

@@ -23,6 +23,17 @@ pub enum Error {
         /// Its name.
         tensor: String,
     },
+    /// A base model without an output projection.
+    #[error(
+        "{}: this is a base model: it has no 'lm_head.weight', and config.json does not tie one to the embeddings \
+         (tie_word_embeddings), so it gives no logits; it can be inspected, converted and verified, and run only together \
+         with the lm_head of the whole model",
+        .path.display()
+    )]
+    BaseModel {
+        /// The checkpoint.
+        path: PathBuf,
+    },
     /// No merge method of this name, or one that cannot be applied while loading.
     #[error("merge method '{found}' is not one of {known}")]
     Method {

@@ -63,7 +63,7 @@ pub(crate) fn read(
     let mut sizes = Vec::with_capacity(names.len());
     for name in names {
         let info = checkpoint.tensor(name).ok_or_else(|| Error::Missing { tensor: name.clone() })?;
-        let dtype = dtype.or(info.dtype.float()).unwrap_or(checkpoint.dtype());
+        let dtype = dtype.or(info.dtype.computed()).unwrap_or(checkpoint.dtype());
         let merge = overlay.and_then(|overlay| merged(name, overlay.plan));
         let len = match (merge, overlay) {
             (Some((heads, tensor)), Some(overlay)) => {
@@ -280,8 +280,18 @@ pub(crate) fn decoder<B: Backend>(
     dtype: Option<DType>,
     progress: &dyn Progress,
 ) -> Result<Decoder<B>> {
-    let names: Vec<String> = config.tensors().into_iter().map(|tensor| tensor.name).collect();
+    if !config.stored.lm_head {
+        return Err(Error::BaseModel { path: checkpoint.path().to_owned() });
+    }
+    let mut names: Vec<String> = config.tensors().into_iter().map(|tensor| tensor.name).collect();
+    let pair = [EMBED_TOKENS, LM_HEAD].map(|name| checkpoint.tensor(name));
+    if config.tie_word_embeddings && pair[1].is_some() && pair[0] != pair[1] {
+        names.push(LM_HEAD.to_owned());
+    }
     let tensors = read(checkpoint, &names, overlay, dtype, progress)?;
+    // transformers 5 does not tie a pair that is stored with different values, whatever the flag says
+    let same = tensors.get(LM_HEAD).is_none_or(|lm_head| tensors.get(EMBED_TOKENS).is_some_and(|e| e.same(lm_head)));
+    let config = &ModelConfig { tie_word_embeddings: config.tie_word_embeddings && same, ..config.clone() };
     let embedding_dtype = tensors.get(EMBED_TOKENS).map_or(DType::F32, Floats::dtype);
     let mut weights = Weights { backend: &backend, config, tensors };
     let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);

@@ -30,7 +30,7 @@ pub(crate) fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>], folder: Opt
     let config = checkpoint.config();
     let (width, vocab_size) = (config.hidden_size, config.vocab_size);
     let table = checkpoint.tensor(EMBED_TOKENS).ok_or_else(|| Error::Missing { tensor: EMBED_TOKENS.to_owned() })?;
-    let scale = load::embedding_scale(config, table.dtype.float().unwrap_or(checkpoint.dtype()));
+    let scale = load::embedding_scale(config, table.dtype.computed().unwrap_or(checkpoint.dtype()));
     let mut rows: HashMap<u32, Vec<f32>> = HashMap::new();
     let mut out = Activations::new(sequences.iter().map(Vec::len).collect(), width, folder)?;
     for (sequence, ids) in sequences.iter().enumerate() {

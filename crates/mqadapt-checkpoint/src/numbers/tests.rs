@@ -110,3 +110,64 @@ fn rounding_in_place_stores_what_it_leaves() {
         assert!(values.iter().zip(stored.as_chunks::<4>().0).all(|(a, b)| same(*a, f32::from_le_bytes(*b))));
     }
 }
+
+/// Against the two neighbours in the smaller dtype: the nearer one, on a tie the even one.
+#[test]
+fn f64_is_rounded_once() {
+    let mut values = vec![0.0, -0.0, f64::INFINITY, f64::NEG_INFINITY, 1e300, -1e300, 1e-300, f64::MIN_POSITIVE];
+    for narrow in samples().into_iter().filter(|value| value.is_finite()) {
+        // ties of the halves, and values next to them that f32 cannot tell from the tie
+        for part in [0.0, 1e-12, -1e-12, 1e-9, -1e-9, 1e-4] {
+            values.push(f64::from(narrow) * (1.0 + part));
+        }
+    }
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let mut single = vec![0; values.len() * 4];
+    let overflowed = convert_stored(StoredType::F64, &bytes, DType::F32, &mut single);
+    for (value, found) in values.iter().zip(single.as_chunks::<4>().0) {
+        assert_eq!(f32::from_le_bytes(*found).to_bits(), (*value as f32).to_bits());
+    }
+    assert_eq!(overflowed, values.iter().filter(|v| v.is_finite() && (**v as f32).is_infinite()).count() as u64);
+    assert!(overflowed > 0);
+    for dtype in HALVES {
+        let mut out = vec![0; values.len() * 2];
+        let overflowed = convert_stored(StoredType::F64, &bytes, dtype, &mut out);
+        let mut infinite = 0;
+        for (value, found) in values.iter().zip(out.as_chunks::<2>().0) {
+            let bits = u16::from_le_bytes(*found);
+            let wide = |bits: u16| f64::from(reference_widened(dtype, bits));
+            let found = wide(bits);
+            assert_eq!(found.is_sign_negative(), value.is_sign_negative());
+            infinite += u64::from(found.is_infinite() && value.is_finite());
+            if found.is_infinite() {
+                let below = wide(bits - 1).abs();
+                let step = below - wide(bits - 2).abs();
+                assert!(value.abs() >= below + step / 2.0, "{dtype:?} {value:e}");
+                continue;
+            }
+            let magnitude = bits & 0x7fff;
+            for next in [magnitude.saturating_sub(1), magnitude + 1] {
+                let (own, other) = ((wide(magnitude) - value.abs()).abs(), (wide(next) - value.abs()).abs());
+                let tie_to_even = own == other && magnitude % 2 == 0;
+                assert!(next == magnitude || own < other || tie_to_even, "{dtype:?} {value:e} {bits:#06x}");
+            }
+        }
+        assert_eq!(overflowed, infinite);
+        assert!(overflowed > 0);
+    }
+    let mut nan = [0; 2];
+    assert_eq!(convert_stored(StoredType::F64, &f64::NAN.to_le_bytes(), DType::BF16, &mut nan), 0);
+    assert!(bf16::from_le_bytes(nan).is_nan());
+}
+
+#[test]
+fn f64_holds_what_is_stored() {
+    let mut values = samples();
+    values.retain(|value| !value.is_nan());
+    let before = values.clone();
+    let mut out = vec![0; values.len() * 8];
+    assert_eq!(store(&mut values, StoredType::F64, &mut out), 0);
+    let mut again = vec![0; values.len() * 4];
+    assert_eq!(convert_stored(StoredType::F64, &out, DType::F32, &mut again), 0);
+    assert_eq!(again, bytes(&before));
+}

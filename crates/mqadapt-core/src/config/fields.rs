@@ -13,6 +13,27 @@ const LARGEST_LENGTH: u64 = 1 << 31;
 /// More layers than any model has; bounds what a hostile file can make us allocate.
 const MOST_LAYERS: u64 = 1 << 14;
 
+/// A field, whether a value of it changes nothing, and what is expected.
+type NotFollowed = (&'static str, fn(&Value) -> bool, &'static str);
+
+/// Fields by which transformers 5 computes, or caches, something else in one of the families (`masking_utils.py`,
+/// `cache_utils.py`, `modeling_gemma.py`, `modeling_rope_utils.py`).
+const NOT_FOLLOWED: [NotFollowed; 5] = [
+    ("is_causal", |value| value == true, "true or absent: attention to later tokens is not supported"),
+    (
+        "use_bidirectional_attention",
+        |value| value.is_null() || value == false,
+        "false or absent: attention to later tokens is not supported",
+    ),
+    (
+        "partial_rotary_factor",
+        |value| value.is_null() || value.as_f64() == Some(1.0),
+        "1.0 or absent: partial rotary embedding is not supported",
+    ),
+    ("attention_chunk_size", Value::is_null, "null or absent: chunked attention is not supported"),
+    ("kv_sharing_modes", Value::is_null, "null or absent: K/V caches shared by layers are not supported"),
+];
+
 pub(super) struct Fields<'a>(&'a Map<String, Value>);
 
 impl<'a> Fields<'a> {
@@ -80,10 +101,12 @@ impl<'a> Fields<'a> {
     /// K/V heads of each layer: the global count, overridden by `per_layer_config` (transformers 5).
     pub(super) fn num_key_value_heads(
         &self,
+        family: &Family,
         num_hidden_layers: usize,
         num_attention_heads: usize,
     ) -> Result<Vec<usize>> {
         let field = "num_key_value_heads";
+        let absent = family.defaults.num_key_value_heads.filter(|_| !self.is_null(field));
         let check = |heads: usize, field: &str| {
             if num_attention_heads.is_multiple_of(heads) {
                 return Ok(heads);
@@ -91,7 +114,18 @@ impl<'a> Fields<'a> {
             let detail = format!("must divide num_attention_heads {num_attention_heads}; found {heads}");
             Err(Error::Config { field: field.to_owned(), detail })
         };
-        let global = check(self.size(field)?.unwrap_or(num_attention_heads), field)?;
+        let global = match (self.size(field)?, absent) {
+            (Some(heads), _) => check(heads, field)?,
+            (None, Some(default)) => check(default, field).map_err(|_| {
+                let detail = format!(
+                    "is absent, and the {default} of a {} does not divide num_attention_heads {num_attention_heads}; \
+                     write the count",
+                    family.model_type
+                );
+                Error::Config { field: field.to_owned(), detail }
+            })?,
+            (None, None) => num_attention_heads,
+        };
         let mut heads = vec![global; num_hidden_layers];
         let Some(per_layer) = self.get("per_layer_config") else { return Ok(heads) };
         let entries = per_layer.as_object().ok_or_else(|| self.wrong("per_layer_config", "an object of layers"))?;
@@ -106,16 +140,24 @@ impl<'a> Fields<'a> {
             if let Some(own) = own.size(field)? {
                 *layer = check(own, &place)?;
             }
+            // transformers gives a layer any field of its own
+            if let Some((other, value)) =
+                own.0.iter().find(|(name, v)| name.as_str() != field && self.0.get(*name) != Some(*v))
+            {
+                let detail = format!("is {}; only {field} can differ by layer", brief(value));
+                return Err(Error::Config { field: format!("per_layer_config.{key}.{other}"), detail });
+            }
         }
         Ok(heads)
     }
 
+    /// `hidden_act`. Old Gemma files have a `hidden_activation` as well, which transformers (4.57 and 5) does not read.
     pub(super) fn activation(&self, family: &Family) -> Result<Activation> {
-        // old Gemma files say hidden_activation; their hidden_act "gelu" always meant the tanh form
-        let field = if self.get("hidden_activation").is_some() { "hidden_activation" } else { "hidden_act" };
+        let field = "hidden_act";
         match self.text(field)?.unwrap_or(family.defaults.hidden_act) {
             "silu" | "swish" => Ok(Activation::Silu),
             "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
+            // Gemma's "gelu" always meant the tanh form (`configuration_gemma.py`)
             "gelu" if family.forward.norm_weight_plus_one => Ok(Activation::GeluTanh),
             "gelu" => Ok(Activation::Gelu),
             _ => Err(self.wrong(field, "one of silu, gelu, gelu_pytorch_tanh")),
@@ -125,24 +167,26 @@ impl<'a> Fields<'a> {
     /// The window of each layer (`configuration_mistral.py`, `configuration_qwen2.py`).
     pub(super) fn sliding_windows(&self, family: &Family, num_hidden_layers: usize) -> Result<Vec<Option<usize>>> {
         let defaults = &family.defaults;
+        if defaults.sliding_window.is_none() && self.get("sliding_window").is_some() {
+            let expected = format!(
+                "null or absent: a {} has no windows (transformers would cut its cache by it, and not its prompts)",
+                family.model_type
+            );
+            return Err(self.wrong("sliding_window", &expected));
+        }
         let unset = if self.is_null("sliding_window") { None } else { defaults.sliding_window };
         let window = self.size("sliding_window")?.or(unset);
-        let knows_windows = defaults.sliding_window.is_some();
         let flagged = !defaults.sliding_window_needs_flag || self.flag("use_sliding_window")?.unwrap_or(false);
-        let Some(window) = window.filter(|_| knows_windows && flagged) else {
-            return Ok(vec![None; num_hidden_layers]);
-        };
-        if let Some(types) = self.get("layer_types").filter(|_| defaults.sliding_window_needs_flag) {
-            let types = types.as_array().filter(|t| t.len() == num_hidden_layers);
-            let types = types.ok_or_else(|| self.wrong("layer_types", "a list with one entry per layer"))?;
-            return types
-                .iter()
-                .map(|kind| match kind.as_str() {
-                    Some("full_attention") => Ok(None),
-                    Some("sliding_attention") => Ok(Some(window)),
-                    _ => Err(self.wrong("layer_types", "a list of full_attention and sliding_attention")),
-                })
-                .collect();
+        let window = window.filter(|_| flagged);
+        let types = self.layer_types(num_hidden_layers)?;
+        if let (true, Some(types)) = (defaults.sliding_window_needs_flag, &types) {
+            if window.is_none() && types.contains(&true) {
+                return Err(self.wrong(
+                    "layer_types",
+                    "full_attention in every layer where use_sliding_window is not true or sliding_window is null",
+                ));
+            }
+            return Ok(types.iter().map(|slides| window.filter(|_| *slides)).collect());
         }
         let first = if defaults.sliding_window_needs_flag {
             // 0 is a legal max_window_layers: every layer has a window
@@ -151,7 +195,48 @@ impl<'a> Fields<'a> {
         } else {
             0
         };
-        Ok((0..num_hidden_layers).map(|idx| (idx as u64 >= first).then_some(window)).collect())
+        let windows: Vec<_> = (0..num_hidden_layers).map(|idx| window.filter(|_| idx as u64 >= first)).collect();
+        // transformers takes a Mistral with layer_types for a Ministral; of the others, it cuts the cache by them, not prompts
+        if types.is_some_and(|types| !types.into_iter().eq(windows.iter().map(Option::is_some))) {
+            let kind = if window.is_some() { "sliding_attention" } else { "full_attention" };
+            let expected = format!("{kind} in every layer, as a {} of this sliding_window has", family.model_type);
+            return Err(self.wrong("layer_types", &expected));
+        }
+        Ok(windows)
+    }
+
+    /// Which layers `layer_types` gives a window.
+    fn layer_types(&self, num_hidden_layers: usize) -> Result<Option<Vec<bool>>> {
+        let field = "layer_types";
+        let Some(types) = self.get(field) else { return Ok(None) };
+        let types = types.as_array().filter(|types| types.len() == num_hidden_layers);
+        let types = types.ok_or_else(|| self.wrong(field, "a list with one entry per layer"))?;
+        let slides = |kind: &Value| match kind.as_str() {
+            Some("full_attention") => Ok(false),
+            Some("sliding_attention") => Ok(true),
+            _ => Err(self.wrong(field, "a list of full_attention and sliding_attention")),
+        };
+        types.iter().map(slides).collect::<Result<_>>().map(Some)
+    }
+
+    /// Refuses what would change the forward pass, or the stored weights, in a way that is not followed.
+    pub(super) fn refuse_unsupported(&self) -> Result<()> {
+        for (field, neutral, expected) in NOT_FOLLOWED {
+            if self.0.get(field).is_some_and(|value| !neutral(value)) {
+                return Err(self.wrong(field, expected));
+            }
+        }
+        let field = "quantization_config";
+        let Some(found) = self.get(field) else { return Ok(()) };
+        let method = found.get("quant_method").and_then(Value::as_str).map_or_else(
+            || "without a quant_method".to_owned(),
+            |name| format!("with quant_method {}", brief(&Value::from(name))),
+        );
+        let detail = format!(
+            "is there, {method}: quantised weights are not supported; take the model that was quantised, or load this \
+             one in transformers, call dequantize() and save it"
+        );
+        Err(Error::Config { field: field.to_owned(), detail })
     }
 
     pub(super) fn dtype(&self) -> Option<DType> {

@@ -6,7 +6,9 @@ mod rope;
 
 use serde_json::Value;
 
-use crate::family::{EMBED_TOKENS, FAMILIES, Family, LM_HEAD, LayerTensor, Module, NORM};
+use crate::family::{
+    AttentionBias, BASE_MODEL_PREFIX, EMBED_TOKENS, FAMILIES, Family, LM_HEAD, LayerTensor, Module, NORM,
+};
 use crate::{Error, Result};
 use fields::Fields;
 pub use rope::{Rope, RopeScaling};
@@ -65,6 +67,15 @@ pub enum Activation {
     Gelu,
 }
 
+/// What a checkpoint stores, where `config.json` alone does not tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stored {
+    /// Its tensors have the names of a base model (`LlamaModel`): `layers.0...`, not `model.layers.0...`.
+    pub base_model: bool,
+    /// There is an output projection, which may be the embeddings. Only a base model can be without.
+    pub lm_head: bool,
+}
+
 /// A validated model configuration: every size is positive, consistent and small enough to compute with.
 #[derive(Debug, Clone)]
 #[allow(clippy::struct_excessive_bools)] // the fields of config.json
@@ -107,6 +118,8 @@ pub struct ModelConfig {
     pub initializer_range: f64,
     /// Type of the stored weights, if the file tells.
     pub dtype: Option<DType>,
+    /// What the checkpoint stores; of a `config.json` alone, what a `...ForCausalLM` does.
+    pub stored: Stored,
     /// The file as read, for writing it back.
     pub json: Value,
 }
@@ -142,6 +155,7 @@ impl ModelConfig {
             found: model_type.to_owned(),
             supported: FAMILIES.iter().map(|f| f.model_type).collect::<Vec<_>>().join(", "),
         })?;
+        fields.refuse_unsupported()?;
         let defaults = &family.defaults;
 
         let hidden_size = fields.required_size("hidden_size")?;
@@ -161,8 +175,18 @@ impl ModelConfig {
         if !head_dim.is_multiple_of(2) {
             return Err(fields.wrong("head_dim", "an even number (RoPE rotates pairs)"));
         }
-        let num_key_value_heads = fields.num_key_value_heads(num_hidden_layers, num_attention_heads)?;
-        let attention_bias = fields.flag("attention_bias")?.unwrap_or(false);
+        let num_key_value_heads = fields.num_key_value_heads(family, num_hidden_layers, num_attention_heads)?;
+        let bias = |field, read: bool| Ok(read && fields.flag(field)?.unwrap_or(false));
+        let (qkv_bias, o_bias) = match family.forward.attention_bias {
+            AttentionBias::Never => (false, false),
+            AttentionBias::Qkv => (true, false),
+            AttentionBias::ByField => {
+                let all = bias("attention_bias", true)?;
+                (all, all)
+            }
+        };
+        let max_position_embeddings =
+            fields.size("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
 
         Ok(Self {
             family,
@@ -173,25 +197,24 @@ impl ModelConfig {
             num_key_value_heads,
             head_dim,
             vocab_size: fields.required_size("vocab_size")?,
-            max_position_embeddings: fields
-                .size("max_position_embeddings")?
-                .unwrap_or(defaults.max_position_embeddings),
+            max_position_embeddings,
             rms_norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps),
-            rope: Rope::read(&fields, defaults.rope_theta, head_dim)?,
+            rope: Rope::read(&fields, defaults.rope_theta, max_position_embeddings, head_dim)?,
             tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(defaults.tie_word_embeddings),
-            qkv_bias: family.forward.qkv_bias || attention_bias,
-            o_bias: !family.forward.qkv_bias && attention_bias,
-            mlp_bias: fields.flag("mlp_bias")?.unwrap_or(false),
+            qkv_bias,
+            o_bias,
+            mlp_bias: bias("mlp_bias", family.forward.mlp_bias)?,
             hidden_act: fields.activation(family)?,
             sliding_window: fields.sliding_windows(family, num_hidden_layers)?,
             initializer_range: fields.positive("initializer_range")?.unwrap_or(0.02),
             dtype: fields.dtype(),
+            stored: Stored { base_model: false, lm_head: true },
             json,
         })
     }
 
     /// Every tensor that a checkpoint of this model must have, in the order of the forward pass.
-    /// `lm_head.weight` only where the embeddings are not tied.
+    /// `lm_head.weight` only where the embeddings are not tied, and the checkpoint has one.
     #[must_use]
     pub fn tensors(&self) -> Vec<ExpectedTensor> {
         let mut out =
@@ -210,10 +233,16 @@ impl ModelConfig {
             }
         }
         out.push(ExpectedTensor { name: NORM.to_owned(), shape: vec![self.hidden_size] });
-        if !self.tie_word_embeddings {
+        if !self.tie_word_embeddings && self.stored.lm_head {
             out.push(ExpectedTensor { name: LM_HEAD.to_owned(), shape: vec![self.vocab_size, self.hidden_size] });
         }
         out
+    }
+
+    /// The name in the checkpoint's own files of a tensor that a `...ForCausalLM` calls `name`.
+    #[must_use]
+    pub fn stored_name<'a>(&self, name: &'a str) -> &'a str {
+        name.strip_prefix(BASE_MODEL_PREFIX).filter(|_| self.stored.base_model).unwrap_or(name)
     }
 
     /// Shape of a module's weight in one layer; `None` where the family has no such module.

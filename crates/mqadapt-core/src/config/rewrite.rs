@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::rope::given;
 use super::{ModelConfig, RopeScaling};
 
 /// The source's file with other K/V-head counts. Layers alike: an ordinary configuration. Layers that differ: the widest
@@ -10,25 +11,26 @@ use super::{ModelConfig, RopeScaling};
 pub(super) fn rewrite(source: &ModelConfig, heads: &[usize], modeling_file: &str) -> Value {
     let mut out = source.json.as_object().cloned().unwrap_or_default();
     let widest = heads.iter().copied().max().unwrap_or(source.num_attention_heads);
-    let ours = format!("LayerwiseKV{}ForCausalLM", source.class_prefix());
-    let plain = format!("{}ForCausalLM", source.class_prefix());
+    let family = source.class_prefix();
+    let own = if source.stored.base_model { "Model" } else { "ForCausalLM" };
     out.insert("num_key_value_heads".to_owned(), json!(widest));
     out.shift_remove("per_layer_config");
     // `head_dim` is derived from the head counts by some readers, which a Gemma contradicts: say it
     out.insert("head_dim".to_owned(), json!(source.head_dim));
 
     if heads.iter().all(|&own| own == widest) {
-        remove_auto_map(&mut out, &ours);
-        out.insert("architectures".to_owned(), json!([plain]));
+        remove_auto_map(&mut out, &format!("LayerwiseKV{family}ForCausalLM"));
+        out.insert("architectures".to_owned(), json!([format!("{family}{own}")]));
     } else {
         let width = (heads.len() - 1).to_string().len().max(2);
         let differing = heads.iter().enumerate().filter(|(_, own)| **own != widest);
         let per_layer: Map<_, _> =
             differing.map(|(idx, own)| (format!("{idx:0width$}"), json!({ "num_key_value_heads": own }))).collect();
         out.insert("per_layer_config".to_owned(), Value::Object(per_layer));
-        out.insert("architectures".to_owned(), json!([ours]));
-        let class = format!("{modeling_file}.{ours}");
-        out.insert("auto_map".to_owned(), json!({ "AutoModel": class, "AutoModelForCausalLM": class }));
+        out.insert("architectures".to_owned(), json!([format!("LayerwiseKV{family}{own}")]));
+        let class = |kind| format!("{modeling_file}.LayerwiseKV{family}{kind}");
+        let classes = json!({ "AutoModel": class("Model"), "AutoModelForCausalLM": class("ForCausalLM") });
+        out.insert("auto_map".to_owned(), classes);
     }
     write_rope(source, &mut out);
     Value::Object(out)
@@ -45,11 +47,9 @@ fn remove_auto_map(out: &mut Map<String, Value>, ours: &str) {
 /// Both spellings: transformers 5 reads `rope_parameters`; 4.x, MLX and llama.cpp read `rope_theta` and `rope_scaling`.
 fn write_rope(source: &ModelConfig, out: &mut Map<String, Value>) {
     let theta = source.rope.theta;
-    let given = ["rope_parameters", "rope_scaling"]
-        .into_iter()
-        .find_map(|name| out.get(name).and_then(Value::as_object).cloned());
-    let mut parameters = given.unwrap_or_default();
-    if parameters.get("rope_type").is_none() {
+    let given = given(|name| out.get(name).filter(|value| !value.is_null()));
+    let mut parameters = given.and_then(|(_, value)| value.as_object().cloned()).unwrap_or_default();
+    if parameters.get("rope_type").is_none_or(Value::is_null) {
         let kind = parameters.remove("type").unwrap_or_else(|| json!("default"));
         parameters.insert("rope_type".to_owned(), kind);
     }

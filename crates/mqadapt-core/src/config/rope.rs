@@ -68,11 +68,16 @@ impl Rope {
         }
     }
 
-    /// Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4.x).
-    pub(super) fn read(fields: &Fields, default_theta: f64, head_dim: usize) -> Result<Self> {
+    /// Reads `rope_scaling` and `rope_theta` (transformers 4.x) or `rope_parameters` (5), as version 5 does: a
+    /// `rope_scaling` with anything in it takes the place of `rope_parameters` (`convert_rope_params_to_dict`).
+    pub(super) fn read(
+        fields: &Fields,
+        default_theta: f64,
+        max_position_embeddings: usize,
+        head_dim: usize,
+    ) -> Result<Self> {
         let top_theta = fields.positive("rope_theta")?;
-        let name = if fields.get("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
-        let Some(value) = fields.get(name) else {
+        let Some((name, value)) = given(|name| fields.get(name)) else {
             return Ok(Self { theta: top_theta.unwrap_or(default_theta), scaling: RopeScaling::None, head_dim });
         };
         let own = Fields::new(value).map_err(|_| fields.wrong(name, "an object"))?;
@@ -81,12 +86,23 @@ impl Rope {
             other => other,
         };
         let number = |field: &str| own.positive(field).map_err(inside)?.ok_or_else(|| inside(own.missing(field)));
+        if let Some((layers, _)) = value.as_object().into_iter().flatten().find(|(_, own)| own.is_object()) {
+            return Err(inside(
+                own.wrong(layers, "a number or a name (rotary embedding by kind of layer is not supported)"),
+            ));
+        }
         let theta = own.positive("rope_theta").map_err(inside)?.or(top_theta).unwrap_or(default_theta);
         if own.get("partial_rotary_factor").is_some_and(|v| v.as_f64() != Some(1.0)) {
             return Err(inside(own.wrong("partial_rotary_factor", "1.0 (partial rotary embedding is not supported)")));
         }
-        let kind = own.get("rope_type").or_else(|| own.get("type")).and_then(Value::as_str);
-        let scaling = match kind.unwrap_or("default") {
+        let (kind, old_kind) = (own.text("rope_type").map_err(inside)?, own.text("type").map_err(inside)?);
+        if let (Some(kind), Some(old)) = (kind, old_kind)
+            && kind != old
+        {
+            // versions 4 and 5 take different ones
+            return Err(inside(own.wrong("type", &format!("the rope_type '{kind}', or absent"))));
+        }
+        let scaling = match kind.or(old_kind).unwrap_or("default") {
             "default" => RopeScaling::None,
             "linear" => RopeScaling::Linear { factor: number("factor")? },
             "llama3" => {
@@ -94,18 +110,24 @@ impl Rope {
                 if low >= high {
                     return Err(inside(own.wrong("low_freq_factor", "below high_freq_factor")));
                 }
-                let original = own.positive("original_max_position_embeddings").map_err(inside)?;
-                let original = original.or(fields.positive("max_position_embeddings")?);
+                let field = "original_max_position_embeddings";
+                let original = fields.positive(field)?.or(own.positive(field).map_err(inside)?);
                 RopeScaling::Llama3 {
                     factor: number("factor")?,
                     low_freq_factor: low,
                     high_freq_factor: high,
-                    original_max_position_embeddings: original
-                        .ok_or_else(|| inside(own.missing("original_max_position_embeddings")))?,
+                    original_max_position_embeddings: original.unwrap_or(max_position_embeddings as f64),
                 }
             }
             _ => return Err(inside(own.wrong("rope_type", "one of default, linear, llama3"))),
         };
         Ok(Self { theta, scaling, head_dim })
     }
+}
+
+/// The field that says how positions are rotated, and what it says.
+pub(super) fn given<'a>(field: impl Fn(&str) -> Option<&'a Value>) -> Option<(&'static str, &'a Value)> {
+    let names = ["rope_scaling", "rope_parameters"];
+    let filled = |value: &&Value| value.as_object().is_none_or(|fields| !fields.is_empty());
+    names.into_iter().find_map(|name| Some((name, field(name).filter(filled)?)))
 }

@@ -41,6 +41,18 @@ fn a_bad_field_is_named() {
         ("per_layer_config", json!({ "9": { "num_key_value_heads": 1 } })),
         ("per_layer_config", json!({ "1": { "num_key_value_heads": 5 } })),
         ("per_layer_config", json!([1])),
+        ("per_layer_config", json!({ "1": { "num_key_value_heads": 2, "head_dim": 4 } })),
+        ("is_causal", json!(false)),
+        ("is_causal", Value::Null),
+        ("use_bidirectional_attention", json!(true)),
+        ("partial_rotary_factor", json!(0.5)),
+        ("attention_chunk_size", json!(8)),
+        ("sliding_window", json!(8)),
+        ("layer_types", json!(["full_attention", "sliding_attention", "full_attention"])),
+        ("quantization_config", json!({ "quant_method": "gptq", "bits": 4 })),
+        ("rope_parameters", json!({ "full_attention": { "rope_type": "default" } })),
+        ("rope_scaling", json!({ "rope_type": 5 })),
+        ("rope_scaling", json!({ "rope_type": "default", "type": "linear", "factor": 2.0 })),
     ] {
         let message = ModelConfig::from_value(with(field, value.clone())).unwrap_err().to_string();
         assert!(message.contains(field) || message.contains("rope_type"), "{field} = {value}: {message}");
@@ -68,6 +80,61 @@ fn a_rewritten_config_reads_back() {
         let uniform = read.with_num_key_value_heads(&[1, 1, 1], "modeling_x").json;
         assert!(uniform.get("auto_map").is_none() && uniform["architectures"] == json!(["LlamaForCausalLM"]));
     }
+}
+
+#[test]
+fn rope_scaling_takes_the_place_of_rope_parameters() {
+    let linear = RopeScaling::Linear { factor: 4.0 };
+    let (old, new) =
+        (json!({ "type": "linear", "factor": 4.0 }), json!({ "rope_type": "default", "rope_theta": 77.0 }));
+    let mut json = with("rope_parameters", new.clone());
+    json["rope_scaling"] = old;
+    let config = ModelConfig::from_value(json.clone()).unwrap();
+    assert_eq!((config.rope.theta, &config.rope.scaling), (10_000.0, &linear));
+    // and is written as one
+    let written = config.with_num_key_value_heads(&[1, 1, 1], "modeling_x").json;
+    assert_eq!(written["rope_parameters"], json!({ "rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0 }));
+    for nothing in [Value::Null, json!({})] {
+        json["rope_scaling"] = nothing;
+        let config = ModelConfig::from_value(json.clone()).unwrap();
+        assert_eq!((config.rope.theta, config.rope.scaling), (77.0, RopeScaling::None));
+    }
+}
+
+#[test]
+fn key_value_heads_that_a_file_leaves_out() {
+    let heads = |model_type: &str, num_attention_heads: usize, written: Option<Value>| {
+        let mut json = llama();
+        (json["model_type"], json["num_attention_heads"]) = (json!(model_type), json!(num_attention_heads));
+        json["head_dim"] = json!(4);
+        json.as_object_mut().unwrap().remove("num_key_value_heads");
+        if let Some(written) = written {
+            json["num_key_value_heads"] = written;
+        }
+        ModelConfig::from_value(json).map(|config| config.num_key_value_heads[0]).map_err(|error| error.to_string())
+    };
+    for (model_type, default) in [("llama", 64), ("gemma", 16), ("mistral", 8), ("qwen2", 32), ("qwen3", 32)] {
+        assert_eq!(heads(model_type, 64, None), Ok(default), "{model_type}");
+        assert_eq!(heads(model_type, 64, Some(Value::Null)), Ok(64), "{model_type}");
+        assert_eq!(heads(model_type, 64, Some(json!(2))), Ok(2), "{model_type}");
+    }
+    let message = heads("mistral", 12, None).unwrap_err();
+    assert!(message.contains("is absent") && message.contains("8 of a mistral"), "{message}");
+}
+
+#[test]
+fn biases_are_those_that_the_family_has() {
+    let biases = |model_type: &str| {
+        let mut json = with("attention_bias", json!(true));
+        (json["mlp_bias"], json["model_type"]) = (json!(true), json!(model_type));
+        let config = ModelConfig::from_value(json).unwrap();
+        (config.qkv_bias, config.o_bias, config.mlp_bias)
+    };
+    assert_eq!(biases("llama"), (true, true, true));
+    assert_eq!(biases("gemma"), (true, true, false));
+    assert_eq!(biases("mistral"), (false, false, false));
+    assert_eq!(biases("qwen2"), (true, false, false));
+    assert_eq!(biases("qwen3"), (true, true, false));
 }
 
 #[test]

@@ -1,11 +1,12 @@
 //! Llama: `transformers/models/llama/configuration_llama.py` and `modeling_llama.py`.
 
-use super::{Defaults, Family, Forward};
+use super::{AttentionBias, Defaults, Family, Forward};
 
 pub(super) static FAMILY: Family = Family {
     model_type: "llama",
     class_prefix: "Llama",
     defaults: Defaults {
+        num_key_value_heads: None,
         head_dim: None,
         hidden_act: "silu",
         rms_norm_eps: 1e-6,
@@ -15,5 +16,11 @@ pub(super) static FAMILY: Family = Family {
         sliding_window: None,
         sliding_window_needs_flag: false,
     },
-    forward: Forward { norm_weight_plus_one: false, scale_embeddings: false, qk_norm: false, qkv_bias: false },
+    forward: Forward {
+        norm_weight_plus_one: false,
+        scale_embeddings: false,
+        qk_norm: false,
+        attention_bias: AttentionBias::ByField,
+        mlp_bias: true,
+    },
 };

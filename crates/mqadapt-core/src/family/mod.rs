@@ -27,6 +27,8 @@ pub struct Family {
 /// Values of fields that a `config.json` may leave out (the defaults of the family's `configuration_*.py`).
 #[derive(Debug)]
 pub struct Defaults {
+    /// `num_key_value_heads` where the field is absent (`null` is `num_attention_heads`); `None`: `num_attention_heads`.
+    pub num_key_value_heads: Option<usize>,
     /// `head_dim`; `None`: `hidden_size / num_attention_heads`.
     pub head_dim: Option<usize>,
     /// `hidden_act`.
@@ -46,7 +48,7 @@ pub struct Defaults {
 }
 
 /// What a family's forward pass does differently from Llama's.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 #[allow(clippy::struct_excessive_bools)] // independent switches
 pub struct Forward {
     /// Norms multiply by `1 + weight` (Gemma).
@@ -55,8 +57,21 @@ pub struct Forward {
     pub scale_embeddings: bool,
     /// RMS norm over `head_dim` on queries and keys before `RoPE` (Qwen3).
     pub qk_norm: bool,
-    /// `q_proj`, `k_proj`, `v_proj` always have a bias (Qwen2), whatever `attention_bias` says.
-    pub qkv_bias: bool,
+    /// Which attention projections have a bias.
+    pub attention_bias: AttentionBias,
+    /// The MLP has biases where `mlp_bias` says so; the other families ignore that field.
+    pub mlp_bias: bool,
+}
+
+/// Which attention projections of a family have a bias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttentionBias {
+    /// None, whatever `attention_bias` says (Mistral).
+    Never,
+    /// `q_proj`, `k_proj`, `v_proj`, whatever `attention_bias` says (Qwen2).
+    Qkv,
+    /// All four where `attention_bias` is true.
+    ByField,
 }
 
 /// A module of a decoder layer that owns tensors.
@@ -159,6 +174,8 @@ impl LayerTensor {
     }
 }
 
+/// What a base model (`LlamaModel`, not `LlamaForCausalLM`) leaves out in front of its tensors' names.
+pub const BASE_MODEL_PREFIX: &str = "model.";
 /// Name of the token embedding, `[vocab_size, hidden_size]`.
 pub const EMBED_TOKENS: &str = "model.embed_tokens.weight";
 /// Name of the final norm, `[hidden_size]`.

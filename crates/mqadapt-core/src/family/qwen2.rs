@@ -1,11 +1,12 @@
 //! Qwen2: `transformers/models/qwen2/configuration_qwen2.py` and `modeling_qwen2.py`.
 
-use super::{Defaults, Family, Forward};
+use super::{AttentionBias, Defaults, Family, Forward};
 
 pub(super) static FAMILY: Family = Family {
     model_type: "qwen2",
     class_prefix: "Qwen2",
     defaults: Defaults {
+        num_key_value_heads: Some(32),
         head_dim: None,
         hidden_act: "silu",
         rms_norm_eps: 1e-6,
@@ -15,5 +16,11 @@ pub(super) static FAMILY: Family = Family {
         sliding_window: Some(4096),
         sliding_window_needs_flag: true,
     },
-    forward: Forward { norm_weight_plus_one: false, scale_embeddings: false, qk_norm: false, qkv_bias: true },
+    forward: Forward {
+        norm_weight_plus_one: false,
+        scale_embeddings: false,
+        qk_norm: false,
+        attention_bias: AttentionBias::Qkv,
+        mlp_bias: false,
+    },
 };
