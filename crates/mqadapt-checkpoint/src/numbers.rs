@@ -37,6 +37,44 @@ pub fn round(values: &mut [f32], dtype: DType, out: &mut [u8]) -> u64 {
     overflowed
 }
 
+/// How many values are infinite or not a number; bytes behind the last whole value are left alone.
+#[must_use]
+pub fn not_finite(dtype: DType, bytes: &[u8]) -> u64 {
+    // counted in u32, so that the loops become vector instructions; a block has far fewer values than that
+    let halves = |exponent: u16| -> u64 {
+        let blocks = bytes.as_chunks::<2>().0.chunks(BLOCK);
+        blocks
+            .map(|block| {
+                let count = |b: &[u8; 2]| u32::from(u16::from_le_bytes(*b) & exponent == exponent);
+                u64::from(block.iter().map(count).sum::<u32>())
+            })
+            .sum()
+    };
+    match dtype {
+        DType::F16 => halves(0x7c00),
+        DType::BF16 => halves(0x7f80),
+        DType::F32 => {
+            let blocks = bytes.as_chunks::<4>().0.chunks(BLOCK);
+            blocks
+                .map(|block| {
+                    let count = |b: &[u8; 4]| u32::from(u32::from_le_bytes(*b) & 0x7f80_0000 == 0x7f80_0000);
+                    u64::from(block.iter().map(count).sum::<u32>())
+                })
+                .sum()
+        }
+    }
+}
+
+/// Index of the first value that is infinite or not a number.
+#[must_use]
+pub fn first_not_finite(values: &[f32]) -> Option<usize> {
+    // block by block without a branch for each value, so that the loop becomes vector instructions
+    let any = |block: &[f32]| block.iter().fold(false, |any, value| any | !value.is_finite());
+    let block = values.chunks(BLOCK).position(any)?;
+    let within = values.get(block * BLOCK..)?.iter().position(|value| !value.is_finite())?;
+    Some(block * BLOCK + within)
+}
+
 /// Bytes to f32, exactly.
 fn widen(from: DType, source: &[u8], out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]

@@ -35,7 +35,7 @@ pub fn layer_weights(checkpoint: &Checkpoint, layer_idx: usize) -> Result<LayerW
         let name = tensor.name();
         let info = checkpoint.tensor(&name).ok_or(Error::Missing { tensor: name })?;
         let mut values = vec![0.0; info.len()];
-        checkpoint.read_f32(info, 0, &mut values)?;
+        checkpoint.read_finite(info, 0, &mut values)?;
         Ok(values)
     };
     let weight = |module| read(LayerTensor::weight(layer_idx, module));
