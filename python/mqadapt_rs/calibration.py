@@ -23,6 +23,10 @@ ENOUGH_TOKENS = 8192
 _CHARACTERS_PER_TOKEN = 5
 _CHOICE = 8
 """Of a data set, this many times the tokens are read, for the seed to choose from."""
+_CHOICE_OF_FILE = 256
+"""The same of a file, which is here already."""
+_WHOLE = 16 << 20
+"""A file of no more characters is read whole in any case."""
 
 
 def load_calibration(
@@ -41,9 +45,9 @@ def load_calibration(
     """Calibration from a text file, a `.jsonl`, a `.jsonl.gz` or a data set of the hub, tokenised as the model does.
 
     The documents are concatenated and cut into windows of `context` tokens, of which as many as make `tokens` are
-    drawn with `seed`; a text with no more than that is taken whole. A file is read whole; of a data set
-    (`org/name[@revision][:folder or file]`) no more than some times `tokens`. Without a text, `stats` names saved
-    statistics.
+    drawn with `seed`; a text with no more than that is taken whole. Of a file no more than some hundred times `tokens`
+    are read, of a data set (`org/name[@revision][:folder or file]`) no more than some times. Without a text, `stats`
+    names saved statistics.
 
     Raises:
         ArgumentError: the text is shorter than one window, or there is neither text nor statistics.
@@ -82,7 +86,7 @@ def documents(text: str | os.PathLike[str], field: str, tokens: int) -> Iterator
 
     named = dataset.parse(text) if isinstance(text, str) and not Path(text).exists() else None
     if named is None:
-        yield from texts.read_documents(text, field)
+        yield from texts.read_documents(text, field, max(_WHOLE, _CHARACTERS_PER_TOKEN * _CHOICE_OF_FILE * tokens))
         return
     characters = 0
     for document in dataset.documents(named, field):

@@ -7,11 +7,11 @@ and counts differ by hatching, marker and line as well.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mqadapt_rs import files
 from mqadapt_rs.errors import ArgumentError
 from mqadapt_rs.search.results import Results
 from mqadapt_rs.search.space import describe
@@ -314,7 +314,7 @@ def _box(layer: int, row: int, colour: tuple[float, float, float]) -> Any:
 def latency_against_groups(file: Path) -> Figure:
     """Time of a decoded token against the K/V heads of all layers, one curve for each depth."""
     try:
-        return _latency(json.loads(file.read_text()))
+        return _latency(files.read_json(file))
     except (KeyError, TypeError, ValueError) as problem:
         raise ArgumentError(f"{file}: not what 'mqadapt bench --groups ... --json' writes ({problem!r})") from None
 

@@ -7,11 +7,12 @@ merged head gets changes no time.
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import TYPE_CHECKING
 
-from .journal import write_json
+from mqadapt_rs import files
+
+from .journal import JournalError, write_json
 from .space import Space
 
 if TYPE_CHECKING:
@@ -52,8 +53,11 @@ def measured(folder: Path, model: Model, space: Space, depth: int, *, resume: bo
     """The space with measured times; a search that is resumed keeps those that it began with."""
     path = folder / FILE
     if resume and path.exists():
-        content = json.loads(path.read_text())
-        seconds = tuple(tuple((int(c), float(s)) for c, s in layer) for layer in content["layer_seconds"])
+        try:
+            layers = files.read_json(path)["layer_seconds"]
+            seconds = tuple(tuple((int(c), float(s)) for c, s in layer) for layer in layers)
+        except (LookupError, TypeError, ValueError) as problem:
+            raise JournalError(f"{path}: not the times of a search ({problem!r}); the file was damaged") from None
     else:
         seconds = measure(model, space, depth)
     return Space(space.source, space.head_bytes, space.counts, seconds)

@@ -5,9 +5,10 @@ In: the folder of a search. Out: its evaluations and what they say about known p
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from mqadapt_rs import files
 
 from .conduct import BEST, SUMMARY
 from .evaluation import Evaluation, Metric
@@ -60,7 +61,7 @@ class Results:
             raise JournalError(f"{path}: not the journal of a search ({problem!r})") from None
         if not evaluations or evaluations[0].plan != space.source:
             raise JournalError(f"{path}: no evaluation yet")
-        summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).exists() else None
+        summary = files.read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None
         return cls(folder, header, summary, space, metric, tuple(evaluations))
 
     @property
