@@ -261,6 +261,9 @@ class ConversionReport:
     @property
     def peak_rss_bytes(self) -> int | None:
         """Most memory that this process ever held, where the system tells."""
+    @property
+    def not_finite(self) -> dict[str, int]:
+        """Values that are infinite or NaN, of each tensor that this run copied as it is."""
     def to_dict(self) -> dict[str, Any]:
         """The manifest and the figures of this run in one dictionary."""
 

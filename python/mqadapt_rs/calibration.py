@@ -34,6 +34,10 @@ ENOUGH_TOKENS = 8192
 _CHARACTERS_PER_TOKEN = 5
 _CHOICE = 8
 """Of a data set, this many times the tokens are read, for the seed to choose from."""
+_CHOICE_OF_FILE = 256
+"""The same of a file, which is here already."""
+_WHOLE = 16 << 20
+"""A file of no more characters is read whole in any case."""
 
 
 def load_calibration(
@@ -53,9 +57,9 @@ def load_calibration(
 
     The documents are concatenated, so that a window may begin or end within one, and windows of `context` tokens are
     drawn from all over them, as many as make `tokens`; a text with no more than that is taken whole. Of several lengths
-    each gets an equal part of the tokens; a length that the text is too short for is left out with a warning. A file is
-    read whole; of a data set (`org/name[@revision][:folder or file]`) no more than some times `tokens`. Without a text,
-    `stats` names saved statistics.
+    each gets an equal part of the tokens; a length that the text is too short for is left out with a warning. Of a
+    file no more than some hundred times `tokens` are read, of a data set (`org/name[@revision][:folder or file]`) no more
+    than some times. Without a text, `stats` names saved statistics.
 
     Args:
         src: the model, whose tokenizer is used.
@@ -115,7 +119,7 @@ def documents(text: str | os.PathLike[str], field: str, tokens: int) -> Iterator
 
     named = dataset.parse(text) if isinstance(text, str) and not Path(text).exists() else None
     if named is None:
-        yield from texts.read_documents(text, field)
+        yield from texts.read_documents(text, field, max(_WHOLE, _CHARACTERS_PER_TOKEN * _CHOICE_OF_FILE * tokens))
         return
     characters = 0
     for document in dataset.documents(named, field):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mqadapt_rs import hub, json_document
+from mqadapt_rs import files, hub
 from mqadapt_rs.errors import MqadaptError
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # classes that add nothing to `tokenizer.json`
 _PLAIN = {"PreTrainedTokenizerFast", "TokenizersBackend"}
+# what transformers may read of a folder to make a tokenizer
+_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "tokenizer*", "*.py"]
 
 
 def load_tokenizer(src: Source, trust_remote_code: bool = False, add_bos_token: bool | None = None) -> Any:
@@ -29,6 +31,7 @@ def load_tokenizer(src: Source, trust_remote_code: bool = False, add_bos_token: 
     """
     folder = hub.fetch_tokenizer(src)
     options: dict[str, Any] = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+    files.refuse_special(folder, _FILES)
     kind = _read(folder / "tokenizer_config.json").get("tokenizer_class")
     plain = isinstance(kind, str) and kind in _PLAIN and not trust_remote_code and (folder / "tokenizer.json").exists()
     try:
@@ -60,8 +63,5 @@ def encode(tokenizer: Any, strings: Sequence[str], add_special_tokens: Sequence[
 def _read(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
-    try:
-        content = json_document.loads(file.read_bytes())
-    except ValueError as error:
-        raise MqadaptError(f"{file}: not JSON: {error}") from error
+    content = files.read_json(file)
     return content if isinstance(content, dict) else {}

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mqadapt_rs import json_document
+from mqadapt_rs import files
 from mqadapt_rs.errors import MqadaptError
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def weight_files(folder: Path) -> list[str]:
     if not index.exists():
         return [_WEIGHTS]
     try:
-        shards = set(json_document.loads(index.read_bytes())["weight_map"].values())
+        shards = set(files.read_json(index, files.MAX_INDEX_BYTES)["weight_map"].values())
         outside = [name for name in shards if Path(name).name != name or name in {".", ".."}]
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         message = f"{index}: expected an object with a 'weight_map' of tensor names to file names ({error!r})"

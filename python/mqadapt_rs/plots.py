@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mqadapt_rs import json_document
+from mqadapt_rs import files
 from mqadapt_rs.errors import ArgumentError
 from mqadapt_rs.readable import readable
 from mqadapt_rs.search.results import Results
@@ -317,7 +317,7 @@ def _box(layer: int, row: int, colour: tuple[float, float, float]) -> Any:
 def latency_against_groups(file: Path) -> Figure:
     """Time of a decoded token against the K/V heads of all layers, one curve for each depth."""
     try:
-        return _latency(json_document.loads(file.read_bytes()))
+        return _latency(files.read_json(file))
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as problem:
         raise ArgumentError(f"{file}: not what 'mqadapt bench --groups ... --json' writes ({problem!r})") from None
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import re
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from mqadapt_rs import json_document
+from mqadapt_rs import files, json_document
 from mqadapt_rs.arguments import whole
 from mqadapt_rs.errors import ArgumentError, MqadaptError
 
@@ -25,29 +26,59 @@ ANOTHER_FIELD = "--field names another, of a calibration text --calibration-fiel
 """What to do where a record has no such field."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+MAX_CHARACTERS = 256 << 20
+"""Longest text that is taken whole: its tokens alone take tens of gigabytes."""
+MAX_LINE = 64 << 20
+"""Longest line of a file of records, in characters."""
 
-def read_documents(file: str | os.PathLike[str], field: str = "text") -> Iterator[str]:
+_MARGIN = 1024
+"""Tokens behind those that are wanted: where a text is cut, its last ones may be others."""
+
+
+def read_documents(file: str | os.PathLike[str], field: str = "text", characters: int | None = None) -> Iterator[str]:
     """The documents of a file: a plain text is one; `.jsonl` and `.jsonl.gz` hold one a line, in `field`.
+
+    No more than about `characters` are read, where they are given: a plain text ends there, of records the last one is whole.
 
     Raises:
         OSError: the file cannot be read.
-        MqadaptError: a line is not an object with that field, or the file is not UTF-8.
+        MqadaptError: a line is not an object with that field, the file is not UTF-8 or not a regular file, or more than
+            `MAX_CHARACTERS` would have to be read.
     """
     path = Path(file)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from read_records(path, field, path.name.endswith(".gz"))
-    else:
-        yield read_plain(path, False)
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        yield read_plain(path, False, characters)
+        return
+    total = 0
+    for document in read_records(path, field, path.name.endswith(".gz")):
+        total += len(document)
+        if total > MAX_CHARACTERS:
+            raise _too_long(path)
+        yield document
+        if characters is not None and total >= characters:
+            return
 
 
-def read_plain(path: Path, gzipped: bool) -> str:
-    """A plain text, as one document.
+def read_plain(path: Path, gzipped: bool, characters: int | None = None) -> str:
+    """A plain text, or its first `characters`, as one document.
 
     Raises:
         OSError, MqadaptError: as `read_documents`.
     """
     with _open(path, gzipped) as file:
-        return file.read()
+        if characters is not None and characters <= MAX_CHARACTERS:
+            return file.read(characters)
+        words = file.read(MAX_CHARACTERS + 1)
+    if len(words) > MAX_CHARACTERS:
+        raise _too_long(path)
+    return words
+
+
+def _too_long(path: Path) -> MqadaptError:
+    return MqadaptError(
+        f"{path}: expected a text of at most {MAX_CHARACTERS} characters, found more; take a part of it, or ask for fewer "
+        "windows or tokens"
+    )
 
 
 def read_records(path: Path, field: str, gzipped: bool) -> Iterator[str]:
@@ -57,7 +88,14 @@ def read_records(path: Path, field: str, gzipped: bool) -> Iterator[str]:
         OSError, MqadaptError: as `read_documents`.
     """
     with _open(path, gzipped) as lines:
-        for number, line in enumerate(lines, 1):
+        number = 0
+        while line := lines.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise MqadaptError(
+                    f"{path}, line {number}: expected a record of at most {MAX_LINE} characters, found more; cut the text "
+                    "into records of that length"
+                )
             if line.strip():
                 yield _document(line, field, f"{path}, line {number}")
 
@@ -65,7 +103,11 @@ def read_records(path: Path, field: str, gzipped: bool) -> Iterator[str]:
 @contextmanager
 def _open(path: Path, gzipped: bool) -> Iterator[IO[str]]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if gzipped else path.open(encoding="utf-8") as file:
+        with (
+            files.open_regular(path) as stored,
+            gzip.GzipFile(fileobj=stored, mode="rb") if gzipped else stored as content,
+            io.TextIOWrapper(content, encoding="utf-8") as file,
+        ):
             yield file
     except UnicodeDecodeError as error:
         raise MqadaptError(f"{path}: expected UTF-8 text; found {error}") from error
@@ -93,7 +135,7 @@ def load_tokenizer(src: Source) -> Tokenizer:
 
     Raises:
         FileNotFoundError: the model has no `tokenizer.json`.
-        MqadaptError: the file is not one that the tokenizers library reads.
+        MqadaptError: the file is not one that the tokenizers library reads, or not a regular file.
     """
     from tokenizers import Tokenizer
 
@@ -102,8 +144,9 @@ def load_tokenizer(src: Source) -> Tokenizer:
     file = hub.fetch_tokenizer(src) / "tokenizer.json"
     if not file.exists():
         raise FileNotFoundError(f"{file}: the model has no tokenizer.json; text needs one (token ids do not)")
+    content = files.read_text(file, files.MAX_TOKENIZER_BYTES)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare `Exception`s
         raise MqadaptError(f"{file}: {error}") from error
     tokenizer.no_truncation()
@@ -121,6 +164,23 @@ def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
         found = f"\\u{ord(half[0]):04x} at character {half.start()}"
         raise ArgumentError(f"the text must be Unicode (UTF-8); found half of a surrogate pair ({found})")
     return list(tokenizer.encode(text).ids)
+
+
+def read_ids(tokenizer: Tokenizer, file: str | os.PathLike[str], field: str, tokens: int | None) -> list[int]:
+    """The ids of the documents of a file, concatenated; of its beginning, with the first `tokens` in it, where they are given.
+
+    Raises:
+        OSError, MqadaptError: as `read_documents`.
+    """
+    if tokens is None:
+        return token_ids(tokenizer, "".join(read_documents(file, field)))
+    characters = max(1 << 20, 8 * tokens)
+    while True:
+        words = "".join(read_documents(file, field, characters))
+        ids = token_ids(tokenizer, words)
+        if len(words) < characters or len(ids) >= tokens + _MARGIN:
+            return ids
+        characters *= 4
 
 
 def first_windows(ids: list[int], context: int, windows: int | None) -> list[int]:

@@ -5,5 +5,6 @@ mod fault;
 mod hostile;
 mod injected;
 mod lent;
+mod not_finite;
 mod synthetic;
 mod verify;

@@ -150,3 +150,27 @@ fn a_manifest_that_contradicts_the_folder_is_found() {
         assert!(matches!(verify(&dst, None, &NoProgress), Err(Error::Manifest { .. })), "{broken}");
     }
 }
+
+#[test]
+fn a_manifest_with_names_or_figures_that_cannot_be_is_found() {
+    let (source, out) = (Synthetic::default().folder(), TempDir::new().unwrap());
+    let dst = out.path().join("dst");
+    converted(source.path(), &dst, "mean", None);
+    let text = fs::read_to_string(dst.join(MANIFEST_FILE)).unwrap();
+    for (field, value, words) in [
+        ("/method", "better-mean".into(), "says method \"better-mean\", expected one of mean"),
+        ("/dtype", "float8".into(), "says dtype \"float8\""),
+        ("/plan/num_key_value_heads/0", 4.into(), "says plan.num_key_value_heads [4, 2, 8, 2]"),
+        ("/relative_error/0", 0.5.into(), "says relative_error 0.5 of layer 0, expected 0"),
+        ("/relative_error/1", (-1).into(), "says relative_error -1 of layer 1"),
+        ("/kv_bytes_per_token_after", 5.into(), "says kv_bytes_per_token_after 5"),
+        ("/parameters_after", 5.into(), "says parameters_after 5"),
+        ("/num_key_value_heads_before/0", 4.into(), "says num_key_value_heads_before [4, 8, 8, 8]"),
+    ] {
+        let mut manifest: serde_json::Value = serde_json::from_str(&text).unwrap();
+        *manifest.pointer_mut(field).unwrap() = value;
+        fs::write(dst.join(MANIFEST_FILE), manifest.to_string()).unwrap();
+        let problems = against(source.path(), &dst).problems;
+        assert!(problems.iter().any(|problem| problem.contains(words)), "{field}: {problems:?}");
+    }
+}

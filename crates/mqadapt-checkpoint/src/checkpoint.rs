@@ -9,7 +9,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::gguf::{self, Gguf};
 use crate::naming::by_name;
-use crate::numbers::convert_stored;
+use crate::numbers::{convert_stored, first_not_finite};
 use crate::{Error, Result, Shard, ShardHead, ShardSource, SideFile, StoredType, TensorInfo, folder, side_files};
 
 /// Bytes read at a time where values are converted while they are read.
@@ -122,6 +122,31 @@ impl Checkpoint {
         #[cfg(target_endian = "big")]
         out.iter_mut().for_each(|value| *value = f32::from_bits(value.to_bits().swap_bytes()));
         Ok(())
+    }
+
+    /// As [`Self::read_f32`], for whatever is computed with the values: refuses those that are not finite.
+    ///
+    /// # Errors
+    /// As [`Self::read_f32`]; [`Error::NotFinite`].
+    pub fn read_finite(&self, tensor: &TensorInfo, first_value: usize, out: &mut [f32]) -> Result<()> {
+        self.read_f32(tensor, first_value, out)?;
+        match first_not_finite(out) {
+            None => Ok(()),
+            Some(at) => Err(self.not_finite(tensor, first_value + at, out.get(at).copied().unwrap_or(f32::NAN))),
+        }
+    }
+
+    /// The error for a value of a tensor that is not finite.
+    #[must_use]
+    pub fn not_finite(&self, tensor: &TensorInfo, mut index: usize, value: f32) -> Error {
+        let mut at = Vec::with_capacity(tensor.shape.len());
+        for size in tensor.shape.iter().rev() {
+            at.push(index % size.max(&1));
+            index /= size.max(&1);
+        }
+        at.reverse();
+        let path = self.shards().get(tensor.shard).map_or(self.path(), Shard::path).to_owned();
+        Error::NotFinite { path, name: tensor.name.clone(), value, at }
     }
 
     /// Reads values in another dtype as little-endian bytes, from value `first_value` of the row-major tensor on, filling

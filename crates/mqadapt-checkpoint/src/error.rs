@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use mqadapt_core::family::{LayerTensor, Module};
+
 /// The result of this crate's functions.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -19,6 +21,39 @@ pub enum Error {
         path: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// A path leads to something that cannot be read like a file on disk.
+    #[error(
+        "{}: expected a regular file, found {found}; write the content to a file and give that file's path", .path.display()
+    )]
+    NotRegular {
+        /// The path.
+        path: PathBuf,
+        /// What is there: `a pipe`, `a device`, `a socket`, `a folder`.
+        found: &'static str,
+    },
+    /// A file is longer than any real one of its kind.
+    #[error("{}: expected at most {limit} bytes, found more; the file is not what its name says", .path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// Most bytes that are read.
+        limit: u64,
+    },
+    /// A weight is infinite or not a number, and a merge or a pass over text needs it.
+    #[error(
+        "{}: tensor '{name}' holds {value} at {at:?}; heads are merged and layers run from finite values only: get an \
+         intact copy of the model{}", .path.display(), or_keep(.name)
+    )]
+    NotFinite {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// `NaN`, `inf` or `-inf`.
+        value: f32,
+        /// Index of the first such value, outermost dimension first.
+        at: Vec<usize>,
     },
     /// There is no such file or folder, or it is not a checkpoint.
     #[error("{}: {detail}", .path.display())]
@@ -150,6 +185,18 @@ impl Error {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { action, path, source }
+    }
+}
+
+/// What helps beside an intact copy, where the tensor belongs to a layer's attention.
+fn or_keep(name: &str) -> String {
+    match LayerTensor::parse(name) {
+        Some(LayerTensor {
+            layer_idx, module: Module::QProj | Module::KProj | Module::VProj | Module::OProj, ..
+        }) => {
+            format!(", or a plan that leaves layer {layer_idx} as it is")
+        }
+        _ => String::new(),
     }
 }
 

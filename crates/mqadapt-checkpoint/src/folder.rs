@@ -11,7 +11,7 @@ use mqadapt_core::family::LM_HEAD;
 
 use crate::checkpoint::Contents;
 use crate::error::HeaderProblem;
-use crate::file::{self, MAX_TEXT_BYTES, read_exact_at, read_small};
+use crate::file::{self, MAX_CONFIG_BYTES, read_exact_at, read_small};
 use crate::header::{Header, header_bytes};
 use crate::index::{INDEX_FILE, Index, MAX_INDEX_BYTES, SINGLE_FILE};
 use crate::naming::{adopt, by_name};
@@ -86,7 +86,7 @@ pub(crate) fn read_config(folder: &Path) -> Result<ModelConfig> {
         return Err(Error::NotACheckpoint { path, detail });
     }
     let wrong = |source| Error::Config { path: path.clone(), source };
-    let text = String::from_utf8(read_small(&path, MAX_TEXT_BYTES)?)
+    let text = String::from_utf8(read_small(&path, MAX_CONFIG_BYTES)?)
         .map_err(|e| wrong(mqadapt_core::Error::Syntax { what: "config.json", detail: e.to_string() }))?;
     ModelConfig::from_json(&text).map_err(wrong)
 }
@@ -114,7 +114,7 @@ fn parse_head(head: &ShardHead) -> std::result::Result<Header, HeaderProblem> {
 
 /// Opens a shard and reads its header.
 fn open_shard(name: &str, path: PathBuf) -> Result<(Shard, Header)> {
-    let (file, len) = file::open(&path)?;
+    let (file, len) = file::open_regular(&path)?;
     let wrong = |problem| Error::Header { path: path.clone(), problem };
     if len < 8 {
         return Err(wrong(HeaderProblem::TooShort { len }));

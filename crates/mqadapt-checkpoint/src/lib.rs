@@ -28,6 +28,7 @@
 //! ```
 
 mod checkpoint;
+mod digest;
 mod error;
 mod file;
 mod folder;
@@ -43,12 +44,13 @@ mod tensor;
 
 pub use checkpoint::{Checkpoint, read_config};
 pub use error::{Error, HeaderProblem, Result};
+pub use file::{MAX_CONFIG_BYTES, open_regular, read_small};
 #[doc(hidden)]
 pub use gguf::check_gguf_bytes;
 pub use header::{Header, HeaderEntry, MAX_HEADER_BYTES};
 #[doc(hidden)]
 pub use index::index_shards;
-pub use numbers::{convert, convert_stored, round, store};
+pub use numbers::{convert, convert_stored, first_not_finite, not_finite, round, store};
 pub use plan_file::read_plan;
 pub use shard::{Shard, ShardHead, ShardSource};
 pub use side_files::{Content, SideFile};

@@ -88,6 +88,51 @@ fn to_odd(value: f64) -> f32 {
     f32::from_bits((nearest.to_bits() - u32::from(away)) | 1)
 }
 
+/// How many values are infinite or not a number, of types that are not floats none; bytes behind the last whole value are
+/// left alone.
+#[must_use]
+pub fn not_finite(stored: StoredType, bytes: &[u8]) -> u64 {
+    // counted in u32, so that the loops become vector instructions; a block has far fewer values than that
+    let halves = |exponent: u16| -> u64 {
+        let blocks = bytes.as_chunks::<2>().0.chunks(BLOCK);
+        blocks
+            .map(|block| {
+                let count = |b: &[u8; 2]| u32::from(u16::from_le_bytes(*b) & exponent == exponent);
+                u64::from(block.iter().map(count).sum::<u32>())
+            })
+            .sum()
+    };
+    match stored {
+        StoredType::Float(DType::F16) => halves(0x7c00),
+        StoredType::Float(DType::BF16) => halves(0x7f80),
+        StoredType::F64 => {
+            let exponent = f64::INFINITY.to_bits();
+            let values = bytes.as_chunks::<8>().0.iter();
+            values.map(|b| u64::from(u64::from_le_bytes(*b) & exponent == exponent)).sum()
+        }
+        StoredType::Float(DType::F32) => {
+            let blocks = bytes.as_chunks::<4>().0.chunks(BLOCK);
+            blocks
+                .map(|block| {
+                    let count = |b: &[u8; 4]| u32::from(u32::from_le_bytes(*b) & 0x7f80_0000 == 0x7f80_0000);
+                    u64::from(block.iter().map(count).sum::<u32>())
+                })
+                .sum()
+        }
+        _ => 0,
+    }
+}
+
+/// Index of the first value that is infinite or not a number.
+#[must_use]
+pub fn first_not_finite(values: &[f32]) -> Option<usize> {
+    // block by block without a branch for each value, so that the loop becomes vector instructions
+    let any = |block: &[f32]| block.iter().fold(false, |any, value| any | !value.is_finite());
+    let block = values.chunks(BLOCK).position(any)?;
+    let within = values.get(block * BLOCK..)?.iter().position(|value| !value.is_finite())?;
+    Some(block * BLOCK + within)
+}
+
 /// Bytes to f32, exactly.
 fn widen(from: DType, source: &[u8], out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]

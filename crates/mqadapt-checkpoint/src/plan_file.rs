@@ -4,7 +4,7 @@ use std::path::Path;
 
 use mqadapt_core::{ModelConfig, Plan};
 
-use crate::file::{MAX_TEXT_BYTES, read_small};
+use crate::file::{MAX_PLAN_BYTES, read_small};
 use crate::{Error, Result};
 
 /// Reads a plan: a path that ends in `.json`, `.yaml` or `.yml`, or the grammar of [`Plan::parse`].
@@ -18,7 +18,7 @@ pub fn read_plan(text_or_path: &str, config: &ModelConfig) -> Result<Plan> {
         return Plan::parse(text_or_path, config).map_err(Error::Plan);
     }
     let wrong = |source| Error::Config { path: path.to_owned(), source };
-    let text = String::from_utf8(read_small(path, MAX_TEXT_BYTES)?)
+    let text = String::from_utf8(read_small(path, MAX_PLAN_BYTES)?)
         .map_err(|e| wrong(mqadapt_core::Error::Syntax { what: "plan", detail: e.to_string() }))?;
     Plan::from_document(&text, config).map_err(wrong)
 }

@@ -119,7 +119,7 @@ impl Shard {
         if self.lender.is_some() {
             return Ok(None);
         }
-        let (file, len) = file::open(&self.path)?;
+        let (file, len) = file::open_regular(&self.path)?;
         if len != self.len {
             return Ok(Some(format!("it had {} bytes and has {len} now", self.len)));
         }
@@ -137,7 +137,7 @@ impl Shard {
         }
         let Some(lender) = &self.lender else { return Err(closed(&self.path)) };
         let path = lender.acquire(&self.name).map_err(Error::io("fetch", &self.path))?;
-        let (file, found) = file::open(&path)?;
+        let (file, found) = file::open_regular(&path)?;
         if found != self.len {
             let (shard, expected) = (self.name.clone(), self.len);
             return Err(Error::Lent { shard, expected, found });

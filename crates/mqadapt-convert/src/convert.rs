@@ -7,7 +7,7 @@ use mqadapt_checkpoint::{Checkpoint, Content, SideFile, StoredType};
 use mqadapt_core::{DType, ModelConfig, Plan, Progress, cost};
 use serde_json::{Map, Value, json};
 
-use crate::engine::{Engine, Moved};
+use crate::engine::{Engine, Moved, PHASE};
 use crate::journal::{JOURNAL_FILE, Journal};
 use crate::layout::{INDEX_FILE, Layout, Request};
 use crate::manifest::{MANIFEST_FILE, Manifest, PlanRecord, SourceRecord};
@@ -89,12 +89,14 @@ fn run(
         None => LayerNotes::default(),
     };
     let moved = engine.run(&layout, &past, Writer::start(journal, options.sync))?;
-    let bytes_read = moved.bytes_read;
+    let (bytes_read, not_finite) = (moved.bytes_read, moved.not_finite.clone());
 
     let mut bytes_written = layout.bytes();
     for file in &side_files {
         bytes_written += match &file.content {
-            Content::File(path) => output.copy_small(&file.name, path)?,
+            Content::File(path) => output.copy(&file.name, path, || {
+                Ok(progress.advance(PHASE, layout.bytes(), layout.bytes())?) // an interrupt is noticed here
+            })?,
             Content::Bytes(bytes) => output.write(&file.name, bytes)?,
         };
     }
@@ -116,6 +118,7 @@ fn run(
         bytes_read,
         bytes_written,
         seconds: begun.elapsed().as_secs_f64(),
+        not_finite,
         peak_rss_bytes: peak_rss_bytes(),
     })
 }

@@ -2,15 +2,16 @@
 //!
 //! This thread reads, computes and hashes; the [`Writer`]'s writes.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 
-use mqadapt_checkpoint::{Checkpoint, StoredType, TensorInfo, store};
+use mqadapt_checkpoint::{Checkpoint, StoredType, TensorInfo, not_finite, store};
 use mqadapt_core::family::LayerTensor;
 use mqadapt_core::{Plan, Progress};
 use mqadapt_merge::{ErrorSum, KvMerge};
 
 use crate::cache::Visit;
+use crate::finite::FiniteScan;
 use crate::journal::{Learnt, Mark, MergedTensor, Past};
 use crate::layout::{Layout, OutputShard};
 use crate::steps::{Step, Work, steps};
@@ -45,6 +46,8 @@ pub(crate) struct Engine<'a> {
     errors: Vec<ErrorSum>,
     /// Since the last mark.
     learnt: Learnt,
+    /// What is copied although it is not finite.
+    scan: FiniteScan,
     /// The source shard that is being read.
     reading: Option<usize>,
 }
@@ -54,6 +57,8 @@ pub(crate) struct Moved {
     pub shards: Vec<ShardRecord>,
     pub relative_error: Vec<f64>,
     pub bytes_read: u64,
+    /// Values copied by this run that are not finite, by tensor.
+    pub not_finite: BTreeMap<String, u64>,
 }
 
 impl<'a> Engine<'a> {
@@ -80,6 +85,7 @@ impl<'a> Engine<'a> {
             piece,
             errors: vec![ErrorSum::default(); checkpoint.config().num_hidden_layers],
             learnt: Learnt::default(),
+            scan: FiniteScan::default(),
             reading: None,
         }
     }
@@ -97,7 +103,9 @@ impl<'a> Engine<'a> {
         shards.append(&mut earlier);
         shards.sort_by_key(|record| layout.shards.iter().position(|shard| shard.name == record.name));
         let relative_error = self.errors.iter().map(ErrorSum::relative).collect();
-        Ok(Moved { shards, relative_error, bytes_read: self.bytes_read })
+        let found = std::mem::take(&mut self.scan).found().into_iter();
+        let not_finite = found.filter_map(|(at, count)| Some((self.source(at).ok()?.name.clone(), count))).collect();
+        Ok(Moved { shards, relative_error, bytes_read: self.bytes_read, not_finite })
     }
 
     fn shards(
@@ -145,7 +153,7 @@ impl<'a> Engine<'a> {
                 announced.push_back(self.announce(step)?);
                 next += 1;
             }
-            self.step(step, &mut out, writer)?;
+            self.step(step, shard, &mut out, writer)?;
             announced.pop_front();
             if step.end - marked >= MARK_EVERY {
                 marked = step.end;
@@ -160,7 +168,7 @@ impl<'a> Engine<'a> {
         self.send(writer, Message::Complete(mark))
     }
 
-    fn step(&mut self, step: &Step, out: &mut Unfinished, writer: &mut Writer) -> Result<()> {
+    fn step(&mut self, step: &Step, of: &OutputShard, out: &mut Unfinished, writer: &mut Writer) -> Result<()> {
         match step.work {
             Work::Copy { shard, offset } => {
                 let Some(from) = self.checkpoint.shards().get(shard) else { return Ok(()) };
@@ -168,6 +176,7 @@ impl<'a> Engine<'a> {
                 while out.hashed < step.end {
                     let mut data = self.buffer(step.end - out.hashed, writer)?;
                     from.read_exact_at(offset + (out.hashed - step.start), &mut data)?;
+                    self.scan.look(&of.tensors, out.hashed, &data);
                     self.write(data, out, writer)?;
                 }
                 Ok(())
@@ -180,6 +189,7 @@ impl<'a> Engine<'a> {
                     let first_value = first_value + (out.hashed - step.start) as usize / dtype.bytes();
                     let overflowed = self.checkpoint.read_as(source, dtype, first_value, &mut data)?;
                     refuse_overflow(&source.name, StoredType::Float(dtype), overflowed)?;
+                    self.scan.add(tensor, not_finite(StoredType::Float(dtype), &data));
                     self.write(data, out, writer)?;
                 }
                 Ok(())
@@ -208,7 +218,7 @@ impl<'a> Engine<'a> {
             return Ok(()); // the layout has merges only where there is one
         };
         let width = stored.value_bytes().unwrap_or(1); // the layout merges only floats
-        let read = |first: usize, out: &mut [f32]| Ok(self.checkpoint.read_f32(source, first, out)?);
+        let read = |first: usize, out: &mut [f32]| Ok(self.checkpoint.read_finite(source, first, out)?);
         let take = |_: usize, merged: &mut [f32]| {
             for values in merged.chunks_mut(self.piece / width.max(4)) {
                 let mut data = self.buffer((values.len() * width) as u64, writer)?;

@@ -39,6 +39,7 @@ mod convert;
 mod disk;
 mod engine;
 mod error;
+mod finite;
 mod journal;
 mod layers;
 mod layout;

@@ -1,7 +1,9 @@
 //! `mqadapt.json`: what a converted checkpoint was made from, how, and what its files contain.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
+use mqadapt_checkpoint::read_small;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -111,20 +113,15 @@ impl Manifest {
     /// Reads the manifest of a converted checkpoint; `None` where there is none.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Manifest`].
+    /// [`Error::Checkpoint`] where it cannot be read, [`Error::Manifest`].
     pub fn read(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join(MANIFEST_FILE);
         let wrong = |detail| Error::Manifest { path: path.clone(), detail };
-        match std::fs::metadata(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(Error::io("open", &path)(error)),
-            Ok(metadata) if !metadata.is_file() || metadata.len() > MAX_MANIFEST_BYTES => {
-                return Err(wrong(format!("is not a file of at most {MAX_MANIFEST_BYTES} bytes")));
-            }
-            Ok(_) => {}
+        match read_small(&path, MAX_MANIFEST_BYTES) {
+            Ok(json) => Self::parse(&json).map(Some).map_err(wrong),
+            Err(mqadapt_checkpoint::Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error.into()),
         }
-        let json = std::fs::read(&path).map_err(Error::io("read", &path))?;
-        Self::parse(&json).map(Some).map_err(wrong)
     }
 
     /// The text of `mqadapt.json`.

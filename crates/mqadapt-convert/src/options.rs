@@ -1,5 +1,7 @@
 //! What a conversion can be told, and what it reports.
 
+use std::collections::BTreeMap;
+
 use mqadapt_core::DType;
 use mqadapt_merge::{MergeOptions, Method};
 use serde::Serialize;
@@ -64,6 +66,9 @@ pub struct ConversionReport {
     pub bytes_written: u64,
     /// Wall time.
     pub seconds: f64,
+    /// Values that are infinite or not a number, of each tensor that this run copied: they stay as they are.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub not_finite: BTreeMap<String, u64>,
     /// Most memory that this process ever held, where the system tells.
     pub peak_rss_bytes: Option<u64>,
 }

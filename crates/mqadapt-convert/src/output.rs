@@ -1,17 +1,19 @@
 //! The output folder: a working folder beside it under another name, which gets the name when everything is in it.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use mqadapt_checkpoint::Checkpoint;
+use mqadapt_checkpoint::{Checkpoint, open_regular};
 use rustix::fs::{FlockOperation, RenameFlags, flock, fstatvfs, renameat_with};
 use rustix::io::Errno;
 
 use crate::layout::INDEX_FILE;
 use crate::{ConvertOptions, Error, MANIFEST_FILE, Result};
 
+/// Bytes copied at a time.
+const COPY_BYTES: usize = 1 << 20;
 /// What the name of an unfinished conversion ends in.
 pub const PARTIAL_SUFFIX: &str = ".mqadapt-partial";
 
@@ -88,26 +90,48 @@ impl Output {
         entries.filter_map(|entry| Some(entry.ok()?.metadata().ok()?.blocks() * 512)).sum()
     }
 
-    /// Copies a small file, complete or not at all; returns its length.
-    pub fn copy_small(&self, name: &str, from: &Path) -> Result<u64> {
-        let bytes = fs::read(from).map_err(Error::io("read", from))?;
-        self.write(name, &bytes)
+    /// Copies a file of any length, complete or not at all; returns its length. `go_on` is asked after each piece.
+    pub fn copy(&self, name: &str, from: &Path, mut go_on: impl FnMut() -> Result<()>) -> Result<u64> {
+        let (mut source, _) = open_regular(from)?;
+        self.whole(name, |file, partial| {
+            let mut piece = vec![0; COPY_BYTES];
+            let mut copied = 0;
+            loop {
+                let count = match source.read(&mut piece) {
+                    Ok(0) => return Ok(copied),
+                    Ok(count) => count,
+                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                    Err(error) => return Err(Error::io("read", from)(error)),
+                };
+                file.write_all(piece.get(..count).unwrap_or_default()).map_err(Error::io("write", partial))?;
+                copied += count as u64;
+                go_on()?;
+            }
+        })
     }
 
     /// Writes a small file, complete or not at all; returns its length.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<u64> {
+        self.whole(name, |file, partial| {
+            file.write_all(bytes).map_err(Error::io("write", partial))?;
+            Ok(bytes.len() as u64)
+        })
+    }
+
+    /// A file that `fill` writes, under its name when it is complete; returns what `fill` does.
+    fn whole(&self, name: &str, fill: impl FnOnce(&mut File, &Path) -> Result<u64>) -> Result<u64> {
         let path = self.work.join(name);
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         }
         let partial = self.work.join(format!("{name}.partial"));
         let mut file = File::create(&partial).map_err(Error::io("create", &partial))?;
-        file.write_all(bytes).map_err(Error::io("write", &partial))?;
+        let written = fill(&mut file, &partial)?;
         if self.sync {
             file.sync_all().map_err(Error::io("write", &partial))?;
         }
         fs::rename(&partial, &path).map_err(Error::io("rename", &partial))?;
-        Ok(bytes.len() as u64)
+        Ok(written)
     }
 
     /// Forgets what is not part of the result, gives the folder its name, and waits for the disk.

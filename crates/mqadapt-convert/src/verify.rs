@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::Path;
 
-use mqadapt_checkpoint::{Checkpoint, StoredType, TensorInfo};
+use mqadapt_checkpoint::{Checkpoint, StoredType, TensorInfo, not_finite as not_finite_values};
 use mqadapt_core::family::LayerTensor;
-use mqadapt_core::{DType, Plan, Progress};
-use mqadapt_merge::{KvMerge, MergeOptions, method};
+use mqadapt_core::{DType, Plan, Progress, cost};
+use mqadapt_merge::{KvMerge, METHODS, MergeOptions, method};
 use serde::Serialize;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -107,6 +107,60 @@ impl Verifier<'_> {
         if said != found {
             self.problem(format!("{MANIFEST_FILE} lists the files {said:?}, the folder has {found:?}"));
         }
+        self.unknown_names();
+        self.figures();
+    }
+
+    /// What the manifest says that this version does not know, or that was written to the file afterwards.
+    fn unknown_names(&mut self) {
+        let Manifest { method: name, dtype, .. } = self.manifest;
+        if method(name).is_none() {
+            let known: Vec<_> = METHODS.iter().map(|method| method.name).collect();
+            self.problem(format!(
+                "{MANIFEST_FILE} says method {name:?}, expected one of {}; it is damaged, or another version wrote it: \
+                 verify with mqadapt-rs {}",
+                known.join(", "),
+                self.manifest.mqadapt_version
+            ));
+        }
+        if DType::parse(dtype).is_none() {
+            self.problem(format!("{MANIFEST_FILE} says dtype {dtype:?}, expected float32, float16 or bfloat16"));
+        }
+    }
+
+    /// The manifest's figures against the configuration and against each other.
+    fn figures(&mut self) {
+        let manifest = self.manifest;
+        let (before, after) = (&manifest.num_key_value_heads_before, &manifest.num_key_value_heads_after);
+        let planned = &manifest.plan.num_key_value_heads;
+        if planned != after {
+            self.problem(format!(
+                "{MANIFEST_FILE} says plan.num_key_value_heads {planned:?}, but num_key_value_heads_after {after:?}"
+            ));
+        }
+        for (layer, ((before, after), error)) in before.iter().zip(after).zip(&manifest.relative_error).enumerate() {
+            let expected = if before == after { "0" } else { "a number from 0 on" };
+            if !(error.is_finite() && *error >= 0.0 && (before != after || *error == 0.0)) {
+                self.problem(format!(
+                    "{MANIFEST_FILE} says relative_error {error} of layer {layer}, expected {expected}"
+                ));
+            }
+        }
+        let Some(dtype) = DType::parse(&manifest.dtype) else { return };
+        let config = self.checkpoint.config();
+        let keep = Plan::keep(config);
+        for (name, said, expected) in [
+            (
+                "kv_bytes_per_token_after",
+                manifest.kv_bytes_per_token_after,
+                cost::kv_bytes_per_token(config, &keep, dtype.bytes()),
+            ),
+            ("parameters_after", manifest.parameters_after, cost::parameters(config, &keep)),
+        ] {
+            if said != expected {
+                self.problem(format!("{MANIFEST_FILE} says {name} {said}, by config.json it is {expected}"));
+            }
+        }
     }
 
     /// One pass over the files: checksums and non-finite values.
@@ -122,7 +176,7 @@ impl Verifier<'_> {
                 let mut not_finite = 0;
                 self.pieces(shard, tensor.offset, tensor.bytes, &mut piece, |bytes| {
                     hash.update(bytes);
-                    not_finite += count_not_finite(tensor.dtype, bytes);
+                    not_finite += not_finite_values(tensor.dtype, bytes);
                 })?;
                 if not_finite > 0 {
                     self.problem(format!("tensor '{}' has {not_finite} values that are not finite", tensor.name));
@@ -172,6 +226,10 @@ impl Verifier<'_> {
                 said.name,
                 said.fingerprint
             ));
+        }
+        let (said, found) = (&self.manifest.num_key_value_heads_before, &source.config().num_key_value_heads);
+        if said != found {
+            self.problem(format!("{MANIFEST_FILE} says num_key_value_heads_before {said:?}, the source has {found:?}"));
         }
         let plan = match Plan::from_heads(&self.manifest.plan.num_key_value_heads, source.config()) {
             Ok(plan) => plan,
@@ -265,7 +323,7 @@ impl Verifier<'_> {
         let Some(width) = stored.value_bytes() else { return Ok(Some(format!("is stored as {stored}"))) };
         let checkpoint = self.checkpoint;
         let mut different = 0;
-        let read = |first: usize, out: &mut [f32]| Ok(source.read_f32(original, first, out)?);
+        let read = |first: usize, out: &mut [f32]| Ok(source.read_finite(original, first, out)?);
         let write = |first: usize, merged: &mut [f32]| {
             let (mut expected, mut own) = (vec![0; merged.len() * width], vec![0; merged.len() * width]);
             mqadapt_checkpoint::store(merged, stored, &mut expected);
@@ -274,7 +332,13 @@ impl Verifier<'_> {
             different += pairs.filter(|(own, expected)| own != expected).count();
             self.advance(own.len() as u64)
         };
-        merge.run::<Error>(read, write)?;
+        match merge.run::<Error>(read, write) {
+            Ok(_) => {}
+            Err(Error::Checkpoint(error @ mqadapt_checkpoint::Error::NotFinite { .. })) => {
+                return Ok(Some(format!("cannot be what the source gives: {error}")));
+            }
+            Err(error) => return Err(error),
+        }
         let method = &self.manifest.method;
         Ok((different > 0).then(|| format!("has {different} values that are not what '{method}' gives")))
     }
@@ -302,27 +366,5 @@ fn read_raw(checkpoint: &Checkpoint, tensor: &TensorInfo, at: u64, out: &mut [u8
     match checkpoint.shards().get(tensor.shard) {
         Some(shard) => Ok(shard.read_exact_at(tensor.offset + at, out)?),
         None => Ok(()),
-    }
-}
-
-/// Values that are infinite or not a number; of types that are not floats, none.
-fn count_not_finite(dtype: StoredType, bytes: &[u8]) -> u64 {
-    let halves = |exponent: u16| {
-        let values = bytes.as_chunks::<2>().0.iter();
-        values.map(|b| u64::from(u16::from_le_bytes(*b) & exponent == exponent)).sum()
-    };
-    match dtype {
-        StoredType::Float(DType::F16) => halves(0x7c00),
-        StoredType::Float(DType::BF16) => halves(0x7f80),
-        StoredType::F64 => {
-            let exponent = f64::INFINITY.to_bits();
-            let values = bytes.as_chunks::<8>().0.iter();
-            values.map(|b| u64::from(u64::from_le_bytes(*b) & exponent == exponent)).sum()
-        }
-        StoredType::Float(DType::F32) => {
-            let values = bytes.as_chunks::<4>().0.iter();
-            values.map(|b| u64::from(u32::from_le_bytes(*b) & 0x7f80_0000 == 0x7f80_0000)).sum()
-        }
-        _ => 0,
     }
 }

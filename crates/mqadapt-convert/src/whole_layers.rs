@@ -127,7 +127,7 @@ impl Engine<'_> {
         for (_, place) in places {
             let source = self.source(place.source)?;
             let mut values = vec![0.0; source.len()];
-            self.checkpoint.read_f32(source, 0, &mut values)?;
+            self.checkpoint.read_finite(source, 0, &mut values)?;
             self.bytes_read += source.bytes;
             weights.insert(source.name.clone(), values);
         }

@@ -237,6 +237,11 @@ impl Floats {
     }
 
     /// The values as bytes of this machine.
+    pub(crate) fn stored(&self) -> &[u8] {
+        self.lines.slice(self.len * self.dtype.bytes())
+    }
+
+    /// The values as bytes of this machine.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         self.lines.slice_mut(self.len * self.dtype.bytes())
     }

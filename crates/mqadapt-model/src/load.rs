@@ -171,7 +171,7 @@ fn perform(checkpoint: &Checkpoint, task: Task<'_>, overlay: Option<&Overlay<'_>
         (Task::Read { info, dtype, first, out }, _) => checkpoint.read_as(info, dtype, first, out).map(drop)?,
         (Task::Merge { info, heads, tensor, out }, Some(overlay)) => {
             let mut source = vec![0.0; info.len()];
-            checkpoint.read_f32(info, 0, &mut source)?;
+            checkpoint.read_finite(info, 0, &mut source)?;
             let target = overlay.plan.layers().get(tensor.layer_idx).map_or(heads, |c| c.num_key_value_heads());
             let mut values = vec![0.0; info.len() / heads * target];
             merge_tensor(overlay.rows, &overlay.options, tensor, &source, heads, &mut values);

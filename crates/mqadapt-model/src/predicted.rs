@@ -45,6 +45,7 @@ pub fn predicted_errors(
         let context = contexts.iter().copied().max().unwrap_or(1);
         Box::new(move |layer_idx, heads, weights| {
             let geometry = layer_geometry(checkpoint.config(), layer_idx);
+            saved.check_weights(checkpoint, layer_idx, progress)?;
             let sample = saved.layer(layer_idx, &geometry)?;
             predicted_error(weights, &geometry, heads, &sample.statistics, fixed, context)
                 .map_err(Error::merge(layer_idx))

@@ -6,7 +6,7 @@ use std::collections::hash_map::Entry;
 use std::path::Path;
 use std::sync::Arc;
 
-use mqadapt_checkpoint::Checkpoint;
+use mqadapt_checkpoint::{Checkpoint, first_not_finite, not_finite};
 use mqadapt_core::family::{EMBED_TOKENS, LayerTensor, Module};
 use mqadapt_core::{DType, ModelConfig, Progress, Progressing};
 use mqadapt_kernels::Precision;
@@ -41,7 +41,7 @@ pub(crate) fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>], folder: Opt
             }
             if let Entry::Vacant(entry) = rows.entry(id) {
                 let mut row = vec![0.0; width];
-                checkpoint.read_f32(table, id as usize * width, &mut row)?;
+                checkpoint.read_finite(table, id as usize * width, &mut row)?;
                 for value in &mut row {
                     *value *= scale;
                 }
@@ -76,6 +76,9 @@ impl StreamedLayer {
         let (done, total) = (layer_idx as u64, config.num_hidden_layers as u64);
         let within = Progressing { progress, phase: CALIBRATE, done, total };
         let tensors = load::read(checkpoint, &names, None, None, &within)?;
+        for name in &names {
+            refuse_not_finite(checkpoint, name, tensors.get(name))?;
+        }
         let backend = Kernels::new(Precision::Fast, WeightFormat::Stored)?;
         let block = Weights { backend: &backend, config, tensors }.block(layer_idx)?;
         // nothing is embedded and nothing scored here
@@ -111,7 +114,7 @@ impl StreamedLayer {
         let name = LayerTensor::weight(self.layer_idx, Module::OProj).name();
         let info = checkpoint.tensor(&name).ok_or(Error::Missing { tensor: name })?;
         let mut values = vec![0.0; info.len()];
-        checkpoint.read_f32(info, 0, &mut values)?;
+        checkpoint.read_finite(info, 0, &mut values)?;
         Ok(values)
     }
 
@@ -194,6 +197,17 @@ impl StreamedLayer {
         }
         Ok(one.values)
     }
+}
+
+/// What comes out of a layer with such a weight has no meaning, nor have sums over it.
+fn refuse_not_finite(checkpoint: &Checkpoint, name: &str, values: Option<&Floats>) -> Result<()> {
+    let (Some(values), Some(info)) = (values, checkpoint.tensor(name)) else { return Ok(()) };
+    if not_finite(values.dtype(), values.stored()) == 0 {
+        return Ok(());
+    }
+    let values = values.to_f32();
+    let at = first_not_finite(&values).unwrap_or_default();
+    Err(checkpoint.not_finite(info, at, values.get(at).copied().unwrap_or(f32::NAN)).into())
 }
 
 /// A configuration of one layer, with the K/V heads and the window of layer `layer_idx`.

@@ -1,11 +1,14 @@
 //! `convert` and its report.
 
+use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_convert::{CalibratedLayers, ConvertOptions};
 use mqadapt_core::Progress;
 use mqadapt_model::Spill;
+use pyo3::exceptions::PyUserWarning;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -48,6 +51,12 @@ impl ConversionReport {
         self.0.peak_rss_bytes
     }
 
+    /// Values that are infinite or not a number, of each tensor that this run copied as it is.
+    #[getter]
+    fn not_finite(&self) -> BTreeMap<String, u64> {
+        self.0.not_finite.clone()
+    }
+
     /// The manifest and the figures of this run in one dictionary.
     fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let out = self.manifest(py)?;
@@ -55,6 +64,9 @@ impl ConversionReport {
         out.set_item("bytes_written", self.0.bytes_written)?;
         out.set_item("seconds", self.0.seconds)?;
         out.set_item("peak_rss_bytes", self.0.peak_rss_bytes)?;
+        if !self.0.not_finite.is_empty() {
+            out.set_item("not_finite", self.not_finite())?;
+        }
         Ok(out)
     }
 
@@ -143,7 +155,24 @@ pub(crate) fn convert(
     if let Some(shards) = &shards {
         shards.close(py, resume && outcome.is_err())?;
     }
-    outcome.map(ConversionReport)
+    let report = outcome?;
+    warn_not_finite(py, &report.not_finite)?;
+    Ok(ConversionReport(report))
+}
+
+/// Says that values were copied that no model computes with.
+fn warn_not_finite(py: Python<'_>, found: &BTreeMap<String, u64>) -> PyResult<()> {
+    let Some((name, count)) = found.first_key_value() else { return Ok(()) };
+    let others = match found.len() {
+        1 => String::new(),
+        tensors => format!(" (and {} other tensors)", tensors - 1),
+    };
+    let message = format!(
+        "tensor '{name}'{others} holds {count} values that are infinite or NaN; the plan does not change it, so they were \
+         copied as they are: get an intact copy of the model"
+    );
+    let message = CString::new(message.replace('\0', "\\0"))?;
+    PyErr::warn(py, &py.get_type::<PyUserWarning>(), &message, 1)
 }
 
 /// Where `dst` is going to be: a place with room for what does not fit into memory.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mqadapt_checkpoint::{Checkpoint, Content};
+use mqadapt_checkpoint::{Checkpoint, Content, MAX_CONFIG_BYTES, read_small};
 use mqadapt_kernels::Precision;
 use mqadapt_model::{Device, GenerateOptions, Likelihood, LoadOptions, MOST_TOKENS_IN_FLIGHT, WeightFormat};
 use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods};
@@ -483,7 +483,7 @@ fn stop_tokens(checkpoint: &Checkpoint) -> PyResult<Vec<u32>> {
     let files = checkpoint.side_files().or_raise()?;
     let generation = files.into_iter().find(|file| file.name == "generation_config.json");
     let text = generation.and_then(|file| match file.content {
-        Content::File(path) => std::fs::read(path).ok(),
+        Content::File(path) => read_small(&path, MAX_CONFIG_BYTES).ok(),
         Content::Bytes(bytes) => Some(bytes),
     });
     // a file that cannot be parsed counts as none: it is not needed to run the model

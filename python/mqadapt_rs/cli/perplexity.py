@@ -42,7 +42,7 @@ def perplexity(
     from mqadapt_rs import text as texts
     from mqadapt_rs.cli import output
 
-    ids = texts.token_ids(texts.load_tokenizer(src), "".join(texts.read_documents(text, field)))
+    ids = texts.read_ids(texts.load_tokenizer(src), text, field, None if windows is None else windows * context)
     ids = texts.first_windows(ids, context, windows)
     model = calibration.model(src, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights)
     start = time.perf_counter()

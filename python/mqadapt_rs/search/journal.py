@@ -1,19 +1,20 @@
 """The journal: every evaluation is one line of JSON, on disk before the search goes on.
 
 In: evaluations. Out: `journal.jsonl`, from which a killed search continues and from which figures and report are made.
-The first line says what the losses depend on; a journal of another model, text, method or version is refused. A line
-that a kill tore in half is cut off; damage anywhere else is an error.
+The first line says what the losses depend on; a journal of another model, text, method or version is refused. Every line
+ends in a checksum of what stands before. A line that a kill tore in half is cut off; damage anywhere else is an error.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from mqadapt_rs import json_document
+from mqadapt_rs import files, json_document
 from mqadapt_rs.errors import ArgumentError
 
 from .evaluation import Evaluation, Metric
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.jsonl"
 FORMAT = 1
+CHECKSUM = "blake2b_128"
+"""The last field of a line: BLAKE2b (128 bits) of the others, but for the time that the evaluation took."""
 
 
 class JournalError(ArgumentError):
@@ -42,7 +45,7 @@ class Journal:
         self.header = {"journal": FORMAT, **header}
         exists = begun(folder, resume=resume)
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("a+b")
+        self.file = files.open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             _lock(self.file.fileno(), self.path)
             self.evaluations = self._replay() if exists else {}
@@ -55,24 +58,25 @@ class Journal:
 
     def _replay(self) -> dict[Heads, Evaluation]:
         """The evaluations that the file holds; a torn last line is cut off the file."""
-        self.file.seek(0)
-        lines, whole = _lines(self.file.read())
+        lines, whole = _lines(files.read_bytes(self.path, files.MAX_JOURNAL_BYTES))
         if not lines:
             self.file.truncate(0)  # killed while the first line was written
             return {}
         records = [_parse(self.path, number, line) for number, line in enumerate(lines, 1)]
         found = records[0]
         for key in dict.fromkeys([*self.header, *found]):
-            if found.get(key) != self.header.get(key):
+            if key != CHECKSUM and found.get(key) != self.header.get(key):
                 raise JournalError(
                     f"{self.path} belongs to another search: its {key} is {found.get(key)!r}, this one's is "
                     f"{self.header.get(key)!r}; choose another folder"
                 )
+        _check(self.path, 1, found)
         self.file.truncate(whole)
         evaluations: dict[Heads, Evaluation] = {}
         source: tuple[float, ...] | None = None
         for number, record in enumerate(records[1:], 2):
             evaluation = self._evaluation(record, source, number)
+            _check(self.path, number, record)
             source = evaluation.losses if source is None else source
             evaluations[evaluation.plan] = evaluation
         return evaluations
@@ -100,7 +104,8 @@ class Journal:
         self.evaluations[evaluation.plan] = evaluation
 
     def _append(self, content: dict[str, Any]) -> None:
-        self.file.write(json.dumps(content, allow_nan=False).encode() + b"\n")
+        line = {**content, CHECKSUM: _checksum(content)}
+        self.file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
 
@@ -170,7 +175,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     path = folder / JOURNAL
     if not path.is_file():
         raise JournalError(f"{folder} holds no {JOURNAL}: expected the folder of a search")
-    lines, _ = _lines(path.read_bytes())
+    lines, _ = _lines(files.read_bytes(path, files.MAX_JOURNAL_BYTES))
     if not lines:
         raise JournalError(f"{path} is empty")
     records = [_parse(path, number, line) for number, line in enumerate(lines, 1)]
@@ -178,6 +183,8 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise JournalError(
             f"{path} is not a journal of this version (format {records[0].get('journal')!r}, expected {FORMAT})"
         )
+    for number, content in enumerate(records, 1):
+        _check(path, number, content)
     return records[0], records[1:]
 
 
@@ -202,6 +209,7 @@ def _lines(content: bytes) -> tuple[list[bytes], int]:
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """The content of a line, its checksum still to be checked."""
     try:
         content = json_document.loads(line)
     except ValueError as problem:
@@ -209,6 +217,27 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise JournalError(f"{path}, line {number}: expected an object, found {type(content).__name__}")
     return content
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Of what a line says; numbers come back from JSON exactly as they were written."""
+    said = {key: value for key, value in content.items() if key not in {CHECKSUM, "seconds"}}
+    return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
+
+
+def _check(path: Path, number: int, content: dict[str, Any]) -> None:
+    """Compares a line with its checksum, which it loses."""
+    said = content.pop(CHECKSUM, None)
+    if said is None:
+        raise JournalError(
+            f"{path}, line {number}: expected a checksum in '{CHECKSUM}'; this is not the journal of a search of this "
+            "version, or the file was damaged: choose another folder"
+        )
+    if said != _checksum(content):
+        raise JournalError(
+            f"{path}, line {number}: its checksum says that it is not what was written; the file was damaged: remove this "
+            "line and those behind it to evaluate them again"
+        )
 
 
 def _lock(descriptor: int, path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
-from mqadapt_rs import json_document
+from mqadapt_rs import files
 
 from .journal import JournalError, write_json
 from .space import Space
@@ -54,7 +54,7 @@ def measured(folder: Path, model: Model, space: Space, depth: int, *, resume: bo
     path = folder / FILE
     if resume and path.exists():
         try:
-            content = json_document.loads(path.read_bytes())
+            content = files.read_json(path)
             seconds = tuple(tuple((int(c), float(s)) for c, s in layer) for layer in content["layer_seconds"])
             if len(seconds) != space.num_hidden_layers or not all(0 <= s < 1e9 for layer in seconds for _, s in layer):
                 raise ValueError("expected times of every layer, in seconds")

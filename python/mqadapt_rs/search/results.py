@@ -6,10 +6,11 @@ In: the folder of a search. Out: its evaluations and what they say about known p
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from dataclasses import fields as fields_of
 from typing import TYPE_CHECKING, Any
 
-from mqadapt_rs import json_document
+from mqadapt_rs import files
 
 from .conduct import BEST, SUMMARY
 from .evaluation import Evaluation, Metric
@@ -161,7 +162,7 @@ def check(header: dict[str, Any]) -> None:
         and all(type(count) is int and _is_number(time) for layer in seconds for count, time in layer)
     )
     expect("layer_seconds", "the times of every layer's counts", times)
-    options, known = header["options"], {field.name for field in fields(Options)}
+    options, known = header["options"], {field.name for field in fields_of(Options)}
     expect("options", "an object of options", isinstance(options, dict) and set(options) <= known)
     for name, value in options.items():
         plans = name == "plans" and isinstance(value, list) and all(numbers(plan, MOST_HEADS) for plan in value)
@@ -182,7 +183,7 @@ def _summary(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        summary = json_document.loads(path.read_bytes())
+        summary = files.read_json(path)
         winner = summary["winner"]
         if not isinstance(summary["verdict"], str) or not (winner is None or winner["num_key_value_heads"]):
             raise ValueError("expected a verdict, and a winner with its plan")

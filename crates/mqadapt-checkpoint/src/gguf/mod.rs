@@ -40,7 +40,7 @@ pub(crate) struct Gguf {
 
 /// Opens a file: one shard.
 pub(crate) fn open(path: &Path) -> Result<(Contents, Gguf)> {
-    let (file, len) = file::open(path)?;
+    let (file, len) = file::open_regular(path)?;
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let shard = Shard::opened(name, path.to_owned(), len, file, None);
     let model = open::Model::read(&shard).map_err(|problem| problem.in_file(path))?;

@@ -145,6 +145,9 @@ impl<'a> CalibratedMerge<'a> {
         let failed = Error::merge(layer_idx);
         let progressing = self.progressing(layer_idx, progress);
         let sequential = self.sequential();
+        if let Some(saved) = &self.saved {
+            saved.check_weights(self.checkpoint, layer_idx, progress)?;
+        }
         let mut run = None;
         if self.saved.is_none() || sequential {
             let block = block_heads(&geometry, geometry.num_key_value_heads / heads.max(1));

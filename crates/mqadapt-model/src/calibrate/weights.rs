@@ -69,7 +69,7 @@ fn read(checkpoint: &Checkpoint, tensor: LayerTensor) -> Result<Vec<f32>> {
     let name = tensor.name();
     let info = checkpoint.tensor(&name).ok_or(Error::Missing { tensor: name })?;
     let mut values = vec![0.0; info.len()];
-    checkpoint.read_f32(info, 0, &mut values)?;
+    checkpoint.read_finite(info, 0, &mut values)?;
     Ok(values)
 }
 

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::fixtures::{Tiny, config, difference, ids};
 use crate::{
     CalibratedMerge, CalibratedMethod, Calibration, Error, LoadOptions, Model, Precision, Spill, StatisticsFile,
-    collect_statistics, layer_geometry, layer_weights,
+    collect_statistics, layer_geometry, layer_weights, predicted_errors,
 };
 
 fn calibration() -> Calibration {
@@ -156,6 +156,123 @@ fn files_of_other_models_and_broken_ones_are_refused() {
     let nothing = Calibration { sequences: Vec::new(), target_contexts: vec![80] };
     let refused = CalibratedMerge::new(&tiny.checkpoint, nothing, closed_form(false), None, DType::F32);
     assert!(matches!(refused, Err(Error::Argument { name: "calibration", .. })));
+}
+
+/// A copy of a model with one value of a tensor replaced.
+fn with_value(tiny: &Tiny, tensor: &str, index: usize, value: f32) -> Tiny {
+    let tensors = tiny.checkpoint.config().tensors().into_iter().map(|wanted| {
+        let info = tiny.checkpoint.tensor(&wanted.name).unwrap();
+        let mut values = vec![0.0; info.len()];
+        tiny.checkpoint.read_f32(info, 0, &mut values).unwrap();
+        if wanted.name == tensor {
+            values[index] = value;
+        }
+        (wanted.name, wanted.shape, values)
+    });
+    Tiny::of(&tiny.json(), DType::F32, tensors.collect())
+}
+
+#[test]
+fn one_flipped_bit_in_a_statistics_file_is_noticed() {
+    let tiny = Tiny::random(&config("llama", &json!({ "num_key_value_heads": 2, "num_hidden_layers": 2 })), DType::F32);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.stats");
+    collect_statistics(&tiny.checkpoint, &calibration(), &path, None, &NoProgress).unwrap();
+    let read = || -> crate::Result<()> {
+        let saved = StatisticsFile::open(&path)?;
+        (0..2).try_for_each(|layer_idx| {
+            saved.layer(layer_idx, &layer_geometry(tiny.checkpoint.config(), layer_idx)).map(drop)
+        })
+    };
+    read().unwrap();
+    let mut bytes = std::fs::read(&path).unwrap();
+    let header = usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap() + 8;
+    let places = (0..header).step_by(37).chain((header..bytes.len()).step_by(bytes.len() / 199));
+    for (number, at) in places.enumerate() {
+        let bit = 1 << (number % 8);
+        bytes[at] ^= bit;
+        std::fs::write(&path, &bytes).unwrap();
+        let error = read().expect_err(&format!("byte {at}, bit {bit}"));
+        assert!(matches!(error, Error::Statistics { .. }), "byte {at}: {error}");
+        bytes[at] ^= bit;
+    }
+    std::fs::write(&path, &bytes).unwrap();
+    read().unwrap();
+}
+
+#[test]
+fn statistics_of_a_model_that_differs_in_one_weight_are_refused() {
+    let tiny = Tiny::random(&config("llama", &json!({ "num_key_value_heads": 3 })), DType::F32);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.stats");
+    collect_statistics(&tiny.checkpoint, &calibration(), &path, None, &NoProgress).unwrap();
+    let print = tiny.checkpoint.fingerprint().unwrap();
+    for (tensor, words) in [
+        ("model.embed_tokens.weight", Some("whose embedding has other weights")),
+        ("model.layers.0.mlp.down_proj.weight", Some("whose layer 0 has other weights")),
+        ("model.layers.1.self_attn.q_proj.weight", Some("whose layer 1 has other weights")),
+        // what comes behind the merged layer has no part in its statistics
+        ("model.layers.2.self_attn.q_proj.weight", None),
+        ("lm_head.weight", None),
+    ] {
+        let other = with_value(&tiny, tensor, 2000, 0.123); // in the middle, where no sample is taken
+        assert_eq!(other.checkpoint.fingerprint().unwrap(), print);
+        for method in [closed_form(false), closed_form(true), CalibratedMethod::Prune] {
+            let saved = StatisticsFile::open(&path).unwrap();
+            let mut merge =
+                CalibratedMerge::new(&other.checkpoint, calibration(), method, Some(saved), DType::F32).unwrap();
+            let weights = layer_weights(&other.checkpoint, 1).unwrap();
+            let merged = merge.merge_layer(1, 1, &weights, &NoProgress).map(drop).map_err(|error| error.to_string());
+            match words {
+                None => merged.unwrap(),
+                Some(words) => assert!(merged.as_ref().unwrap_err().contains(words), "{tensor}: {merged:?}"),
+            }
+        }
+        let saved = StatisticsFile::open(&path).unwrap();
+        let options = ClosedFormOptions::default();
+        let predicted = predicted_errors(&other.checkpoint, saved, "mean", &options, &[30], &[(1, 1)], &NoProgress);
+        assert_eq!(predicted.is_err(), words.is_some(), "{tensor}");
+    }
+}
+
+#[test]
+fn weights_that_are_not_finite_are_named() {
+    let tiny = Tiny::random(&config("qwen2", &json!({ "num_key_value_heads": 3 })), DType::F32);
+    let folder = tempfile::tempdir().unwrap();
+    for (tensor, index) in [
+        ("model.embed_tokens.weight", 48 * ids(1, 90)[5] as usize + 4),
+        ("model.layers.0.mlp.down_proj.weight", 777),
+        ("model.layers.0.input_layernorm.weight", 7),
+        ("model.layers.1.self_attn.v_proj.weight", 1000),
+        ("model.layers.1.self_attn.k_proj.bias", 40),
+    ] {
+        for value in [f32::NAN, f32::NEG_INFINITY] {
+            let broken = with_value(&tiny, tensor, index, value);
+            let named = |error: &Error| {
+                let text = error.to_string();
+                assert!(text.contains(&format!("tensor '{tensor}' holds {value} at [")), "{text}");
+            };
+            let path = folder.path().join("broken.stats");
+            named(&collect_statistics(&broken.checkpoint, &calibration(), &path, None, &NoProgress).unwrap_err());
+            assert!(!path.exists());
+            let plan = Plan::parse("mqa:1", tiny.checkpoint.config()).unwrap();
+            let options = LoadOptions { plan: Some(plan), ..exact() };
+            for method in [closed_form(false), closed_form(true), CalibratedMethod::Prune] {
+                let merge = CalibratedMerge::new(&broken.checkpoint, calibration(), method, None, DType::F32);
+                named(
+                    &Model::load_calibrated(&broken.checkpoint, &options, &mut merge.unwrap(), &NoProgress)
+                        .err()
+                        .unwrap(),
+                );
+            }
+            let loaded = Model::load(&broken.checkpoint, &options, &NoProgress);
+            if tensor.contains("layers.1") {
+                named(&loaded.err().unwrap());
+            } else {
+                drop(loaded.unwrap()); // it is not merged: the model runs as it is
+            }
+        }
+    }
 }
 
 #[test]
