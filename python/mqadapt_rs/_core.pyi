@@ -254,6 +254,9 @@ class ConversionReport:
     @property
     def peak_rss_bytes(self) -> int | None:
         """Most memory that this process ever held, where the system tells."""
+    @property
+    def redone(self) -> list[str]:
+        """What of the resumed conversion was damaged and was done again, a sentence each."""
     def to_dict(self) -> dict[str, Any]:
         """The manifest and the figures of this run in one dictionary."""
 

@@ -1,11 +1,13 @@
 //! `convert` and its report.
 
+use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_convert::{CalibratedLayers, ConvertOptions};
 use mqadapt_core::Progress;
 use mqadapt_model::Spill;
+use pyo3::exceptions::PyUserWarning;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -55,7 +57,13 @@ impl ConversionReport {
         out.set_item("bytes_written", self.0.bytes_written)?;
         out.set_item("seconds", self.0.seconds)?;
         out.set_item("peak_rss_bytes", self.0.peak_rss_bytes)?;
+        out.set_item("redone", &self.0.redone)?;
         Ok(out)
+    }
+
+    #[getter]
+    fn redone(&self) -> Vec<String> {
+        self.0.redone.clone()
     }
 
     fn __repr__(&self) -> String {
@@ -140,7 +148,12 @@ pub(crate) fn convert(
     if let Some(shards) = &shards {
         shards.close(py, resume && outcome.is_err())?;
     }
-    outcome.map(ConversionReport)
+    let report = outcome?;
+    for damage in &report.redone {
+        let message = CString::new(damage.replace('\0', "")).unwrap_or_default();
+        PyErr::warn(py, &py.get_type::<PyUserWarning>(), &message, 1)?;
+    }
+    Ok(ConversionReport(report))
 }
 
 /// Where `dst` is going to be: a place with room for what does not fit into memory.
