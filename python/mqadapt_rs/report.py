@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mqadapt_rs import files
 from mqadapt_rs.plots import caption, plot
 from mqadapt_rs.search.conduct import BEST, said
 from mqadapt_rs.search.results import Results
@@ -50,8 +51,8 @@ def report(folder: str | os.PathLike[str], *, latency: Path | None = None) -> tu
     pictures = plot(place, latency=latency)
     page = Page(result, pictures)
     paths = place / "report.html", place / "report.md"
-    paths[0].write_text(page.html(), encoding="utf-8")
-    paths[1].write_text(page.markdown(), encoding="utf-8")
+    files.write(paths[0], page.html().encode())
+    files.write(paths[1], page.markdown().encode())
     return paths
 
 
