@@ -1,11 +1,11 @@
 //! Statistics of a whole model in one safetensors file: collected once, merged from hundreds of times.
 //!
 //! Tensors are `layers.{i}.{moment}` (f64) and `layers.{i}.inputs.{n}` (f32); the metadata says of which model and text
-//! they are. Written layer by layer to a temporary file that takes its name when it is complete; read one layer at a time.
+//! they are. Written layer by layer to a temporary file that takes its name, if it is still free, when it is complete; read one layer at a time.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::fs::File;
+use std::io::{BufWriter, ErrorKind, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,7 @@ use mqadapt_checkpoint::{Checkpoint, Header, HeaderEntry, MAX_HEADER_BYTES};
 use mqadapt_core::Progress;
 use mqadapt_merge::{LayerGeometry, LayerStatistics, NamedTensors, StatisticsShape};
 use serde_json::{Map, Value, json};
+use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::activations::Spill;
@@ -65,10 +66,10 @@ pub fn collect_statistics(
     progress: &dyn Progress,
 ) -> Result<StatisticsFile> {
     let config = checkpoint.config();
-    let partial = partial_path(path);
-    let written = (|| {
+    let written = (|| -> Result<()> {
         let (header, _) = layout(checkpoint, calibration)?;
-        let mut out = BufWriter::with_capacity(1 << 20, File::create(&partial).map_err(failed(&partial))?);
+        let (file, partial) = unfinished(path)?.into_parts();
+        let mut out = BufWriter::with_capacity(1 << 20, file);
         out.write_all(&header).map_err(failed(&partial))?;
         let bytes = 4 * config.hidden_size * calibration.sequences.iter().map(Vec::len).sum::<usize>();
         let folder = spill.filter(|spill| bytes as u64 > spill.max_memory).map(|spill| spill.folder.as_path());
@@ -93,22 +94,33 @@ pub fn collect_statistics(
                 input.iter().try_for_each(|v| out.write_all(&v.to_le_bytes())).map_err(failed(&partial))?;
             }
         }
-        let file = out.into_inner().map_err(|error| Error::Io { path: partial.clone(), source: error.into_error() })?;
+        let file = out.into_inner().map_err(|error| failed(&partial)(error.into_error()))?;
         file.sync_all().map_err(failed(&partial))?;
-        fs::rename(&partial, path).map_err(failed(path))
+        partial.persist_noclobber(path).map_err(|taken| failed(path)(taken.error))
     })();
-    if let Err(error) = written {
-        // what is left of it is of no use; the first error is the one to report
-        let _ = fs::remove_file(&partial);
-        return Err(error);
+    let there = |error: &Error| matches!(error, Error::Io { source, .. } if source.kind() == ErrorKind::AlreadyExists);
+    match written {
+        // another process was faster
+        Err(error) if there(&error) => match StatisticsFile::open(path) {
+            Ok(saved) if saved.text() == calibration.fingerprint() => Ok(saved),
+            _ => Err(error),
+        },
+        written => written.and_then(|()| StatisticsFile::open(path)),
     }
-    StatisticsFile::open(path)
 }
 
-fn partial_path(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".mqadapt-partial");
-    PathBuf::from(name)
+/// A file of a random name beside `path`: nothing that lies there is followed or emptied. It is removed after an error.
+fn unfinished(path: &Path) -> Result<NamedTempFile> {
+    let mut prefix = std::ffi::OsString::from(".");
+    prefix.push(path.file_name().unwrap_or_default());
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut refused = None; // the system's own error, which the builder wraps
+    let made = tempfile::Builder::new().prefix(&prefix).suffix(".mqadapt-partial").make_in(folder, |path| {
+        let file = File::create_new(path);
+        refused = file.as_ref().err().and_then(std::io::Error::raw_os_error);
+        file
+    });
+    made.map_err(|error| failed(path)(refused.map_or(error, std::io::Error::from_raw_os_error)))
 }
 
 /// The header of the file for this pass, with its 8 bytes of length, and the bytes of data.
