@@ -264,6 +264,9 @@ class ConversionReport:
     @property
     def not_finite(self) -> dict[str, int]:
         """Values that are infinite or NaN, of each tensor that this run copied as it is."""
+    @property
+    def redone(self) -> list[str]:
+        """What of the resumed conversion was damaged and was done again, a sentence each."""
     def to_dict(self) -> dict[str, Any]:
         """The manifest and the figures of this run in one dictionary."""
 

@@ -36,8 +36,8 @@ _KINDS = {
 }
 
 
-def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> BinaryIO:
-    """Opens a regular file, or a link to one; with `flags` other than `os.O_RDONLY` for reading and appending.
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file, or a link to one, for reading.
 
     Raises:
         MqadaptError: a pipe, a device, a socket or a folder.
@@ -48,10 +48,10 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> Bina
     if path.exists():
         _refuse_special(path, path.stat().st_mode)
     # a pipe would wait for its writer
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0), 0o666)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
         _refuse_special(path, os.fstat(descriptor).st_mode)
-        return os.fdopen(descriptor, "rb" if flags == os.O_RDONLY else "a+b")
+        return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise

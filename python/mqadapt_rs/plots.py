@@ -7,11 +7,12 @@ and counts differ by hatching, marker and line as well.
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mqadapt_rs import files
+from mqadapt_rs import files, own_files
 from mqadapt_rs.errors import ArgumentError
 from mqadapt_rs.readable import readable
 from mqadapt_rs.search.results import Results
@@ -74,14 +75,20 @@ def plot(
     if len(metrics) > 1:
         names = ", ".join(sorted(metric.name for metric in metrics))
         raise ArgumentError(f"searches of different metrics do not fit into one figure: {names}")
-    target = Path(out) if out is not None else Path(folders[0]) / "plots"
-    target.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        target = Path(out)
+        target.mkdir(parents=True, exist_ok=True)
+    else:
+        target = Path(folders[0]) / "plots"
+        own_files.make_folder(target)
     written = []
     with mpl.rc_context(STYLE):
         for name, figure in _figures(results, latency):
             for ending in ("png", "svg"):
                 metadata = {"Date": None} if ending == "svg" else None
-                figure.savefig(target / f"{name}.{ending}", dpi=160, metadata=metadata)
+                picture = io.BytesIO()
+                figure.savefig(picture, format=ending, dpi=160, metadata=metadata)
+                own_files.write(target / f"{name}.{ending}", picture.getvalue())
             written.append(target / f"{name}.png")
     if not written:
         raise ArgumentError(f"nothing to draw yet: {results[0].folder} holds the source's evaluation only")

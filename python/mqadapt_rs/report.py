@@ -13,6 +13,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mqadapt_rs import own_files
 from mqadapt_rs.plots import caption, plot
 from mqadapt_rs.readable import as_code_block, as_html, as_markdown, as_shell_again, readable
 from mqadapt_rs.search.conduct import BEST, said
@@ -52,8 +53,8 @@ def report(folder: str | os.PathLike[str], *, latency: Path | None = None) -> tu
     pictures = plot(place, latency=latency)
     page = Page(result, pictures)
     paths = place / "report.html", place / "report.md"
-    paths[0].write_text(page.html(), encoding="utf-8")
-    paths[1].write_text(page.markdown(), encoding="utf-8")
+    own_files.write(paths[0], page.html().encode())
+    own_files.write(paths[1], page.markdown().encode())
     return paths
 
 

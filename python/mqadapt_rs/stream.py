@@ -7,6 +7,7 @@ length and the SHA-256 that the hub announced.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import shutil
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from mqadapt_rs import hub
+from mqadapt_rs import hub, own_files
 from mqadapt_rs.errors import ArgumentError, MqadaptError
 from mqadapt_rs.readable import readable
 
@@ -30,6 +31,8 @@ ATTEMPTS = 6
 PATIENCE = 0.5  # seconds before the second attempt; doubles with each
 _FIRST_GUESS = 100_000  # bytes; most headers are shorter
 _MAX_HEADER = 100_000_000
+_MARK = ".mqadapt-download"
+"""A file that says that a folder of downloads is one of ours."""
 
 
 class Head(NamedTuple):
@@ -69,6 +72,7 @@ class Shards:
         # the commit is fixed now: whatever is asked for later belongs to it
         self._place = hub.HubId(place.repo_id, self.folder.name)
         self._scratch = None if dst is None else Path(f"{Path(dst)}.mqadapt-download")
+        self._begun = False
         self._stop = threading.Event()
         with hub.readable_errors(place):
             self.heads = [self._retry(name, partial(self._head, name)) for name in hub.weight_files(self.folder)]
@@ -82,12 +86,33 @@ class Shards:
         if self._scratch is None:
             raise OSError(f"{self._place}: only its headers were fetched")
         head = next(head for head in self.heads if head.name == name)
+        self._begin(self._scratch)
         with hub.readable_errors(self._place):
             return str(self._retry(name, partial(self._download, head, self._scratch)))
 
+    def _begin(self, folder: Path) -> None:
+        """Makes the folder of downloads, or takes over that of an interrupted conversion.
+
+        Raises:
+            ArgumentError: something else has its name.
+        """
+        if self._begun:
+            return
+        mark = folder / _MARK
+        if own_files.make_folder(folder, 0o700):
+            own_files.write(mark, f"{self._place}\n".encode())
+        elif mark.is_symlink() or not mark.is_file() or folder.stat().st_mode & 0o022:
+            raise ArgumentError(f"{folder} is not a folder of our downloads; remove it, or give another output folder")
+        for head in self.heads:
+            if (folder / head.name).is_symlink():
+                raise ArgumentError(
+                    f"{folder / head.name} is a symbolic link; remove it, or give another output folder"
+                )
+        self._begun = True
+
     def release(self, name: str) -> None:
         """The file is not needed any more."""
-        if self._scratch is not None:
+        if self._scratch is not None and self._begun:
             (self._scratch / name).unlink(missing_ok=True)
 
     def stop(self) -> None:
@@ -95,9 +120,17 @@ class Shards:
         self._stop.set()
 
     def close(self, keep: bool) -> None:
-        """Removes what was downloaded; `keep` leaves it for the next attempt."""
-        if not keep and self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        """Removes what was downloaded, and nothing else; `keep` leaves it for the next attempt."""
+        if keep or self._scratch is None or not self._begun:
+            return
+        cache = self._scratch / ".cache"
+        shutil.rmtree(cache / "huggingface", ignore_errors=True)  # the hub client's notes
+        for name in [*(head.name for head in self.heads), _MARK]:
+            with contextlib.suppress(OSError):
+                (self._scratch / name).unlink()
+        for folder in (cache, self._scratch):
+            with contextlib.suppress(OSError):  # something of someone else's is in it
+                folder.rmdir()
 
     def _retry(self, name: str, work: Callable[[], _T]) -> _T:
         """Does it again where it may help."""
@@ -133,7 +166,6 @@ class Shards:
         from huggingface_hub import hf_hub_download
 
         stop = self._stop
-        folder.mkdir(parents=True, exist_ok=True)
         download = partial(
             hf_hub_download,
             self._place.repo_id,

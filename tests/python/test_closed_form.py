@@ -111,6 +111,25 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path) -> None
     assert not (tmp_path / "dst").exists()
 
 
+def test_statistics_do_not_follow_links(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "source", "llama")
+    victim, stats = tmp_path / "victim", tmp_path / "stats"
+    victim.write_text("years of work")
+    (tmp_path / "stats.mqadapt-partial").symlink_to(victim)
+
+    calibration = Calibration(TEXT, target_context=[32], stats=stats)
+    source = tmp_path / "source"
+    convert(source, tmp_path / "one", "mqa:all", "closed-form", calibration=calibration, sync=False)
+    assert stats.is_file() and not stats.is_symlink()
+    stats.unlink()
+    stats.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError):
+        convert(source, tmp_path / "two", "mqa:all", "closed-form", calibration=calibration, sync=False)
+    assert victim.read_text() == "years of work"
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"source", "victim", "stats", "stats.mqadapt-partial", "one"}
+
+
 def test_the_command_line_takes_the_same(tmp_path: Path) -> None:
     vocab_size = tiny.save_tokenizer(tmp_path / "src", "the quick brown fox jumps over the lazy dog " * 20)
     tiny.save(tmp_path / "src", "llama", vocab_size=vocab_size)

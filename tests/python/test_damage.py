@@ -122,11 +122,14 @@ def test_a_changed_digit_in_a_journal_is_noticed(tmp_path: Path) -> None:
                 line[field] = value + 1
         changed = [*lines[: number - 1], json.dumps(line).encode() + b"\n", *lines[number:]]
         (folder / "journal.jsonl").write_bytes(b"".join(changed))
-        with pytest.raises(JournalError, match=f"line {number}: its checksum|belongs to another search"):
+        if number == 1:  # nothing is known without the header
+            for call in (read, lambda folder: conduct(spec, SPACE, "sensitivity", options, folder, resume=True)):
+                with pytest.raises(JournalError, match="line 1: damaged"):
+                    call(folder)
+            continue
+        with pytest.warns(UserWarning, match=f"line {number}: damaged"):
+            assert len(read(folder)[1]) == number - 2
+        with pytest.warns(UserWarning, match=f"line {number}: damaged"):
             conduct(spec, SPACE, "sensitivity", options, folder, resume=True)
-        with pytest.raises(JournalError, match=f"line {number}: its checksum"):
-            read(folder)
-    del line["blake2b_128"]
-    (folder / "journal.jsonl").write_bytes(b"".join([*lines[:2], json.dumps(line).encode() + b"\n", *lines[3:]]))
-    with pytest.raises(JournalError, match="line 3: expected a checksum"):
-        read(folder)
+        again = read(folder)[1]
+        assert [record["losses"] for record in again] == [json.loads(line)["losses"] for line in lines[1:]]

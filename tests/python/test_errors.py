@@ -67,16 +67,21 @@ def convert(src: str = "", dst: str = "out", **options: object) -> Case:
     return lambda model, out: mq.convert(model / src, out / dst, **options)  # type: ignore[arg-type]
 
 
-def occupied(*names: str, **options: object) -> Case:
-    """Converts into a folder that holds these files."""
+def occupied(*names: str, folder: str = "out", **options: object) -> Case:
+    """Converts into a folder where one holds these files."""
 
     def case(model: Path, out: Path) -> object:
-        (out / "out").mkdir()
+        (out / folder).mkdir()
         for name in names:
-            (out / "out" / name).write_text("{}")
+            (out / folder / name).write_text("{}")
         return mq.convert(model, out / "out", **options)  # type: ignore[arg-type]
 
     return case
+
+
+def appearing() -> Case:
+    """Converts into a folder that appears meanwhile."""
+    return lambda model, out: mq.convert(model, out / "out", progress=lambda *_: (out / "out").mkdir(exist_ok=True))
 
 
 def unfinished(**options: object) -> Case:
@@ -160,7 +165,20 @@ KINDS: dict[str, tuple[Case, type[BaseException], str] | str] = {
     "convert::Checkpoint": (lambda _, out: mq.convert(out, out / "x"), MqadaptError, "config.json"),
     "convert::Io": (convert(dst="../model/config.json/x"), FileExistsError, "cannot create"),
     "convert::Exists": (occupied("config.json"), FileExistsError, "--overwrite"),
-    "convert::NotReplaceable": (occupied("diary.txt", overwrite=True), ArgumentError, "holds no checkpoint"),
+    "convert::Unnamed": (
+        lambda model, _: mq.convert(model, "", overwrite=True),
+        ArgumentError,
+        "has no name of its own",
+    ),
+    "convert::NotReplaceable": (occupied("diary.txt", overwrite=True), ArgumentError, "lists (diary.txt)"),
+    "convert::Appeared": (appearing(), FileExistsError, "appeared while the conversion ran"),
+    "convert::LeftOver": "needs a folder that gets files between two system calls",
+    "convert::Foreign": (
+        occupied("diary.txt", folder="out.mqadapt-partial"),
+        MqadaptError,
+        "(diary.txt); nothing is written",
+    ),
+    "convert::Journal": "needs a damaged journal; tested in Rust",
     "convert::InPlace": (lambda model, _: mq.convert(model, model, overwrite=True), ArgumentError, "never in place"),
     "convert::Unfinished": (unfinished(), MqadaptError, "--resume continues it"),
     "convert::OtherConversion": (unfinished(plan="mqa:0", resume=True), MqadaptError, "is another one"),

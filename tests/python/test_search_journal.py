@@ -16,7 +16,7 @@ import pytest
 from mqadapt_rs import ArgumentError, MqadaptError
 from mqadapt_rs.search import STRATEGIES, JournalError, Options, conduct
 from mqadapt_rs.search.executors import Pool, in_process, processes
-from mqadapt_rs.search.journal import read
+from mqadapt_rs.search.journal import numbered, read
 from search_fakes import SPACE, FakeSpec
 
 FULL = SPACE.kv_bytes(SPACE.source)
@@ -73,17 +73,94 @@ def test_a_finished_search_resumes_without_evaluating(whole: Path, tmp_path: Pat
     assert (tmp_path / "journal.jsonl").read_bytes() == journal
 
 
-def test_damage_in_the_middle_is_an_error(whole: Path, tmp_path: Path) -> None:
+def test_damage_in_the_middle_is_not_believed(whole: Path, tmp_path: Path) -> None:
     lines = (whole / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    for broken, message in (
-        (b'{"plan": [4, 4\n', "not JSON"), (b"[]\n", "expected an object"), (b"{}\n", "not an evaluation"),
-        (lines[2].replace(b'"losses": [', b'"losses": ["x", '), "not an evaluation"), (b"\xff\n", "not JSON"),
-        (lines[2].replace(b'"losses": [', b'"losses": [NaN, '), "not an evaluation"), (b"[" * 100_000 + b"\n", "not JSON"),
-        (lines[2].replace(b'"plan": [', b'"plan": [1e999, '), "not an evaluation"),
-    ):  # fmt: skip
+    value = lines[2].index(b'"losses": [') + 14
+    flipped = lines[2][:value] + (b"1" if lines[2][value : value + 1] != b"1" else b"2") + lines[2][value + 1 :]
+    number = len(lines) - 3
+    for broken in (
+        flipped,
+        b'{"plan": [4, 4\n',
+        b"[]\n",
+        b"{}\n",
+        b"\xff\n",
+        b"\0" * 40 + b"\n",
+        b"",
+        lines[1],
+        lines[2].replace(b'"losses": [', b'"losses": [NaN, '),
+        b"[" * 100_000 + b"\n",
+    ):
         (tmp_path / "journal.jsonl").write_bytes(b"".join([*lines[:2], broken, *lines[3:]]))
-        with pytest.raises(JournalError, match=f"line 3: {message}"):
+        after = number if broken else number - 1
+        with pytest.warns(UserWarning, match=f"line 3: damaged .* the {after} lines after it are not believed"):
+            assert len(read(tmp_path)[1]) == 1
+        with pytest.warns(UserWarning, match="line 3: damaged"):
             conduct(SPEC, SPACE, "budget", OPTIONS, tmp_path, seed=4, resume=True)
+        assert content(tmp_path) == content(whole)
+
+
+def test_a_damaged_or_older_first_line_is_refused(whole: Path, tmp_path: Path) -> None:
+    lines = (whole / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    for first, message in (
+        (lines[0].replace(b'"seed": 4', b'"seed": 5'), "line 1: damaged"),
+        (lines[0].replace(b'"journal": 2', b'"journal": 1'), "format 1, expected 2: its lines have checksums"),
+    ):
+        damaged = b"".join([first, *lines[1:]])
+        (tmp_path / "journal.jsonl").write_bytes(damaged)
+        with pytest.raises(JournalError, match=message):
+            conduct(SPEC, SPACE, "budget", OPTIONS, tmp_path, seed=4, resume=True)
+        with pytest.raises(JournalError, match=message):
+            read(tmp_path)
+        assert (tmp_path / "journal.jsonl").read_bytes() == damaged
+
+
+def test_an_intact_line_that_is_no_evaluation_is_an_error(whole: Path, tmp_path: Path) -> None:
+    lines = (whole / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "journal.jsonl").write_bytes(b"".join([*lines[:2], numbered({"plan": [1]}, 2)]))
+    with pytest.raises(JournalError, match="line 3: not an evaluation"):
+        conduct(SPEC, SPACE, "budget", OPTIONS, tmp_path, seed=4, resume=True)
+
+
+def test_links_pipes_and_files_of_others_are_refused(whole: Path, tmp_path: Path) -> None:
+    folder, victim = tmp_path / "search", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_bytes((whole / "journal.jsonl").read_bytes()[:-20])
+    before = victim.read_bytes()
+    journal = folder / "journal.jsonl"
+
+    def refused(message: str) -> None:
+        with pytest.raises(ArgumentError, match=message):
+            conduct(SPEC, SPACE, "budget", OPTIONS, folder, seed=4, resume=True)
+        journal.unlink()
+        assert victim.read_bytes() == before
+        assert not list(folder.iterdir())
+
+    journal.symlink_to(victim)
+    refused("is a symbolic link")
+    journal.symlink_to(folder / "nowhere")
+    refused("is a symbolic link")
+    journal.hardlink_to(victim)
+    refused("has another name")
+    os.mkfifo(journal)
+    refused("is not a regular file")
+    if os.geteuid() == 0:  # only root gives files to another user
+        journal.write_bytes(before)
+        os.chown(journal, 1234, -1)
+        refused("belongs to another user")
+
+
+def test_results_do_not_follow_links(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("years of work")
+    folder = tmp_path / "search"
+    folder.mkdir()
+    for name in ("best.plan.json", "summary.json", ".best.plan.json.partial", ".summary.json.partial"):
+        (folder / name).symlink_to(victim)
+    conduct(SPEC, SPACE, "budget", OPTIONS, folder, seed=4)
+    assert victim.read_text() == "years of work"
+    assert not (folder / "best.plan.json").is_symlink()
+    assert (folder / ".summary.json.partial").is_symlink()
+    assert not [path for path in folder.glob(".*.partial") if not path.is_symlink()]
 
 
 def test_a_journal_of_another_search_is_refused(whole: Path, tmp_path: Path) -> None:
@@ -190,7 +267,7 @@ def test_losses_that_are_no_numbers_end_the_search(tmp_path: Path) -> None:
     with pytest.raises(MqadaptError, match="has a loss that is infinite or not a number"):
         conduct(spec, SPACE, "sensitivity", Options(), tmp_path)
     header, records = read(tmp_path)
-    assert header["journal"] == 1 and [record["plan"] for record in records] == [list(SPACE.source)]
+    assert header["journal"] == 2 and [record["plan"] for record in records] == [list(SPACE.source)]
     with pytest.raises(ArgumentError, match="max-damage nan"):
         conduct(SPEC, SPACE, "greedy", Options(max_damage=float("nan")), tmp_path / "other")
 

@@ -20,6 +20,7 @@ from mqadapt_rs.plots import plot
 from mqadapt_rs.readable import as_markdown
 from mqadapt_rs.report import report
 from mqadapt_rs.search import JournalError, Options, conduct
+from mqadapt_rs.search.journal import numbered
 from mqadapt_rs.search.latency import measured
 from mqadapt_rs.search.results import Results
 from search_fakes import SPACE, FakeSpec
@@ -143,10 +144,33 @@ def test_a_running_search_can_be_looked_at(searched: Path, tmp_path: Path) -> No
     assert "has not ended: 11 plans" in page.read_text()
 
 
+def test_figures_and_report_replace_links(searched: Path, tmp_path: Path) -> None:
+    folder, victim = tmp_path / "search", tmp_path / "victim"
+    folder.mkdir()
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("years of work")
+    (folder / "journal.jsonl").write_bytes((searched / "journal.jsonl").read_bytes())
+    (folder / "plots").symlink_to(victim)
+    with pytest.raises(ArgumentError, match="plots is a symbolic link"):
+        report(folder)
+    (folder / "plots").unlink()
+    (folder / "plots").mkdir()
+    for name in ("report.html", "report.md", "plots/pareto.png", "plots/pareto.svg"):
+        (folder / name).symlink_to(victim / "thesis.txt")
+    pages = report(folder)
+    assert [path.name for path in victim.iterdir()] == ["thesis.txt"]
+    assert (victim / "thesis.txt").read_text() == "years of work"
+    assert all(page.is_file() and not page.is_symlink() for page in pages)
+    assert not (folder / "plots" / "pareto.png").is_symlink()
+
+
 def test_folders_without_a_search(searched: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="holds no journal"):
         report(tmp_path)
     (tmp_path / "journal.jsonl").write_text('{"journal": 1}\n')
+    with pytest.raises(ArgumentError, match="format 1, expected 2"):
+        plot(tmp_path)
+    (tmp_path / "journal.jsonl").write_bytes(numbered({"journal": 2}, 0))
     with pytest.raises(ArgumentError, match="not the journal of a search"):
         plot(tmp_path)
     with pytest.raises(ArgumentError, match="nothing to draw"):

@@ -132,6 +132,31 @@ def test_resume_goes_on(hub: FakeHub, sharded: Path, expected: dict[str, bytes],
     assert whole == []  # what was converted is not fetched again
 
 
+def test_a_folder_that_is_not_of_downloads_is_left_alone(hub: FakeHub, sharded: Path, tmp_path: Path) -> None:
+    hub.add("org/model", sharded)
+    scratch, victim = tmp_path / "out.mqadapt-download", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("years of work")
+    scratch.symlink_to(victim)
+    with pytest.raises(OSError, match="is a symbolic link"):
+        stream_convert(tmp_path)
+    scratch.unlink()
+    scratch.mkdir()
+    (scratch / "notes.txt").write_text("mine")
+    with pytest.raises(OSError, match="is not a folder of our downloads"):
+        stream_convert(tmp_path)
+    assert [path.name for path in (*victim.iterdir(), *scratch.iterdir())] == ["thesis.txt", "notes.txt"]
+    (scratch / "notes.txt").unlink()
+    scratch.rmdir()
+
+    def drop(*_: object) -> None:
+        if scratch.exists():
+            (scratch / "notes.txt").write_text("mine")
+
+    stream_convert(tmp_path, progress=drop)
+    assert [path.name for path in scratch.iterdir()] == ["notes.txt"]
+
+
 def test_ctrl_c_ends_a_download(hub: FakeHub, sharded: Path, tmp_path: Path) -> None:
     hub.add("org/model", sharded)
     hub.delay = 30.0

@@ -221,7 +221,6 @@ fn overwrite_replaces_a_checkpoint_whole() {
     let (source, out) = (Synthetic::default().folder(), TempDir::new().unwrap());
     let (dst, fresh) = (out.path().join("dst"), out.path().join("fresh"));
     run(source.path(), &dst, "mqa:0", &options("mean")).unwrap();
-    fs::write(dst.join("left over"), "").unwrap();
     assert!(matches!(run(source.path(), &dst, "mqa:all", &options("mean")), Err(Error::Exists { .. })));
     run(source.path(), &dst, "mqa:all", &ConvertOptions { overwrite: true, ..options("mean") }).unwrap();
     run(source.path(), &fresh, "mqa:all", &options("mean")).unwrap();
@@ -427,6 +426,43 @@ fn a_layer_method_resumes_where_it_was() {
     }
     assert!(lost > 0);
     assert_eq!(resumed(&dst), [1, 3]);
+    assert_eq!(files(&dst), files(&whole));
+}
+
+/// Puts a file where the output is to be: everything is written, and then it does not get its name.
+struct InTheWay<'a>(&'a Path);
+
+impl Progress for InTheWay<'_> {
+    fn advance(&self, _: &str, _: u64, _: u64) -> std::result::Result<(), Interrupted> {
+        fs::write(self.0, "").map_err(|_| Interrupted)
+    }
+}
+
+#[test]
+fn a_layer_that_is_damaged_in_a_complete_shard_is_merged_again() {
+    let (source, out) = (Synthetic { per_shard: 6, ..Synthetic::default() }.folder(), TempDir::new().unwrap());
+    let (dst, whole) = (out.path().join("dst"), out.path().join("whole"));
+    let checkpoint = Checkpoint::open(source.path()).unwrap();
+    let plan = Plan::parse("gqa2:1,3", checkpoint.config()).unwrap();
+    let resume = ConvertOptions { resume: true, ..options("mean") };
+    let run = |dst: &Path, progress: &dyn Progress| {
+        let mut method = Doubling(Vec::new());
+        convert_layers(&checkpoint, dst, &plan, &resume, &mut method, progress).map(|report| (report.redone, method.0))
+    };
+    run(&whole, &NoProgress).unwrap();
+    assert!(matches!(run(&dst, &InTheWay(&dst)), Err(Error::Appeared { .. })));
+    fs::remove_file(&dst).unwrap();
+    let name = "model.layers.1.self_attn.k_proj.weight";
+    let done = Checkpoint::open(&whole).unwrap();
+    let tensor = done.tensor(name).unwrap();
+    let shard = out.path().join("dst.mqadapt-partial").join(done.shards()[tensor.shard].name());
+    let mut bytes = fs::read(&shard).unwrap(); // complete: it has its name
+    bytes[tensor.offset as usize + 1] ^= 1;
+    fs::write(&shard, bytes).unwrap();
+    let (redone, merged) = run(&dst, &NoProgress).unwrap();
+    assert_eq!(merged, [1]);
+    assert!(redone.iter().any(|note| note.contains("layer 1 is damaged")), "{redone:?}");
+    assert!(redone.iter().any(|note| note.contains(shard.file_name().unwrap().to_str().unwrap())), "{redone:?}");
     assert_eq!(files(&dst), files(&whole));
 }
 

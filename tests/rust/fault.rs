@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -127,29 +126,6 @@ fn what_the_disk_lost_is_written_again() {
     fs::write(&journal, text).unwrap();
     run(source.path(), &dst, &options(true), &NoProgress).unwrap();
     assert_eq!(files(&dst), files(&whole.path().join("dst")));
-}
-
-#[test]
-fn a_full_disk_is_one_error_and_resumes() {
-    if !Path::new("/dev/full").exists() {
-        println!("skipped: this system has no /dev/full");
-        return;
-    }
-    let (source, whole) = source();
-    let out = TempDir::new().unwrap();
-    let (dst, partial) = (out.path().join("dst"), out.path().join(format!("dst{PARTIAL_SUFFIX}")));
-    fs::create_dir(&partial).unwrap();
-    let shard = partial.join("model-00004-of-00007.safetensors.partial");
-    symlink("/dev/full", &shard).unwrap();
-    let error = run(source.path(), &dst, &options(true), &NoProgress).unwrap_err();
-    assert!(matches!(&error, Error::Io { source, .. } if source.kind() == ErrorKind::StorageFull), "{error}");
-    assert!(error.to_string().contains("model-00004-of-00007.safetensors"), "{error}");
-    assert!(!dst.exists() && partial.exists());
-    fs::remove_file(&shard).unwrap();
-    assert!(matches!(run(source.path(), &dst, &options(false), &NoProgress), Err(Error::Unfinished { .. })));
-    run(source.path(), &dst, &options(true), &NoProgress).unwrap();
-    assert_eq!(files(&dst), files(&whole.path().join("dst")));
-    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 1);
 }
 
 /// Fills the disk while the conversion runs.

@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_convert::{ConvertOptions, Error, PARTIAL_SUFFIX, convert};
-use mqadapt_core::{NoProgress, Plan};
+use mqadapt_core::{Interrupted, Plan, Progress};
 use mqadapt_merge::{MergeOptions, method};
 use tempfile::TempDir;
 
@@ -21,7 +21,23 @@ fn run(src: &Path, dst: &Path, resume: bool) -> Result<(), Error> {
     let checkpoint = Checkpoint::open(src)?;
     let plan = Plan::parse("gqa2:0; mqa:last2", checkpoint.config()).unwrap();
     let options = ConvertOptions { resume, ..ConvertOptions::new(method("mean").unwrap(), MergeOptions::default()) };
-    convert(&checkpoint, dst, &plan, &options, &NoProgress).map(|_| ())
+    convert(&checkpoint, dst, &plan, &options, &Appear(dst)).map(|_| ())
+}
+
+/// Set for a child under whose output's name a folder appears meanwhile.
+const APPEARS: &str = "MQADAPT_TEST_APPEARS";
+
+/// Makes a folder of this name with a file in it, if one is to appear.
+struct Appear<'a>(&'a Path);
+
+impl Progress for Appear<'_> {
+    fn advance(&self, _: &str, _: u64, _: u64) -> Result<(), Interrupted> {
+        if std::env::var_os(APPEARS).is_some() {
+            fs::create_dir_all(self.0).unwrap();
+            fs::write(self.0.join("thesis.txt"), "years of work").unwrap();
+        }
+        Ok(())
+    }
 }
 
 /// Makes a system call of this thread, and of those it starts, fail. With `from`, only those whose fourth argument, an offset,
@@ -61,12 +77,23 @@ fn child() {
 }
 
 /// A conversion in a process where a system call fails. What it prints: `converted`, or `error:` and the error.
-fn outcome(src: &Path, dst: &Path, resume: bool, (call, errno, from): (libc::c_long, i32, u32)) -> String {
+fn outcome(src: &Path, dst: &Path, resume: bool, fault: (libc::c_long, i32, u32)) -> String {
+    outcome_with(src, dst, resume, fault, &[])
+}
+
+fn outcome_with(
+    src: &Path,
+    dst: &Path,
+    resume: bool,
+    (call, errno, from): (libc::c_long, i32, u32),
+    environment: &[(&str, &str)],
+) -> String {
     let resume = if resume { "resume" } else { "once" };
     let told = format!("{}|{}|{resume}|{call}|{errno}|{from}", src.display(), dst.display());
     let Output { stdout, stderr, .. } = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "injected::child", "--nocapture"])
         .env(CHILD, told)
+        .envs(environment.iter().copied())
         .stdin(Stdio::null())
         .output()
         .unwrap();
@@ -128,6 +155,25 @@ fn calls_that_a_system_may_lack_are_not_needed() {
         let dst = out.path().join(format!("dst{number}"));
         assert_eq!(outcome(source.path(), &dst, false, (call, libc::ENOSYS, 0)), "converted");
         assert_eq!(files(&dst), files(&whole));
+    }
+}
+
+/// Nor are they needed to leave alone what appears meanwhile.
+#[test]
+fn what_appears_stays_where_a_rename_cannot_refuse_to_replace() {
+    let source = Synthetic { per_shard: 20, ..Synthetic::default() }.folder();
+    let out = TempDir::new().unwrap();
+    let (dst, whole) = (out.path().join("dst"), out.path().join("whole"));
+    run(source.path(), &whole, false).unwrap();
+    for errno in [libc::ENOSYS, libc::EINVAL] {
+        let said = outcome_with(source.path(), &dst, false, (libc::SYS_renameat2, errno, 0), &[(APPEARS, "1")]);
+        assert!(said.contains("appeared while"), "{said}");
+        assert_eq!(files(&dst), [("thesis.txt".into(), b"years of work".to_vec())]);
+        fs::remove_dir_all(&dst).unwrap();
+        let said = outcome(source.path(), &dst, true, (libc::SYS_renameat2, errno, 0));
+        assert_eq!(said, "converted");
+        assert_eq!(files(&dst), files(&whole));
+        fs::remove_dir_all(&dst).unwrap();
     }
 }
 

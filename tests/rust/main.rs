@@ -2,6 +2,7 @@
 
 mod convert;
 mod fault;
+mod foreign;
 mod hostile;
 mod injected;
 mod lent;

@@ -36,11 +36,25 @@ pub enum Content {
 
 /// Folders inside a checkpoint that belong to it; others (`original`, `onnx`, ...) hold other forms of the weights.
 const FOLDERS: &[&str] = &["additional_chat_templates"];
-/// Extensions of files that hold weights.
-const WEIGHTS: &[&str] =
-    &["safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5", "msgpack", "onnx", "ot", "tflite", "npz"];
-/// Files that a conversion writes anew.
-const REWRITTEN: &[&str] = &["config.json", "mqadapt.json", "modeling_mqadapt.py"];
+/// Extensions of files that hold weights, and of those that a conversion has not finished.
+const WEIGHTS: &[&str] = &[
+    "safetensors",
+    "partial",
+    "bin",
+    "pt",
+    "pth",
+    "ckpt",
+    "gguf",
+    "ggml",
+    "h5",
+    "msgpack",
+    "onnx",
+    "ot",
+    "tflite",
+    "npz",
+];
+/// Files that a conversion writes anew, and its journal.
+const REWRITTEN: &[&str] = &["config.json", "mqadapt.json", "modeling_mqadapt.py", "mqadapt.journal.jsonl"];
 
 /// Every file of the folder that is neither weights nor written anew, by name.
 pub(crate) fn of_folder(folder: &Path) -> Result<Vec<SideFile>> {

@@ -1,12 +1,12 @@
 //! A third thread that brings files to the disk while the next bytes are written: it has the system write back what is there,
 //! keeps the journal, and completes files.
 
-use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 
+use crate::directory::partial;
 use crate::journal::{Journal, Mark};
 use crate::writer::Destination;
 use crate::{Error, Result, ShardRecord, cache};
@@ -145,7 +145,7 @@ impl Worker {
         if self.sync {
             to.file.sync_all().map_err(Error::io("write", &to.partial))?;
         }
-        fs::rename(&to.partial, &to.path).map_err(Error::io("rename", &to.partial))?;
+        to.folder.rename(&partial(&to.name), &to.name)?;
         self.journal.mark(mark)?;
         self.completed.push(mark.record());
         Ok(())

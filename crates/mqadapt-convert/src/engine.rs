@@ -2,8 +2,8 @@
 //!
 //! This thread reads, computes and hashes; the [`Writer`]'s writes.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::path::Path;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
 
 use mqadapt_checkpoint::{Checkpoint, StoredType, TensorInfo, not_finite, store};
 use mqadapt_core::family::LayerTensor;
@@ -11,11 +11,12 @@ use mqadapt_core::{Plan, Progress};
 use mqadapt_merge::{ErrorSum, KvMerge};
 
 use crate::cache::Visit;
+use crate::directory::Directory;
 use crate::finite::FiniteScan;
 use crate::journal::{Learnt, Mark, MergedTensor, Past};
 use crate::layout::{Layout, OutputShard};
 use crate::steps::{Step, Work, steps};
-use crate::unfinished::{Unfinished, completed_before};
+use crate::unfinished::{Completed, Unfinished, completed_before};
 use crate::writer::{BUFFERS, Message, Writer};
 use crate::{ConvertOptions, Error, Result, ShardRecord};
 
@@ -34,11 +35,15 @@ pub(crate) struct Engine<'a> {
     pub(crate) checkpoint: &'a Checkpoint,
     pub(crate) plan: &'a Plan,
     pub(crate) options: &'a ConvertOptions,
-    pub(crate) work: &'a Path,
+    pub(crate) work: &'a Arc<Directory>,
     pub(crate) progress: &'a dyn Progress,
     total: u64,
-    /// Bytes that an earlier run has written, of the shards up to here.
+    /// Shards that an earlier run has completed and that are as it wrote them, by name.
+    pub(crate) complete: HashMap<String, ShardRecord>,
+    /// Bytes that an earlier run has written: those of complete shards, and of the others up to here.
     before: u64,
+    /// What of an earlier run was damaged and is done again, a sentence each.
+    pub(crate) notes: Vec<String>,
     pub(crate) bytes_read: u64,
     /// Bytes handed over at a time.
     pub(crate) piece: usize,
@@ -59,6 +64,8 @@ pub(crate) struct Moved {
     pub bytes_read: u64,
     /// Values copied by this run that are not finite, by tensor.
     pub not_finite: BTreeMap<String, u64>,
+    /// What of an earlier run was damaged and was done again, a sentence each.
+    pub notes: Vec<String>,
 }
 
 impl<'a> Engine<'a> {
@@ -66,7 +73,7 @@ impl<'a> Engine<'a> {
         checkpoint: &'a Checkpoint,
         plan: &'a Plan,
         options: &'a ConvertOptions,
-        work: &'a Path,
+        work: &'a Arc<Directory>,
         total: u64,
         progress: &'a dyn Progress,
     ) -> Self {
@@ -80,7 +87,9 @@ impl<'a> Engine<'a> {
             work,
             progress,
             total,
+            complete: HashMap::new(),
             before: 0,
+            notes: Vec::new(),
             bytes_read: 0,
             piece,
             errors: vec![ErrorSum::default(); checkpoint.config().num_hidden_layers],
@@ -88,6 +97,27 @@ impl<'a> Engine<'a> {
             scan: FiniteScan::default(),
             reading: None,
         }
+    }
+
+    /// Compares what an earlier run has completed with its checksums.
+    pub fn verify(&mut self, layout: &Layout, past: &Past) -> Result<()> {
+        self.notes.extend(past.damage().map(str::to_owned));
+        for shard in &layout.shards {
+            let (work, marks) = (Arc::clone(self.work), past.marks(&shard.name));
+            match completed_before(&work, shard, marks, |hashed| self.report(hashed))? {
+                Completed::Whole(record) => {
+                    self.before += shard.bytes;
+                    self.complete.insert(shard.name.clone(), record);
+                }
+                Completed::Damaged => {
+                    let path = work.path().join(&shard.name);
+                    self.notes
+                        .push(format!("{}: is damaged (its checksum is wrong) and is written again", path.display()));
+                }
+                Completed::No => {}
+            }
+        }
+        Ok(())
     }
 
     /// Moves everything, or what `past` has left of it.
@@ -105,7 +135,7 @@ impl<'a> Engine<'a> {
         let relative_error = self.errors.iter().map(ErrorSum::relative).collect();
         let found = std::mem::take(&mut self.scan).found().into_iter();
         let not_finite = found.filter_map(|(at, count)| Some((self.source(at).ok()?.name.clone(), count))).collect();
-        Ok(Moved { shards, relative_error, bytes_read: self.bytes_read, not_finite })
+        Ok(Moved { shards, relative_error, bytes_read: self.bytes_read, not_finite, notes: self.notes })
     }
 
     fn shards(
@@ -117,11 +147,10 @@ impl<'a> Engine<'a> {
     ) -> Result<()> {
         for shard in &layout.shards {
             let marks = past.marks(&shard.name);
-            if let Some(record) = completed_before(self.work, shard, marks) {
+            if let Some(record) = self.complete.get(&shard.name) {
+                earlier.push(record.clone());
                 self.remember(marks);
-                self.before += shard.bytes;
                 self.report(writer.written())?;
-                earlier.push(record);
             } else {
                 self.shard(shard, marks, writer)?;
             }
@@ -132,6 +161,10 @@ impl<'a> Engine<'a> {
     fn shard(&mut self, shard: &OutputShard, marks: &[Mark], writer: &mut Writer) -> Result<()> {
         let mut out = Unfinished::open(self.work, shard, marks)?;
         let known = out.resume(shard, marks, |hashed| self.report(writer.written() + hashed))?;
+        if known < marks.len() && !marks.iter().any(|mark| mark.complete) {
+            let path = self.work.path().join(&shard.name);
+            self.notes.push(format!("{}: lost what was written last; it is written again", path.display()));
+        }
         self.remember(marks.get(..known).unwrap_or_default());
         let begun = out.hashed;
         let mut marked = begun;
@@ -156,15 +189,14 @@ impl<'a> Engine<'a> {
             self.step(step, shard, &mut out, writer)?;
             announced.pop_front();
             if step.end - marked >= MARK_EVERY {
-                marked = step.end;
-                let mark = out.mark(std::mem::take(&mut self.learnt), false);
+                let mark = out.mark(std::mem::replace(&mut marked, step.end), std::mem::take(&mut self.learnt), false);
                 self.send(writer, Message::Mark(mark))?;
             }
         }
         if shard.ends_source {
             self.done_reading()?;
         }
-        let mark = out.mark(std::mem::take(&mut self.learnt), true);
+        let mark = out.mark(marked, std::mem::take(&mut self.learnt), true);
         self.send(writer, Message::Complete(mark))
     }
 

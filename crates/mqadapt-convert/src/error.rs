@@ -29,11 +29,59 @@ pub enum Error {
         /// The output folder.
         path: PathBuf,
     },
-    /// What would be overwritten does not look like a checkpoint.
-    #[error("{}: holds no checkpoint (neither config.json nor mqadapt.json), so it is not overwritten; remove it yourself", .path.display())]
+    /// The output folder has no name of its own.
+    #[error("the output folder '{}' has no name of its own (an unset variable gives an empty one); name the folder to be written", .path.display())]
+    Unnamed {
+        /// What was given.
+        path: PathBuf,
+    },
+    /// What would be overwritten is not only what a conversion wrote.
+    #[error("{}: {detail}, so it is not overwritten; move that away, or give another folder", .path.display())]
     NotReplaceable {
         /// The output folder.
         path: PathBuf,
+        /// What is there.
+        detail: String,
+    },
+    /// Something appeared, or changed, under the output's name while the conversion ran.
+    #[error(
+        "{}: {what} while the conversion ran, and stays as it is; the converted checkpoint is complete in {}: move the \
+         former away and convert again with --resume, which finishes it",
+        .path.display(), .work.display()
+    )]
+    Appeared {
+        /// The output folder.
+        path: PathBuf,
+        /// What happened to it.
+        what: String,
+        /// Where the result is.
+        work: PathBuf,
+    },
+    /// The replaced folder got files while it was removed.
+    #[error("{}: is converted; what was there before is in {}, because {names} appeared in it: move that away", .path.display(), .old.display())]
+    LeftOver {
+        /// The output folder.
+        path: PathBuf,
+        /// Where the replaced one is.
+        old: PathBuf,
+        /// What is in it.
+        names: String,
+    },
+    /// The working folder, or a file in it, is not this conversion's own.
+    #[error("{}: {detail}; nothing is written there: remove it yourself, or give another output folder", .path.display())]
+    Foreign {
+        /// The folder or file.
+        path: PathBuf,
+        /// Why it is not.
+        detail: String,
+    },
+    /// The journal of an unfinished conversion says nothing that can be believed.
+    #[error("{}: {detail}; --overwrite starts again", .path.display())]
+    Journal {
+        /// The journal.
+        path: PathBuf,
+        /// What is wrong with it.
+        detail: String,
     },
     /// The output would replace the source.
     #[error("{}: the output folder is the source, or holds it; a conversion is never in place: give another folder", .path.display())]

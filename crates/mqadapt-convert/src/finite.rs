@@ -22,10 +22,9 @@ impl FiniteScan {
         let first = tensors.partition_point(|tensor| tensor.offset + tensor.bytes <= at);
         let here = tensors.get(first..).unwrap_or_default().iter().take_while(|tensor| tensor.offset < end);
         for tensor in here {
-            let Some(dtype) = tensor.dtype.float() else { continue };
+            let Some(size) = tensor.dtype.value_bytes() else { continue };
             let (from, to) = (tensor.offset.max(at), (tensor.offset + tensor.bytes).min(end));
             let Some(mut part) = bytes.get((from - at) as usize..(to - at) as usize) else { continue };
-            let size = dtype.bytes();
             let before = (from - tensor.offset) as usize % size; // bytes of the first value that came before
             if before == 0 {
                 self.begun.clear();
@@ -35,11 +34,11 @@ impl FiniteScan {
                 part = others;
                 if before + rest.len() == size {
                     // less than a value where the piece before was not seen, because an earlier run wrote it
-                    self.add(tensor.source, not_finite(dtype, &self.begun));
+                    self.add(tensor.source, not_finite(tensor.dtype, &self.begun));
                     self.begun.clear();
                 }
             }
-            self.add(tensor.source, not_finite(dtype, part));
+            self.add(tensor.source, not_finite(tensor.dtype, part));
             self.begun.extend_from_slice(part.get(part.len() / size * size..).unwrap_or_default());
         }
     }

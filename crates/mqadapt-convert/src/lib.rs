@@ -36,6 +36,7 @@
 mod cache;
 mod calibrated;
 mod convert;
+mod directory;
 mod disk;
 mod engine;
 mod error;

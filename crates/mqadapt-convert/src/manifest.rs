@@ -1,5 +1,6 @@
 //! `mqadapt.json`: what a converted checkpoint was made from, how, and what its files contain.
 
+use std::collections::HashSet;
 use std::io::ErrorKind;
 use std::path::Path;
 
@@ -7,12 +8,15 @@ use mqadapt_checkpoint::read_small;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::layout::INDEX_FILE;
 use crate::{Error, Result};
 
 /// Its name in the folder.
 pub const MANIFEST_FILE: &str = "mqadapt.json";
+/// The modelling file of checkpoints whose layers differ.
+pub(crate) const MODELING_FILE: &str = "modeling_mqadapt.py";
 /// Longest manifest that is read.
-const MAX_MANIFEST_BYTES: u64 = 64 << 20;
+pub(crate) const MAX_MANIFEST_BYTES: u64 = 64 << 20;
 
 /// The content of `mqadapt.json`. Equal conversions write equal manifests: nothing here depends on time or machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -52,6 +56,10 @@ pub struct Manifest {
     pub parameters_after: u64,
     /// The files that hold tensors.
     pub shards: Vec<ShardRecord>,
+    /// The names of all files that were written, in order, with `/` after a folder: what `--overwrite` may remove. Empty in
+    /// manifests of earlier builds.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<String>,
 }
 
 /// What was converted.
@@ -84,6 +92,12 @@ pub struct ShardRecord {
     pub xxh3_128: String,
 }
 
+/// Whether a name is that of a file in the folder or in a folder of it, not hidden.
+fn is_below(name: &str) -> bool {
+    let parts = || name.split('/');
+    parts().count() <= 2 && parts().all(|part| !part.is_empty() && !part.starts_with('.') && !part.contains('\0'))
+}
+
 impl Manifest {
     /// Parses a manifest.
     ///
@@ -107,7 +121,18 @@ impl Manifest {
         if let Some(shard) = manifest.shards.iter().find(outside) {
             return Err(format!("the shard {:?} is not a plain file name", shard.name));
         }
+        if let Some(name) = manifest.files.iter().find(|name| !is_below(name)) {
+            return Err(format!("the file {name:?} is not in this folder or in a folder of it"));
+        }
         Ok(manifest)
+    }
+
+    /// The files that were certainly written by the conversion: those that it lists; without a list, those that only a
+    /// conversion makes.
+    pub(crate) fn written(&self) -> HashSet<String> {
+        let made = ["config.json", MANIFEST_FILE, INDEX_FILE, MODELING_FILE].map(str::to_owned).into_iter();
+        let shards = self.shards.iter().map(|shard| shard.name.clone());
+        if self.files.is_empty() { made.chain(shards).collect() } else { self.files.iter().cloned().collect() }
     }
 
     /// Reads the manifest of a converted checkpoint; `None` where there is none.

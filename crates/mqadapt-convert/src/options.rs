@@ -71,6 +71,8 @@ pub struct ConversionReport {
     pub not_finite: BTreeMap<String, u64>,
     /// Most memory that this process ever held, where the system tells.
     pub peak_rss_bytes: Option<u64>,
+    /// What of the resumed conversion was damaged and was done again, a sentence each.
+    pub redone: Vec<String>,
 }
 
 /// Most memory that this process ever held.

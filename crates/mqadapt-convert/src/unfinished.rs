@@ -3,13 +3,15 @@
 //! What goes into the checksum is what was read from the source or computed from it, not what the disk gives back: it costs
 //! no pass over the output, and `verify` compares the one with the other.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::cache::Visit;
+use crate::directory::{Directory, partial};
 use crate::journal::{Learnt, Mark};
 use crate::layout::OutputShard;
 use crate::writer::Destination;
@@ -22,8 +24,9 @@ const PIECE: usize = 256 << 10;
 pub(crate) struct Unfinished {
     name: String,
     file: Arc<File>,
+    folder: Arc<Directory>,
+    /// Its path while it is unfinished.
     partial: PathBuf,
-    path: PathBuf,
     /// Bytes that went into the checksum: all before here are in the file or on their way into it.
     pub hashed: u64,
     hash: Box<Xxh3>,
@@ -31,15 +34,18 @@ pub(crate) struct Unfinished {
 
 impl Unfinished {
     /// Opens the file, or makes it.
-    pub fn open(work: &Path, shard: &OutputShard, marks: &[Mark]) -> Result<Self> {
-        let path = work.join(&shard.name);
-        let partial = partial(&path);
-        if !marks.is_empty() && path.exists() && !partial.exists() {
+    pub fn open(work: &Arc<Directory>, shard: &OutputShard, marks: &[Mark]) -> Result<Self> {
+        let partial = partial(&shard.name);
+        if !marks.is_empty() && work.has(&shard.name) && !work.has(&partial) {
             // killed between the last rename and the line in the journal
-            fs::rename(&path, &partial).map_err(Error::io("rename", &path))?;
+            work.rename(&shard.name, &partial)?;
         }
-        let file = Arc::new(open(&partial)?);
-        Ok(Self { name: shard.name.clone(), file, partial, path, hashed: 0, hash: Box::new(Xxh3::new()) })
+        let (file, path) = (Arc::new(work.open_or_create(&partial)?), work.path().join(partial));
+        if file.metadata().map_err(Error::io("open", &path))?.len() > shard.bytes {
+            file.set_len(shard.bytes).map_err(Error::io("write", &path))?;
+        }
+        let (name, folder, hash) = (shard.name.clone(), Arc::clone(work), Box::new(Xxh3::new()));
+        Ok(Self { name, file, folder, partial: path, hashed: 0, hash })
     }
 
     /// Takes what an earlier run has left for known, up to the last mark whose checksum the file still has (after a power
@@ -67,7 +73,8 @@ impl Unfinished {
 
     /// Where it is, for the writer.
     pub fn destination(&self) -> Destination {
-        Destination { file: Arc::clone(&self.file), partial: self.partial.clone(), path: self.path.clone() }
+        let (file, folder) = (Arc::clone(&self.file), Arc::clone(&self.folder));
+        Destination { file, folder, partial: self.partial.clone(), name: self.name.clone() }
     }
 
     /// Takes the next bytes of the file into the checksum. Returns their offset.
@@ -91,10 +98,11 @@ impl Unfinished {
         Ok(())
     }
 
-    /// A place to continue from: here.
-    pub fn mark(&self, learnt: Learnt, complete: bool) -> Mark {
+    /// A place to continue from: here. The one before it is at `from`.
+    pub fn mark(&self, from: u64, learnt: Learnt, complete: bool) -> Mark {
         Mark {
             shard: self.name.clone(),
+            from,
             bytes: self.hashed,
             xxh3_128: self.digest(),
             complete,
@@ -105,26 +113,53 @@ impl Unfinished {
 
     /// XXH3 (128 bits) of what was hashed, in hexadecimal.
     fn digest(&self) -> String {
-        format!("{:032x}", self.hash.digest128())
+        digest(&self.hash)
     }
 }
 
-/// The record of a shard that an earlier run completed.
-pub(crate) fn completed_before(work: &Path, shard: &OutputShard, marks: &[Mark]) -> Option<ShardRecord> {
-    let last = marks.last().filter(|mark| mark.complete && mark.bytes == shard.bytes)?;
-    let there = fs::metadata(work.join(&shard.name)).is_ok_and(|metadata| metadata.len() == shard.bytes);
-    there.then(|| last.record())
+/// XXH3 (128 bits), in hexadecimal.
+pub(crate) fn digest(hash: &Xxh3) -> String {
+    format!("{:032x}", hash.digest128())
 }
 
-/// The name of a shard while it is unfinished.
-pub(crate) fn partial(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".partial");
-    path.with_file_name(name)
+/// What an earlier run has left of a shard that it completed.
+pub(crate) enum Completed {
+    /// It is as it was written.
+    Whole(ShardRecord),
+    /// It is not; it is called unfinished again.
+    Damaged,
+    /// It was not completed, or is gone.
+    No,
 }
 
-/// Opens an unfinished file, or makes it.
-pub(crate) fn open(path: &Path) -> Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).open(path).map_err(Error::io("create", path))
+/// Compares a shard that an earlier run completed with its checksum. `go_on` is told how far it is.
+pub(crate) fn completed_before(
+    work: &Directory,
+    shard: &OutputShard,
+    marks: &[Mark],
+    mut go_on: impl FnMut(u64) -> Result<()>,
+) -> Result<Completed> {
+    let Some(last) = marks.last().filter(|mark| mark.complete && mark.bytes == shard.bytes) else {
+        return Ok(Completed::No);
+    };
+    let Some(file) = work.open_file(&shard.name)? else { return Ok(Completed::No) };
+    let path = work.path().join(&shard.name);
+    let file = Arc::new(file);
+    if file.metadata().map_err(Error::io("open", &path))?.len() == shard.bytes {
+        let _visit = Visit::announce(Arc::clone(&file), 0, shard.bytes);
+        let (mut hash, mut piece, mut at) = (Xxh3::new(), vec![0; PIECE], 0);
+        while at < shard.bytes {
+            let most = usize::try_from(shard.bytes - at).unwrap_or(usize::MAX).min(PIECE);
+            let Some(piece) = piece.get_mut(..most) else { break };
+            file.read_exact_at(piece, at).map_err(Error::io("read back", &path))?;
+            hash.update(piece);
+            at += most as u64;
+            go_on(at)?;
+        }
+        if digest(&hash) == last.xxh3_128 {
+            return Ok(Completed::Whole(last.record()));
+        }
+    }
+    work.rename(&shard.name, &partial(&shard.name))?;
+    Ok(Completed::Damaged)
 }

@@ -1,7 +1,6 @@
 //! Methods that need whole layers: each is read, merged and put into its place before the rest is streamed around it.
 
-use std::collections::{BTreeMap, HashSet};
-use std::fs::File;
+use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 
 use mqadapt_checkpoint::{Shard, convert_stored, store};
@@ -9,11 +8,12 @@ use mqadapt_core::DType;
 use serde_json::{Map, Value};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::directory::partial;
 use crate::engine::{Engine, refuse_overflow};
 use crate::journal::{Journal, LayerLine, Past};
 use crate::layers::{LayerError, LayerMerge, LayerWeights, MergedLayer};
 use crate::layout::{How, Layout, OutputShard, OutputTensor};
-use crate::unfinished::{completed_before, open, partial};
+use crate::unfinished::digest;
 use crate::{Error, Result};
 
 /// What a method that needs whole layers said of them.
@@ -36,12 +36,6 @@ impl Engine<'_> {
     ) -> Result<LayerNotes> {
         let mut out = LayerNotes::default();
         let mut hash = Xxh3::new();
-        let complete: HashSet<&str> = layout
-            .shards
-            .iter()
-            .filter(|s| completed_before(self.work, s, past.marks(&s.name)).is_some())
-            .map(|s| s.name.as_str())
-            .collect();
         for layer_idx in 0..self.checkpoint.config().num_hidden_layers {
             let places: Vec<_> =
                 layout.shards.iter().flat_map(|shard| shard.of_layer(layer_idx).map(move |t| (shard, t))).collect();
@@ -50,12 +44,17 @@ impl Engine<'_> {
             }
             self.report(0)?;
             let line = match past.layer(layer_idx) {
-                Some(line) if self.resumed_layer(line, &places, &complete, method)? => line.clone(),
-                _ => {
+                Some(line) if self.resumed_layer(line, &places, method)? => line.clone(),
+                before => {
+                    if before.is_some() {
+                        let path = self.work.path().display();
+                        let what = "is damaged or lost (its checksum is wrong) and is merged again";
+                        self.notes.push(format!("{path}: what is stored of layer {layer_idx} {what}"));
+                    }
                     let mut merged = self.merged_layer(layer_idx, &places, method)?;
                     let mut of_layer = Xxh3::new();
                     for (shard, tensor) in places {
-                        let write = !complete.contains(shard.name.as_str());
+                        let write = !self.complete.contains_key(&shard.name);
                         self.put(shard, tensor, &mut merged.weights, write, &mut of_layer)?;
                     }
                     self.checkpoint.shards().iter().for_each(Shard::release);
@@ -82,14 +81,13 @@ impl Engine<'_> {
         &mut self,
         line: &LayerLine,
         places: &[(&OutputShard, &OutputTensor)],
-        complete: &HashSet<&str>,
         method: &mut dyn LayerMerge,
     ) -> Result<bool> {
         let (mut hash, mut weights) = (Xxh3::new(), LayerWeights::new());
         for (shard, tensor) in places {
-            let path = self.work.join(&shard.name);
-            let path = if complete.contains(shard.name.as_str()) { path } else { partial(&path) };
-            let (Ok(file), Some(width)) = (File::open(&path), tensor.dtype.value_bytes()) else { return Ok(false) };
+            let complete = self.complete.contains_key(&shard.name);
+            let file = self.work.open_file(&if complete { shard.name.clone() } else { partial(&shard.name) })?;
+            let (Some(file), Some(width)) = (file, tensor.dtype.value_bytes()) else { return Ok(false) };
             let count = tensor.shape.iter().product::<usize>();
             let (mut stored, mut wide) = (vec![0; count * width], vec![0; count * DType::F32.bytes()]);
             if file.read_exact_at(&mut stored, tensor.offset).is_err() {
@@ -159,8 +157,9 @@ impl Engine<'_> {
     ) -> Result<()> {
         let name = &self.source(tensor.source)?.name;
         let (Some(values), Some(width)) = (weights.get_mut(name), tensor.dtype.value_bytes()) else { return Ok(()) };
-        let path = partial(&self.work.join(&shard.name));
-        let file = if write { Some(open(&path)?) } else { None };
+        let unfinished = partial(&shard.name);
+        let path = self.work.path().join(&unfinished);
+        let file = if write { Some(self.work.open_or_create(&unfinished)?) } else { None };
         let mut at = tensor.offset;
         for values in values.chunks_mut(self.piece / width.max(4)) {
             let mut out = vec![0; values.len() * width];
@@ -173,11 +172,6 @@ impl Engine<'_> {
         }
         Ok(())
     }
-}
-
-/// XXH3 (128 bits), in hexadecimal.
-fn digest(hash: &Xxh3) -> String {
-    format!("{:032x}", hash.digest128())
 }
 
 impl OutputShard {

@@ -9,6 +9,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use crate::directory::Directory;
 use crate::disk::{Disk, Task};
 use crate::journal::{Journal, Mark};
 use crate::{Error, Result, ShardRecord};
@@ -36,10 +37,11 @@ pub(crate) enum Message {
 #[derive(Clone)]
 pub(crate) struct Destination {
     pub file: Arc<File>,
-    /// Its name while it is unfinished.
+    pub folder: Arc<Directory>,
+    /// Its path while it is unfinished.
     pub partial: PathBuf,
-    /// Its name afterwards.
-    pub path: PathBuf,
+    /// Its name in the folder afterwards.
+    pub name: String,
 }
 
 /// The thread, as the first one sees it.

@@ -2,11 +2,12 @@
 //!
 //! Tensors are `layers.{i}.{moment}` (f64) and `layers.{i}.inputs.{n}` (f32); the metadata says of which model and text
 //! they are, and has a hash of each tensor, of the weights that each layer's statistics come from, and of the header itself.
-//! Written layer by layer to a temporary file that takes its name when it is complete; read one layer at a time.
+//! Written layer by layer to a temporary file that takes its name, if it is still free, when it is complete; read one layer
+//! at a time.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::fs::File;
+use std::io::{BufWriter, ErrorKind, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,6 +17,7 @@ use mqadapt_core::family::{EMBED_TOKENS, LayerTensor};
 use mqadapt_core::{Progress, Progressing};
 use mqadapt_merge::{LayerGeometry, LayerStatistics, NamedTensors, StatisticsShape};
 use serde_json::{Map, Value, json};
+use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use crate::activations::Spill;
@@ -91,11 +93,10 @@ pub fn collect_statistics(
 ) -> Result<StatisticsFile> {
     calibration.check_target_contexts(&calibration.lengths())?;
     let config = checkpoint.config();
-    let partial = partial_path(path);
-    let written = (|| {
+    let written = (|| -> Result<()> {
         let mut hashes = Hashes::new();
         let (header, data_bytes) = layout(checkpoint, calibration, &hashes)?;
-        let file = File::create(&partial).map_err(failed(&partial))?;
+        let (file, partial) = unfinished(path)?.into_parts();
         let mut out = BufWriter::with_capacity(1 << 20, Hashing { file, hash: Xxh3::new() });
         out.write_all(&header).and_then(|()| next_hash(&mut out).map(drop)).map_err(failed(&partial))?;
         hashes.insert(EMBEDDING_WEIGHTS.to_owned(), checkpoint.weights_digest([EMBED_TOKENS])?);
@@ -130,24 +131,34 @@ pub fn collect_statistics(
                 hash(format!("inputs.{n}"), &mut out)?;
             }
         }
-        let file =
-            out.into_inner().map_err(|error| Error::Io { path: partial.clone(), source: error.into_error() })?.file;
+        let file = out.into_inner().map_err(|error| failed(&partial)(error.into_error()))?.file;
         file.write_all_at(&sealed(checkpoint, calibration, hashes, data_bytes)?, 0).map_err(failed(&partial))?;
         file.sync_all().map_err(failed(&partial))?;
-        fs::rename(&partial, path).map_err(failed(path))
+        partial.persist_noclobber(path).map_err(|taken| failed(path)(taken.error))
     })();
-    if let Err(error) = written {
-        // what is left of it is of no use; the first error is the one to report
-        let _ = fs::remove_file(&partial);
-        return Err(error);
+    let there = |error: &Error| matches!(error, Error::Io { source, .. } if source.kind() == ErrorKind::AlreadyExists);
+    match written {
+        // another process was faster
+        Err(error) if there(&error) => match StatisticsFile::open(path) {
+            Ok(saved) if saved.text() == calibration.fingerprint() => Ok(saved),
+            _ => Err(error),
+        },
+        written => written.and_then(|()| StatisticsFile::open(path)),
     }
-    StatisticsFile::open(path)
 }
 
-fn partial_path(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".mqadapt-partial");
-    PathBuf::from(name)
+/// A file of a random name beside `path`: nothing that lies there is followed or emptied. It is removed after an error.
+fn unfinished(path: &Path) -> Result<NamedTempFile> {
+    let mut prefix = std::ffi::OsString::from(".");
+    prefix.push(path.file_name().unwrap_or_default());
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut refused = None; // the system's own error, which the builder wraps
+    let made = tempfile::Builder::new().prefix(&prefix).suffix(".mqadapt-partial").make_in(folder, |path| {
+        let file = File::create_new(path);
+        refused = file.as_ref().err().and_then(std::io::Error::raw_os_error);
+        file
+    });
+    made.map_err(|error| failed(path)(refused.map_or(error, std::io::Error::from_raw_os_error)))
 }
 
 /// A file, and a hash of what was written to it since the last one was taken.

@@ -6,7 +6,7 @@ use std::collections::hash_map::Entry;
 use std::path::Path;
 use std::sync::Arc;
 
-use mqadapt_checkpoint::{Checkpoint, first_not_finite, not_finite};
+use mqadapt_checkpoint::{Checkpoint, StoredType, first_not_finite, not_finite};
 use mqadapt_core::family::{EMBED_TOKENS, LayerTensor, Module};
 use mqadapt_core::{DType, ModelConfig, Progress, Progressing};
 use mqadapt_kernels::Precision;
@@ -202,7 +202,7 @@ impl StreamedLayer {
 /// What comes out of a layer with such a weight has no meaning, nor have sums over it.
 fn refuse_not_finite(checkpoint: &Checkpoint, name: &str, values: Option<&Floats>) -> Result<()> {
     let (Some(values), Some(info)) = (values, checkpoint.tensor(name)) else { return Ok(()) };
-    if not_finite(values.dtype(), values.stored()) == 0 {
+    if not_finite(StoredType::Float(values.dtype()), values.stored()) == 0 {
         return Ok(());
     }
     let values = values.to_f32();

@@ -67,7 +67,13 @@ impl ConversionReport {
         if !self.0.not_finite.is_empty() {
             out.set_item("not_finite", self.not_finite())?;
         }
+        out.set_item("redone", &self.0.redone)?;
         Ok(out)
+    }
+
+    #[getter]
+    fn redone(&self) -> Vec<String> {
+        self.0.redone.clone()
     }
 
     fn __repr__(&self) -> String {
@@ -157,6 +163,10 @@ pub(crate) fn convert(
     }
     let report = outcome?;
     warn_not_finite(py, &report.not_finite)?;
+    for damage in &report.redone {
+        let message = CString::new(damage.replace('\0', "\\0"))?;
+        PyErr::warn(py, &py.get_type::<PyUserWarning>(), &message, 1)?;
+    }
     Ok(ConversionReport(report))
 }
 

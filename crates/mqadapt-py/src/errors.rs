@@ -86,9 +86,11 @@ impl IntoPyErr for mqadapt_convert::Error {
         match self {
             Error::Checkpoint(error) => error.into_py_err(),
             Error::Io { source, .. } => io(&message, &source),
-            Error::Exists { .. } => PyFileExistsError::new_err(readable(&message)),
+            Error::Exists { .. } | Error::Appeared { .. } => PyFileExistsError::new_err(readable(&message)),
             Error::NoSpace { .. } => io(&message, &std::io::Error::from_raw_os_error(libc::ENOSPC)),
-            Error::InPlace { .. } | Error::NotReplaceable { .. } | Error::Method { .. } => argument(message),
+            Error::InPlace { .. } | Error::Unnamed { .. } | Error::NotReplaceable { .. } | Error::Method { .. } => {
+                argument(message)
+            }
             Error::Interrupted(interrupted) => interrupted.into_py_err(),
             _ => failure(message),
         }

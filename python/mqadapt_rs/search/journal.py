@@ -1,20 +1,21 @@
 """The journal: every evaluation is one line of JSON, on disk before the search goes on.
 
 In: evaluations. Out: `journal.jsonl`, from which a killed search continues and from which figures and report are made.
-The first line says what the losses depend on; a journal of another model, text, method or version is refused. Every line
-ends in a checksum of what stands before. A line that a kill tore in half is cut off; damage anywhere else is an error.
+The first line says what the losses depend on; a journal of another model, text, method or version is refused. A line
+that a kill tore in half is cut off. Every line ends in its number and a checksum: one that was damaged, and what follows
+it, is not believed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from mqadapt_rs import files, json_document
+from mqadapt_rs import files, json_document, own_files
 from mqadapt_rs.errors import ArgumentError
 
 from .evaluation import Evaluation, Metric
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     from .space import Heads, Space
 
 JOURNAL = "journal.jsonl"
-FORMAT = 1
-CHECKSUM = "blake2b_128"
-"""The last field of a line: BLAKE2b (128 bits) of the others, but for the time that the evaluation took."""
+FORMAT = 2
+_NUMBER = "line"
+_CHECKSUM = "line_blake2b"
+_END = len(f', "{_CHECKSUM}": "0123456789abcdef"}}')
 
 
 class JournalError(ArgumentError):
@@ -45,38 +47,37 @@ class Journal:
         self.header = {"journal": FORMAT, **header}
         exists = begun(folder, resume=resume)
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = files.open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        self.file = own_files.open_own(self.path)
+        self.lines = 0
         try:
             _lock(self.file.fileno(), self.path)
             self.evaluations = self._replay() if exists else {}
             if self.file.seek(0, os.SEEK_END) == 0:
                 self._append(self.header)
-                _sync_folder(folder)
+                own_files.sync_folder(folder)
         except BaseException:
             self.file.close()
             raise
 
     def _replay(self) -> dict[Heads, Evaluation]:
-        """The evaluations that the file holds; a torn last line is cut off the file."""
-        lines, whole = _lines(files.read_bytes(self.path, files.MAX_JOURNAL_BYTES))
-        if not lines:
+        """The evaluations that the file holds; a torn last line, and what is damaged, is cut off the file."""
+        records, whole = _records(self.path, files.read_bytes(self.path, files.MAX_JOURNAL_BYTES))
+        if not records:
             self.file.truncate(0)  # killed while the first line was written
             return {}
-        records = [_parse(self.path, number, line) for number, line in enumerate(lines, 1)]
         found = records[0]
         for key in dict.fromkeys([*self.header, *found]):
-            if key != CHECKSUM and found.get(key) != self.header.get(key):
+            if found.get(key) != self.header.get(key):
                 raise JournalError(
                     f"{self.path} belongs to another search: its {key} is {found.get(key)!r}, this one's is "
                     f"{self.header.get(key)!r}; choose another folder"
                 )
-        _check(self.path, 1, found)
         self.file.truncate(whole)
+        self.lines = len(records)
         evaluations: dict[Heads, Evaluation] = {}
         source: tuple[float, ...] | None = None
         for number, record in enumerate(records[1:], 2):
             evaluation = self._evaluation(record, source, number)
-            _check(self.path, number, record)
             source = evaluation.losses if source is None else source
             evaluations[evaluation.plan] = evaluation
         return evaluations
@@ -104,8 +105,8 @@ class Journal:
         self.evaluations[evaluation.plan] = evaluation
 
     def _append(self, content: dict[str, Any]) -> None:
-        line = {**content, CHECKSUM: _checksum(content)}
-        self.file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self.file.write(numbered(content, self.lines))
+        self.lines += 1
         self.file.flush()
         os.fsync(self.file.fileno())
 
@@ -139,7 +140,7 @@ def begun(folder: Path, *, resume: bool) -> bool:
         JournalError: it has one that is not to be resumed.
     """
     path = folder / JOURNAL
-    exists = path.exists() and path.stat().st_size > 0
+    exists = os.path.lexists(path) and path.lstat().st_size > 0
     if exists and not resume:
         raise JournalError(f"{path} exists: continue it with --resume, or choose another folder")
     return exists
@@ -175,69 +176,78 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     path = folder / JOURNAL
     if not path.is_file():
         raise JournalError(f"{folder} holds no {JOURNAL}: expected the folder of a search")
-    lines, _ = _lines(files.read_bytes(path, files.MAX_JOURNAL_BYTES))
-    if not lines:
+    records, _ = _records(path, files.read_bytes(path, files.MAX_JOURNAL_BYTES))
+    if not records:
         raise JournalError(f"{path} is empty")
-    records = [_parse(path, number, line) for number, line in enumerate(lines, 1)]
-    if records[0].get("journal") != FORMAT:
-        raise JournalError(
-            f"{path} is not a journal of this version (format {records[0].get('journal')!r}, expected {FORMAT})"
-        )
-    for number, content in enumerate(records, 1):
-        _check(path, number, content)
     return records[0], records[1:]
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(
-            content, file, indent=None if "num_key_value_heads" in content and len(content) == 1 else 1, allow_nan=False
-        )
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
+    indent = None if "num_key_value_heads" in content and len(content) == 1 else 1
+    own_files.write(path, (json.dumps(content, indent=indent, allow_nan=False) + "\n").encode())
 
 
-def _lines(content: bytes) -> tuple[list[bytes], int]:
-    """The lines that end in a newline, and the number of bytes that they take."""
-    whole = content.rfind(b"\n") + 1
-    return content[:whole].splitlines(), whole
+def numbered(content: dict[str, Any], number: int) -> bytes:
+    """A line of a journal, the first of which has the number 0."""
+    line = f'{json.dumps(content, allow_nan=False)[:-1]}, "{_NUMBER}": {number}'.encode()
+    return line + _end(line)
 
 
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """The content of a line, its checksum still to be checked."""
+def _end(line: bytes) -> bytes:
+    return f', "{_CHECKSUM}": "{hashlib.blake2b(line, digest_size=8).hexdigest()}"}}\n'.encode()
+
+
+def _records(path: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """What the lines of a journal say, up to one that was torn or damaged, and the number of bytes that they take.
+
+    Raises:
+        JournalError: the first line is damaged or of another format.
+    """
+    records: list[dict[str, Any]] = []
+    whole = 0
+    lines = [line + b"\n" for line in content.split(b"\n")[:-1]]
+    for number, line in enumerate(lines):
+        record = _checked(line, number)
+        if record is None and number == 0:
+            raise JournalError(_unreadable(path, line))
+        if record is None:
+            after = len(lines) - number - 1
+            warnings.warn(
+                f"{path}, line {number + 1}: damaged (its checksum is wrong); it and the {after} lines after it are not believed",
+                UserWarning,
+                stacklevel=2,
+            )
+            break
+        records.append(record)
+        whole += len(line)
+    return records, whole
+
+
+def _checked(line: bytes, number: int) -> dict[str, Any] | None:
+    """What a line says, unless its checksum or its number is wrong."""
+    said = line[: -_END - 1]
+    if _end(said) != line[len(said) :]:
+        return None
     try:
-        content = json_document.loads(line)
-    except ValueError as problem:
-        raise JournalError(f"{path}, line {number}: not JSON ({problem}); the file was damaged") from None
-    if not isinstance(content, dict):
-        raise JournalError(f"{path}, line {number}: expected an object, found {type(content).__name__}")
-    return content
+        record: dict[str, Any] = json_document.loads(said + b"}")
+    except ValueError:
+        return None
+    return record if record.pop(_NUMBER, None) == number else None
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    """Of what a line says; numbers come back from JSON exactly as they were written."""
-    said = {key: value for key, value in content.items() if key not in {CHECKSUM, "seconds"}}
-    return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
-
-
-def _check(path: Path, number: int, content: dict[str, Any]) -> None:
-    """Compares a line with its checksum, which it loses."""
-    said = content.pop(CHECKSUM, None)
-    if said is None:
-        raise JournalError(
-            f"{path}, line {number}: expected a checksum in '{CHECKSUM}'; this is not the journal of a search of this "
-            "version, or the file was damaged: choose another folder"
+def _unreadable(path: Path, line: bytes) -> str:
+    """Why the first line is not believed."""
+    try:
+        found = json_document.loads(line)["journal"]
+    except (ValueError, LookupError, TypeError):
+        found = FORMAT
+    if found != FORMAT:
+        return (
+            f"{path} is not a journal of this version (format {found!r}, expected {FORMAT}: its lines have checksums); "
+            "choose another folder"
         )
-    if said != _checksum(content):
-        raise JournalError(
-            f"{path}, line {number}: its checksum says that it is not what was written; the file was damaged: remove this "
-            "line and those behind it to evaluate them again"
-        )
+    return f"{path}, line 1: damaged (its checksum is wrong); choose another folder"
 
 
 def _lock(descriptor: int, path: Path) -> None:
@@ -249,15 +259,6 @@ def _lock(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise JournalError(f"{path} is in use by another search") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system can
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def latest(records: list[dict[str, Any]]) -> dict[Heads, dict[str, Any]]:
