@@ -22,24 +22,6 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
-    /// A path leads to something that cannot be read like a file on disk.
-    #[error(
-        "{}: expected a regular file, found {found}; write the content to a file and give that file's path", .path.display()
-    )]
-    NotRegular {
-        /// The path.
-        path: PathBuf,
-        /// What is there: `a pipe`, `a device`, `a socket`, `a folder`.
-        found: &'static str,
-    },
-    /// A file is longer than any real one of its kind.
-    #[error("{}: expected at most {limit} bytes, found more; the file is not what its name says", .path.display())]
-    TooLong {
-        /// The file.
-        path: PathBuf,
-        /// Most bytes that are read.
-        limit: u64,
-    },
     /// A weight is infinite or not a number, and a merge or a pass over text needs it.
     #[error(
         "{}: tensor '{name}' holds {value} at {at:?}; heads are merged and layers run from finite values only: get an \

@@ -18,7 +18,7 @@ pub(crate) const MAX_PLAN_BYTES: u64 = 1 << 20;
 /// Opens a regular file, and says how long it is. A symbolic link to one is followed, as the hub's cache has for every file.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::NotRegular`] for a pipe, a device, a socket or a folder.
+/// [`Error::Io`]; [`Error::NotACheckpoint`] for a pipe, a device, a socket or a folder.
 pub fn open_regular(path: &Path) -> Result<(File, u64)> {
     // asked before opening, because opening a device can do something; and after, because the path can change in between
     refuse_special(path, fs::metadata(path).map_err(Error::io("open", path))?.file_type())?;
@@ -39,19 +39,22 @@ fn refuse_special(path: &Path, found: FileType) -> Result<()> {
         found if found.is_socket() => "a socket",
         _ => "a device",
     };
-    Err(Error::NotRegular { path: path.to_owned(), found })
+    let detail =
+        format!("expected a regular file, found {found}; write the content to a file and give that file's path");
+    Err(Error::NotACheckpoint { path: path.to_owned(), detail })
 }
 
 /// Reads a whole small regular file; longer than `limit` is an error.
 ///
 /// # Errors
-/// As [`open_regular`]; [`Error::TooLong`].
+/// As [`open_regular`]; [`Error::NotACheckpoint`] for one that is longer.
 pub fn read_small(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let (file, _) = open_regular(path)?;
     let mut bytes = Vec::new();
     file.take(limit + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
     if bytes.len() as u64 > limit {
-        return Err(Error::TooLong { path: path.to_owned(), limit });
+        let detail = format!("expected at most {limit} bytes, found more; the file is not what its name says");
+        return Err(Error::NotACheckpoint { path: path.to_owned(), detail });
     }
     Ok(bytes)
 }
@@ -96,13 +99,17 @@ mod tests {
             (Path::new("/dev/zero").to_owned(), "a device"),
         ] {
             let error = read_small(&path, 10).unwrap_err();
-            assert!(matches!(error, Error::NotRegular { found, .. } if found == expected), "{error}");
+            let expected = format!("expected a regular file, found {expected};");
+            assert!(matches!(&error, Error::NotACheckpoint { detail, .. } if detail.starts_with(&expected)), "{error}");
         }
         fs::write(path("file"), "0123456789").unwrap();
         std::os::unix::fs::symlink(path("file"), path("link")).unwrap();
         assert_eq!(open_regular(&path("link")).unwrap().1, 10);
         assert_eq!(read_small(&path("link"), 10).unwrap(), b"0123456789");
-        assert!(matches!(read_small(&path("file"), 9), Err(Error::TooLong { limit: 9, .. })));
+        let error = read_small(&path("file"), 9).unwrap_err();
+        assert!(
+            error.to_string().ends_with("expected at most 9 bytes, found more; the file is not what its name says")
+        );
         assert!(matches!(open_regular(&path("none")), Err(Error::Io { .. })));
     }
 }
