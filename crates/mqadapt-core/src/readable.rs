@@ -19,7 +19,8 @@ pub fn readable(message: &str) -> String {
     let mut out = String::with_capacity(message.len().min(4 * WORD));
     let ends_word = |c: char| c.is_whitespace() || matches!(c, '/' | '\'' | '"' | '`');
     for word in message.split_inclusive(ends_word) {
-        for c in without_middle(word, WORD, KEPT).chars() {
+        // with the character that ends it
+        for c in without_middle(word, WORD + 1, KEPT).chars() {
             escape(c, &mut out);
         }
     }

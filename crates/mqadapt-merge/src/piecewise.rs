@@ -127,7 +127,7 @@ mod tests {
     fn only_the_kv_tensors_of_changed_layers_merge() {
         let config = ModelConfig::from_json(
             r#"{"model_type": "qwen2", "hidden_size": 16, "intermediate_size": 8, "vocab_size": 9,
-                "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 6}"#,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6}"#,
         )
         .unwrap();
         let plan = Plan::parse("gqa2:1", &config).unwrap();

@@ -319,7 +319,8 @@ fn layers_say_what_was_done() {
         layer
     };
     let layer = merge(closed_form(true));
-    assert_eq!(layer.report.fallbacks, [Fallback::MeanKeys]);
+    // which of the value solutions measures best is not what is asked here
+    assert_eq!(layer.report.fallbacks.first(), Some(&Fallback::MeanKeys));
     let (before, after) = layer.refit.unwrap();
     assert!(0.0 < after && after < before, "{before} {after}");
     let pruned = merge(CalibratedMethod::Prune);
