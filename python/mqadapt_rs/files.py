@@ -27,6 +27,11 @@ MAX_RECORD_BYTES = 64 << 20
 MAX_JOURNAL_BYTES = 1 << 30
 """Longest journal of a search: a line of 20 bytes a document for every evaluation."""
 
+
+class NotJsonError(MqadaptError, ValueError):
+    """The content of a file is not JSON, or not even text."""
+
+
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFCHR: "a device",
@@ -48,6 +53,10 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     if path.exists():
         _refuse_special(path, path.stat().st_mode)
     # a pipe would wait for its writer
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise MqadaptError(f"{path}: expected the name of a file; found half of a surrogate pair in it") from error
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
         _refuse_special(path, os.fstat(descriptor).st_mode)
@@ -90,7 +99,7 @@ def read_text(path: str | os.PathLike[str], limit: int) -> str:
     try:
         return read_bytes(path, limit).decode()
     except UnicodeDecodeError as error:
-        raise MqadaptError(f"{os.fspath(path)}: not UTF-8: {error}") from error
+        raise NotJsonError(f"{os.fspath(path)}: not UTF-8: {error}") from error
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_RECORD_BYTES) -> Any:
@@ -102,7 +111,7 @@ def read_json(path: str | os.PathLike[str], limit: int = MAX_RECORD_BYTES) -> An
     try:
         return json_document.loads(read_text(path, limit))
     except ValueError as error:
-        raise MqadaptError(f"{os.fspath(path)}: not JSON: {error}") from error
+        raise NotJsonError(f"{os.fspath(path)}: not JSON: {error}") from error
 
 
 def refuse_special(folder: Path, patterns: Iterable[str], limit: int = MAX_TOKENIZER_BYTES) -> None:

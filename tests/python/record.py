@@ -145,7 +145,9 @@ def searches(record: Recorder) -> None:
             out = record.work / f"{strategy}-{metric}"
             search(src, strategy=strategy, out=out, metric=metric, text=text, context=64, windows=4, **more)
             lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()[1:]]
-            kept = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+            kept = [
+                {key: value for key, value in line.items() if key not in {"seconds", "line_blake2b"}} for line in lines
+            ]
             record.entries[f"search {strategy} {metric}"] = [
                 digest(json.dumps(k, sort_keys=True).encode()) for k in kept
             ]

@@ -83,7 +83,7 @@ def test_lengths_that_a_text_has_no_room_for_are_left_out() -> None:
     with pytest.raises(ArgumentError, match=r"511 tokens, less than one window of 512.*--calibration-context"):
         lengths(511)
     for context in ((), (0, 512), -1):
-        with pytest.raises(ArgumentError, match="calibration context"):
+        with pytest.raises(ArgumentError, match="calibration_context"):
             lengths(5000, context=context)
 
 

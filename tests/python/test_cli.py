@@ -66,7 +66,7 @@ def test_convert(lookalike: Path, tmp_path: Path) -> None:
     report = json_of("convert", lookalike, dst, "--plan", "mqa:last2", "--method", "first")
     manifest = json.loads((dst / "mqadapt.json").read_text())
     assert {key: report[key] for key in manifest} == manifest
-    assert set(report) - set(manifest) == {"bytes_read", "bytes_written", "seconds", "peak_rss_bytes"}
+    assert set(report) - set(manifest) == {"bytes_read", "bytes_written", "redone", "seconds", "peak_rss_bytes"}
     assert report["num_key_value_heads_after"] == [3] * 28 + [1] * 2
     assert json_of("inspect", dst)["num_key_value_heads"] == [3] * 28 + [1] * 2
     again = mqadapt("convert", lookalike, dst, "--plan", "mqa:last2")

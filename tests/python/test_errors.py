@@ -136,6 +136,8 @@ KINDS: dict[str, tuple[Case, type[BaseException], str] | str] = {
     "checkpoint::Dtype": (header(lambda e: e[A_KEY].update(dtype="I32")), MqadaptError, "is stored as I32"),
     "checkpoint::Shrunk": "needs a file that shrinks between two reads; tested in Rust",
     "checkpoint::Lent": "needs a hub that fails; tested in test_stream_download.py",
+    "checkpoint::NotFinite": "needs values that are not finite; tested in test_damage.py",
+    "model::BaseModel": "needs a model without an output projection; tested in test_parity_stored.py",
     "checkpoint::OutOfRange": "a mistake of the calling crate; tested in Rust",
     "checkpoint::Gguf": (
         lambda _, out: ((out / "x.gguf").write_bytes(b"GGUF" + b"\xff" * 100), mq.inspect(out / "x.gguf")),

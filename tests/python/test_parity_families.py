@@ -11,12 +11,14 @@ computing in that dtype by more than half: both are draws of rounding errors of 
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 import tiny
 from mqadapt_rs import Model
@@ -93,11 +95,14 @@ def test_through_the_cache(family: str, steps: list[int], tmp_path: Path) -> Non
     pieces = Model.load(folder).logits_in_steps(ids, steps)
     assert_close(pieces, tiny.logits(reference, ids), "against transformers without a cache")
     with torch.no_grad():
-        cache, parts, start = None, [], 0
+        cache, parts, start = DynamicCache(config=reference.config), [], 0
+        # transformers 5.40 has another name for it
+        named = inspect.signature(type(reference).forward).parameters
+        kwargs = {"cache" if "cache" in named else "past_key_values": cache}
         for step in [*steps, len(ids) - sum(steps)]:
             if step:
-                out = reference(torch.tensor([ids[start : start + step]]), past_key_values=cache, use_cache=True)
-                cache, start = out.past_key_values, start + step
+                out = reference(torch.tensor([ids[start : start + step]]), use_cache=True, **kwargs)
+                start += step
                 parts.append(out.logits[0].numpy())
     assert_close(pieces, np.concatenate(parts), "against transformers with its cache")
 

@@ -144,6 +144,7 @@ def windows(smollm2_ids: list[int]) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_what_merging_costs(smollm2: Path, windows: list[int]) -> None:
     source = Model.load(smollm2, dtype="bfloat16")
     base = source.perplexity(windows, context=512)

@@ -231,10 +231,16 @@ HEADERS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+def written(content: dict[str, Any], number: int) -> bytes:
+    """A line whose checksum is right, whatever it says."""
+    content = {key: value for key, value in content.items() if key not in {"line", "line_blake2b"}}
+    return numbered(content, number, allow_nan=True)
+
+
 @pytest.mark.parametrize("change", HEADERS, ids=str)
 def test_malformed_headers(change: dict[str, Any], searched: Path, tmp_path: Path) -> None:
     first, *rest = (searched / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    header = json.dumps({**json.loads(first), **change}).encode() + b"\n"
+    header = written({**json.loads(first), **change}, 0)
     (tmp_path / "journal.jsonl").write_bytes(header + b"".join(rest))
     for call in (report, plot, Results.load):
         with pytest.raises(JournalError, match="not the journal of a search"):
@@ -251,7 +257,7 @@ RECORDS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("change", RECORDS, ids=str)
 def test_malformed_records(change: dict[str, Any], searched: Path, tmp_path: Path) -> None:
     lines = (searched / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    lines[2] = json.dumps({**json.loads(lines[2]), **change}).encode() + b"\n"
+    lines[2] = written({**json.loads(lines[2]), **change}, 2)
     (tmp_path / "journal.jsonl").write_bytes(b"".join(lines))
     for call in (report, plot, Results.load):
         with pytest.raises(JournalError):

@@ -197,6 +197,7 @@ def search(
         error_rate = None if drawn.refits else error_rate
     try:
         evaluator, model, spec = spec.load()
+        model.with_plan("keep", method)  # an unknown method is refused before anything is measured
         space = space_of(model, options.counts)
         if plans is not None:
             options = replace(options, plans=tuple(heads_of(src, plan) for plan in plans))

@@ -188,9 +188,9 @@ def write_json(path: Path, content: Any) -> None:
     own_files.write(path, (json.dumps(content, indent=indent, allow_nan=False) + "\n").encode())
 
 
-def numbered(content: dict[str, Any], number: int) -> bytes:
+def numbered(content: dict[str, Any], number: int, *, allow_nan: bool = False) -> bytes:
     """A line of a journal, the first of which has the number 0."""
-    line = f'{json.dumps(content, allow_nan=False)[:-1]}, "{_NUMBER}": {number}'.encode()
+    line = f'{json.dumps(content, allow_nan=allow_nan)[:-1]}, "{_NUMBER}": {number}'.encode()
     return line + _end(line)
 
 
