@@ -48,16 +48,15 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         MqadaptError: a pipe, a device, a socket or a folder.
         OSError: it cannot be opened.
     """
-    # asked before opening, because opening a device can do something; and after, because the path can change in between
     path = Path(path)
-    if path.exists():
-        _refuse_special(path, path.stat().st_mode)
-    # a pipe would wait for its writer
+    # asked before opening, because opening a device can do something; and after, because the path can change in between
     try:
-        os.fsencode(path)
-    except UnicodeEncodeError as error:
-        raise MqadaptError(f"{path}: expected the name of a file; found half of a surrogate pair in it") from error
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        if path.exists():
+            _refuse_special(path, path.stat().st_mode)
+        # a pipe would wait for its writer
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except ValueError as error:  # half of a surrogate pair, or a null byte
+        raise MqadaptError(f"{path}: expected the name of a file; found one that cannot be ({error})") from error
     try:
         _refuse_special(path, os.fstat(descriptor).st_mode)
         return os.fdopen(descriptor, "rb")

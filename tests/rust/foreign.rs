@@ -216,7 +216,7 @@ fn what_appears_under_the_name_meanwhile_stays() {
     let appearing: [&dyn Fn(); 4] = [
         &|| fs::write(&dst, "a file").unwrap(),
         &|| fs::create_dir(&dst).unwrap(),
-        &|| place.to(&dst, &ConvertOptions { resume: false, ..options() }, &NoProgress).map(drop).unwrap_or(()),
+        &|| place.to(&dst, &ConvertOptions { resume: false, ..options() }, &NoProgress).map_or((), drop),
         &|| symlink("nowhere", &dst).unwrap(),
     ];
     for (number, appear) in appearing.into_iter().enumerate() {
@@ -322,6 +322,9 @@ fn a_failed_conversion_removes_only_what_it_wrote() {
     assert_eq!(files(place.out.path()), [(PathBuf::from("dst.mqadapt-partial/notes.txt"), b"mine".to_vec())]);
 }
 
+/// What is planted: a name in the working folder, what it is called, and how it is made.
+type Plant<'a> = (&'a str, &'a str, &'a dyn Fn(&Path));
+
 #[test]
 fn links_in_a_working_folder_are_not_followed() {
     let place = Place::new();
@@ -333,7 +336,7 @@ fn links_in_a_working_folder_are_not_followed() {
     let aside = place.out.path().join("aside");
     let shard = "model-00002-of-00004.safetensors";
     let unfinished = format!("{shard}.partial");
-    let planted: [(&str, &str, &dyn Fn(&Path)); 6] = [
+    let planted: [Plant<'_>; 6] = [
         (shard, "a symbolic link", &|path| symlink(&victim, path).unwrap()),
         (&unfinished, "a symbolic link", &|path| symlink(&victim, path).unwrap()),
         (&unfinished, "a hard link", &|path| fs::hard_link(&victim, path).unwrap()),

@@ -278,8 +278,9 @@ impl Replaced {
         }
         let folder = Directory::open(target)?;
         let files = listed(&folder).map_err(|error| match error {
-            Error::Manifest { detail, .. } => wrong(format!("holds a {MANIFEST_FILE} that {detail}")),
-            Error::Foreign { detail, .. } => wrong(format!("holds a {MANIFEST_FILE} that {detail}")),
+            Error::Manifest { detail, .. } | Error::Foreign { detail, .. } => {
+                wrong(format!("holds a {MANIFEST_FILE} that {detail}"))
+            }
             error => error,
         })?;
         let replaced = Self { folder, files };

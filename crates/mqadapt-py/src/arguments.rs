@@ -144,7 +144,7 @@ impl FromPyObject<'_, '_> for Place {
 
     fn extract(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
         let path: PyResult<PathBuf> = object.extract();
-        path.map(Self).map_err(|error| match object.cast::<PyString>() {
+        path.map(Self).map_err(|error| match object.str() {
             Ok(text) if error.is_instance_of::<PyUnicodeError>(object.py()) => not_unicode(&text.to_string_lossy()),
             _ => error,
         })

@@ -58,7 +58,9 @@ pub(crate) fn qk_norm(checkpoint: &Checkpoint, layer_idx: usize) -> Result<Optio
     let norm = |module| -> Result<Vec<f32>> {
         let mut weight = read(checkpoint, LayerTensor::weight(layer_idx, module))?;
         if config.family.forward.norm_weight_plus_one {
-            weight.iter_mut().for_each(|w| *w += 1.0);
+            for w in &mut weight {
+                *w += 1.0;
+            }
         }
         Ok(weight)
     };

@@ -296,7 +296,7 @@ fn a_target_context_is_no_longer_than_the_windows() {
     refusal(refused.err().unwrap().to_string());
     let options = ClosedFormOptions::default();
     let predict = |contexts: &[usize]| {
-        crate::predicted_errors(&tiny.checkpoint, saved(), "mean", &options, contexts, &[(0, 1)], &NoProgress)
+        predicted_errors(&tiny.checkpoint, saved(), "mean", &options, contexts, &[(0, 1)], &NoProgress)
     };
     refusal(predict(&[30, 91]).unwrap_err().to_string());
     predict(&[30, 90]).unwrap();
