@@ -296,7 +296,7 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-@pytest.mark.parametrize("pause", [0.02, 60.0], ids=["between pieces", "in a piece"])
+@pytest.mark.parametrize("pause", [0.2, 60.0], ids=["between pieces", "in a piece"])
 def test_workers_end_when_their_parent_is_killed(pause: float, whole: Path, tmp_path: Path) -> None:
     log, script, folder = tmp_path / "log", tmp_path / "script.py", tmp_path / "found"
     log.touch()
