@@ -231,7 +231,7 @@ def hellaswag(folder: Path, dtype: str, limit: int, tasks: str) -> dict[str, Any
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from mqadapt_rs.harness import MqadaptLM
+    from mqadapt_rs.lm_eval import MqadaptLM
 
     torch.set_num_threads(cores())
     manager = TaskManager(include_path=tasks)

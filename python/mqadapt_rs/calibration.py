@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
 
-    from mqadapt_rs.hub import Source
+    from mqadapt_rs.sources.hub import Source
 
 TOKENS = 16384
 """Drawn by default."""
@@ -114,8 +114,8 @@ def documents(text: str | os.PathLike[str], field: str, tokens: int) -> Iterator
     Raises:
         OSError, MqadaptError: they cannot be read.
     """
-    from mqadapt_rs import dataset
     from mqadapt_rs import text as texts
+    from mqadapt_rs.sources import dataset
 
     named = dataset.parse(text) if isinstance(text, str) and not Path(text).exists() else None
     if named is None:

@@ -23,7 +23,7 @@ from mqadapt_rs import Calibration, Model, convert
 from mqadapt_rs import text as texts
 from mqadapt_rs.calibration import draw_windows
 from mqadapt_rs.errors import MqadaptError
-from mqadapt_rs.search.spec import CALIBRATED
+from mqadapt_rs.search.evaluators.model_spec import CALIBRATED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

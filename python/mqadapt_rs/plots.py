@@ -12,11 +12,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mqadapt_rs import files, own_files
+from mqadapt_rs import files, output_files
 from mqadapt_rs.errors import ArgumentError
 from mqadapt_rs.readable import readable
+from mqadapt_rs.search.core.space import describe
 from mqadapt_rs.search.results import Results
-from mqadapt_rs.search.space import describe
 
 if TYPE_CHECKING:
     import os
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from mqadapt_rs.search.evaluation import Evaluation
+    from mqadapt_rs.search.core.evaluation import Evaluation
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "++", "oo")
@@ -80,7 +80,7 @@ def plot(
         target.mkdir(parents=True, exist_ok=True)
     else:
         target = Path(folders[0]) / "plots"
-        own_files.make_folder(target)
+        output_files.make_folder(target)
     written = []
     with mpl.rc_context(STYLE):
         for name, figure in _figures(results, latency):
@@ -88,7 +88,7 @@ def plot(
                 metadata = {"Date": None} if ending == "svg" else None
                 picture = io.BytesIO()
                 figure.savefig(picture, format=ending, dpi=160, metadata=metadata)
-                own_files.write(target / f"{name}.{ending}", picture.getvalue())
+                output_files.write(target / f"{name}.{ending}", picture.getvalue())
             written.append(target / f"{name}.png")
     if not written:
         raise ArgumentError(f"nothing to draw yet: {results[0].folder} holds the source's evaluation only")

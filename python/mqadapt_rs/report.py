@@ -13,18 +13,18 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mqadapt_rs import own_files
+from mqadapt_rs import output_files
 from mqadapt_rs.plots import caption, plot
 from mqadapt_rs.readable import as_code_block, as_html, as_markdown, as_shell_again, readable
-from mqadapt_rs.search.conduct import BEST, said
+from mqadapt_rs.search.core.journal import BEST
+from mqadapt_rs.search.core.space import describe
 from mqadapt_rs.search.results import Results
-from mqadapt_rs.search.space import describe
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-    from mqadapt_rs.search.evaluation import Evaluation
+    from mqadapt_rs.search.core.evaluation import Evaluation
 
 ROWS = 12
 """Plans in the table of the best."""
@@ -53,8 +53,8 @@ def report(folder: str | os.PathLike[str], *, latency: Path | None = None) -> tu
     pictures = plot(place, latency=latency)
     page = Page(result, pictures)
     paths = place / "report.html", place / "report.md"
-    own_files.write(paths[0], page.html().encode())
-    own_files.write(paths[1], page.markdown().encode())
+    output_files.write(paths[0], page.html().encode())
+    output_files.write(paths[1], page.markdown().encode())
     return paths
 
 
@@ -83,7 +83,7 @@ class Page:
             ["K/V bytes per token", f"{result.source.kv_bytes:,}", winner and f"{winner.kv_bytes:,}"],
             ["K/V bytes, share of the source", "100 %", winner and f"{result.share(winner):.1f} %"],
             [f"{metric.name} [{metric.unit}]", value(result.source), winner and value(winner)],
-            [f"damage [{metric.damage_unit}], ± standard error", "0", winner and said(winner.damage)],
+            [f"damage [{metric.damage_unit}], ± standard error", "0", winner and str(winner.damage)],
             ["95 % interval of the damage", "", winner and interval(winner)],
             ["layers changed", "0", winner and str(changed(winner, result))],
         ]
@@ -101,7 +101,7 @@ class Page:
                 describe(e.plan, result.space.source) + (" (winner)" if e is result.winner else ""),
                 f"{result.share(e):.1f} %",
                 value(e),
-                said(e.damage),
+                str(e.damage),
                 interval(e),
             ]
             for e in shown

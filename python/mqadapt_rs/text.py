@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
-    from mqadapt_rs.hub import Source
+    from mqadapt_rs.sources.hub import Source
 
 ANOTHER_FIELD = "--field names another, of a calibration text --calibration-field"
 """What to do where a record has no such field."""
@@ -139,7 +139,7 @@ def load_tokenizer(src: Source) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    from mqadapt_rs import hub
+    from mqadapt_rs.sources import hub
 
     file = hub.fetch_tokenizer(src) / "tokenizer.json"
     if not file.exists():

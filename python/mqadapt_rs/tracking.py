@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mqadapt_rs import Model
-    from mqadapt_rs.search.conduct import SearchResult
-    from mqadapt_rs.search.evaluation import Evaluation
+    from mqadapt_rs.search.core.evaluation import Evaluation
+    from mqadapt_rs.search.runner import SearchResult
 
 
 VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

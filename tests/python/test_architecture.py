@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import json
 import re
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "python"
+PACKAGE = SOURCES / "mqadapt_rs"
 
 # who may import whom
 CRATES = {
@@ -43,6 +47,70 @@ def test_the_documented_rules_are_the_tested_ones() -> None:
     assert {name: set(filter(None, may.replace(" ", "").split(","))) for name, may in rows} == CRATES
 
 
+def module_name(file: Path) -> str:
+    """The dotted name of a module."""
+    parts = file.relative_to(SOURCES).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in PACKAGE.rglob("*.py")}
+
+
+def statements(body: list[ast.stmt]) -> list[ast.stmt]:
+    """The statements that run when a module is imported: none of a function, none for type checkers only."""
+    found: list[ast.stmt] = []
+    for statement in body:
+        found.append(statement)
+        if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.dump(statement.test):
+            found += statements(statement.orelse)
+        elif not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for field in ("body", "orelse", "finalbody"):
+                found += statements(getattr(statement, field, []))
+            for handler in getattr(statement, "handlers", []):
+                found += statements(handler.body)
+    return found
+
+
+def imports(module: str) -> set[tuple[str, str]]:
+    """The modules of the package that a module imports when it is imported, each with the imported name."""
+    found = set()
+    for statement in statements(ast.parse(MODULES[module].read_text()).body):
+        if isinstance(statement, ast.Import):
+            found |= {(alias.name, "") for alias in statement.names if alias.name in MODULES}
+        elif isinstance(statement, ast.ImportFrom):
+            assert not statement.level, f"{module}: relative imports are not used in this package"
+            for alias in statement.names:
+                submodule = f"{statement.module}.{alias.name}"
+                if submodule in MODULES:
+                    found.add((submodule, ""))
+                elif statement.module in MODULES:
+                    found.add((statement.module, alias.name))
+    return found
+
+
+def test_no_python_module_imports_itself_through_others() -> None:
+    assert len(MODULES) > 50
+    graph = {module: {imported for imported, _ in imports(module)} for module in MODULES}
+    assert "mqadapt_rs.search.core.space" in graph["mqadapt_rs.search.api"]
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(f"circular import: {' -> '.join(error.args[1])}") from None
+
+
+def test_private_names_stay_in_their_module() -> None:
+    for module in MODULES:
+        for imported, name in imports(module):
+            assert not name.startswith("_") or name == "__version__", f"{module} imports {name} of {imported}"
+
+
+def test_packages_declare_and_do_not_compute() -> None:
+    for file in PACKAGE.rglob("__init__.py"):
+        for statement in ast.parse(file.read_text()).body:
+            declares = isinstance(statement, (ast.Import, ast.ImportFrom, ast.Assign, ast.Expr))
+            assert declares, f"{file}, line {statement.lineno}"
+
+
 def readme_tree() -> list[str]:
     """Paths of the README's annotated tree."""
     block = re.search(r"## What is where\n\n```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -66,9 +134,8 @@ def test_the_readme_tree_is_on_the_disk() -> None:
 
 def test_the_readme_tree_leaves_nothing_out() -> None:
     paths = set(readme_tree())
-    package = ROOT / "python" / "mqadapt_rs"
     files = [ROOT / "crates" / name for name in CRATES]
-    files += [file for file in package.iterdir() if not file.name.startswith("_") and file.suffix in ("", ".py")]
+    files += [file for file in PACKAGE.iterdir() if not file.name.startswith("_") and file.suffix in ("", ".py")]
     for file in files:
         name = file.relative_to(ROOT).as_posix()
         assert name in paths or f"{name}/" in paths, f"{name} is missing from the README's tree"

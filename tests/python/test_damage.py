@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import tiny
 from mqadapt_rs import Model, MqadaptError, convert, load_calibration, verify
 from mqadapt_rs.search import Options, conduct
-from mqadapt_rs.search.journal import JournalError, read
+from mqadapt_rs.search.core.journal import JournalError, read
 from search_fakes import SPACE, FakeSpec
 
 # the texts here are short on purpose

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 import tiny
-from mqadapt_rs import ArgumentError, Calibration, MqadaptError, dataset, load_calibration
-from mqadapt_rs.hub import HubId
+from mqadapt_rs import ArgumentError, Calibration, MqadaptError, load_calibration
+from mqadapt_rs.sources import dataset
+from mqadapt_rs.sources.hub import HubId
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 
 import tiny
 from mqadapt_rs import ArgumentError, convert
-from mqadapt_rs.harness import MqadaptLM, evaluate
+from mqadapt_rs.lm_eval import MqadaptLM, evaluate
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog. A small model reads a short text, and says how likely it is; "
@@ -261,7 +261,7 @@ def test_overlay_scores_as_the_converted_checkpoint(checkpoint: Path, tmp_path: 
 def test_unknown_tasks(checkpoint: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # without lm-eval's own tasks, which take long to read
     own = TaskManager(include_path=str(tasks), include_defaults=False)
-    monkeypatch.setattr("mqadapt_rs.evaluation._read_tasks", lambda *args, **kwargs: own)
+    monkeypatch.setattr("mqadapt_rs.lm_eval.run._read_tasks", lambda *args, **kwargs: own)
     with pytest.raises(ArgumentError, match="no_such_task"):
         evaluate(MqadaptLM(str(checkpoint)), ["tiny_choice", "no_such_task"], include_path=tasks)
     with pytest.raises(ArgumentError, match="none given"):
@@ -324,7 +324,7 @@ def test_three_ways_in(checkpoint: Path, tasks: Path, tmp_path: Path, run: Run) 
 def test_no_pytorch(checkpoint: Path) -> None:
     script = (
         "import sys\n"
-        "from mqadapt_rs.harness import MqadaptLM\n"
+        "from mqadapt_rs.lm_eval import MqadaptLM\n"
         "lm = MqadaptLM(sys.argv[1])\n"
         "lm.apply_chat_template([{'role': 'user', 'content': 'Hello'}])\n"
         "lm._loglikelihood_tokens([(None, lm.tok_encode('The quick'), lm.tok_encode(' fox'))])\n"

@@ -12,7 +12,7 @@ import pytest
 
 from fake_hub import FakeHub
 from mqadapt_rs import MqadaptError, Plan
-from mqadapt_rs import hub as sources
+from mqadapt_rs.sources import hub as sources
 
 CONFIG = {
     "model_type": "llama",
@@ -186,7 +186,7 @@ def test_offline_uses_the_cache_and_says_so_where_it_cannot(hub: FakeHub, folder
     hub.add("org/model", folder)
     path = sources.fetch("org/model")
     hub.requests.clear()
-    code = "import sys; from mqadapt_rs import hub; print(hub.fetch(sys.argv[1]))"
+    code = "import sys; from mqadapt_rs.sources import hub; print(hub.fetch(sys.argv[1]))"
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
     def run(name: str) -> subprocess.CompletedProcess[str]:
@@ -198,7 +198,7 @@ def test_offline_uses_the_cache_and_says_so_where_it_cannot(hub: FakeHub, folder
 
 
 def test_a_hub_that_is_away(tmp_path: Path, folder: Path) -> None:
-    code = "from mqadapt_rs import hub; hub.fetch('org/model')"
+    code = "from mqadapt_rs.sources import hub; hub.fetch('org/model')"
     env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import tiny
 from mqadapt_rs import Model, convert
-from mqadapt_rs.harness import MqadaptLM, evaluate
+from mqadapt_rs.lm_eval import MqadaptLM, evaluate
 from real import once
 
 MIXED = "mqa:alternate5"  # five of thirty layers

@@ -251,7 +251,7 @@ def test_problems_of_a_verification(model: Path, tmp_path: Path) -> None:
 def test_a_warning_has_no_control_characters(lookalike: Path, tmp_path: Path) -> None:
     script = f"""
 import warnings
-from mqadapt_rs.cli import _in_a_line
+from mqadapt_rs.cli.entry_point import _in_a_line
 print(_in_a_line({ESCAPE!r} + "\\n", UserWarning), end="")
 """
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

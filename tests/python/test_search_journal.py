@@ -15,8 +15,8 @@ import pytest
 
 from mqadapt_rs import ArgumentError, MqadaptError
 from mqadapt_rs.search import STRATEGIES, JournalError, Options, conduct
-from mqadapt_rs.search.executors import Pool, in_process, processes
-from mqadapt_rs.search.journal import numbered, read
+from mqadapt_rs.search.core.executors import Pool, in_process, processes
+from mqadapt_rs.search.core.journal import numbered, read
 from search_fakes import SPACE, FakeSpec
 
 FULL = SPACE.kv_bytes(SPACE.source)
@@ -276,7 +276,7 @@ ORPHANS = """
 import sys
 from pathlib import Path
 from mqadapt_rs.search import Options, conduct
-from mqadapt_rs.search.executors import processes
+from mqadapt_rs.search.core.executors import processes
 from search_fakes import SPACE, FakeSpec
 if __name__ == "__main__":
     spec = FakeSpec("interacting", documents=48, noise=0.3, log=sys.argv[2], pause=float(sys.argv[3]))
@@ -331,7 +331,7 @@ import sys, warnings
 from pathlib import Path
 import ray
 from mqadapt_rs.search import Options, conduct
-from mqadapt_rs.search.executors import ray_cluster
+from mqadapt_rs.search.core.executors import ray_cluster
 from search_fakes import SPACE, FakeSpec
 ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
 spec = FakeSpec("interacting", documents=48, noise=0.3, log={str(log)!r}, pause=0.05)

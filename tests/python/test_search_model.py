@@ -16,16 +16,16 @@ import pytest
 
 import tiny
 from mqadapt_rs import ArgumentError, Model, Plan, convert, load_calibration
-from mqadapt_rs.harness import MqadaptLM, evaluate
+from mqadapt_rs.lm_eval import MqadaptLM, evaluate
 from mqadapt_rs.report import Page
 from mqadapt_rs.search import Options, search
-from mqadapt_rs.search.order import branches, in_order
-from mqadapt_rs.search.overlays import PlanOverlays
-from mqadapt_rs.search.prefixes import Prefixes
+from mqadapt_rs.search.core.plan_order import branches, in_order
+from mqadapt_rs.search.evaluators.model_spec import Data, read_windows
+from mqadapt_rs.search.evaluators.overlays import PlanOverlays
+from mqadapt_rs.search.evaluators.prefix_cache import Prefixes
+from mqadapt_rs.search.evaluators.tasks import Task, TaskEvaluator, rows
+from mqadapt_rs.search.evaluators.windows import WindowEvaluator
 from mqadapt_rs.search.results import Results
-from mqadapt_rs.search.spec import Data, read_windows
-from mqadapt_rs.search.tasks import Task, TaskEvaluator, rows
-from mqadapt_rs.search.windows import WindowEvaluator
 
 LAYERS, HEADS = 5, 4
 SOURCE = (HEADS,) * LAYERS

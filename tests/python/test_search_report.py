@@ -20,8 +20,8 @@ from mqadapt_rs.plots import plot
 from mqadapt_rs.readable import as_markdown
 from mqadapt_rs.report import report
 from mqadapt_rs.search import JournalError, Options, conduct
-from mqadapt_rs.search.journal import numbered
-from mqadapt_rs.search.latency import measured
+from mqadapt_rs.search.core.journal import numbered
+from mqadapt_rs.search.evaluators.latency import measured
 from mqadapt_rs.search.results import Results
 from search_fakes import SPACE, FakeSpec
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mqadapt_rs.search import Options, conduct
-from mqadapt_rs.search.statistics import SequentialTest, bootstrap, mean_and_error, paired, t_quantile
+from mqadapt_rs.search.core.statistics import SequentialTest, bootstrap, mean_and_error, paired, t_quantile
 from search_fakes import SPACE, FakeSpec, additive
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mqadapt_rs.search import STRATEGIES, Evaluation, Options, SearchResult, Space, conduct
-from mqadapt_rs.search.from_end import numbers
-from mqadapt_rs.search.knapsack import Choice, solve
-from mqadapt_rs.search.order import branches, in_order, shared
-from mqadapt_rs.search.pareto import front
-from mqadapt_rs.search.space import describe, parse_budget
+from mqadapt_rs.search.core.knapsack import Choice, solve
+from mqadapt_rs.search.core.pareto_front import front
+from mqadapt_rs.search.core.plan_order import branches, in_order, shared
+from mqadapt_rs.search.core.space import describe, parse_budget
+from mqadapt_rs.search.strategies.from_end import numbers
 from search_fakes import HEADS, LAYERS, SPACE, WEIGHTS, FakeSpec, additive, coupled, interacting
 
 if TYPE_CHECKING:

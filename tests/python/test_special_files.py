@@ -153,7 +153,7 @@ def test_tokenizers_of_transformers(
 ) -> None:
     folder = shutil.copytree(model, tmp_path / "model")
     make(folder / name)
-    load = "import sys; from mqadapt_rs.hf_tokenizer import load_tokenizer\ntry: load_tokenizer(sys.argv[1])\n"
+    load = "import sys; from mqadapt_rs.lm_eval.tokenizer import load_tokenizer\ntry: load_tokenizer(sys.argv[1])\n"
     load += "except Exception as error: sys.exit(str(error))"
     refused((folder,), name, kind, command=[sys.executable, "-c", load])
 

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import mqadapt_rs as mq
 from fake_hub import FakeHub
-from mqadapt_rs import ArgumentError, stream
+from mqadapt_rs import ArgumentError
+from mqadapt_rs.sources import download as stream
 
 SHARDS = 4
 

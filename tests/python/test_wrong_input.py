@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from mqadapt_rs import Model, MqadaptError, convert, hf_tokenizer, hub, inspect
+from mqadapt_rs import Model, MqadaptError, convert, inspect
 from mqadapt_rs import text as texts
+from mqadapt_rs.lm_eval import tokenizer as hf_tokenizer
+from mqadapt_rs.sources import hub
 
 Break = Callable[[Path], object]
 

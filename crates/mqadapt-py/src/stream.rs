@@ -1,4 +1,4 @@
-//! Weight files lent by `mqadapt_rs.stream.Shards`, which downloads them one at a time.
+//! Weight files lent by `mqadapt_rs.sources.download.Shards`, which downloads them one at a time.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -29,12 +29,12 @@ impl Shards {
     /// A checkpoint of the hub whose weight files come when they are needed, and who brings them.
     pub(crate) fn open(src: &Bound<'_, PyAny>, dst: &Path) -> PyResult<(Checkpoint, Arc<Self>)> {
         let py = src.py();
-        Self::lend(py.import("mqadapt_rs.stream")?.call_method1("Shards", (src, dst))?)
+        Self::lend(py.import("mqadapt_rs.sources.download")?.call_method1("Shards", (src, dst))?)
     }
 
     /// A checkpoint of the hub of which only the headers are fetched, to be looked at; `None` if its weights are here.
     pub(crate) fn headers(src: &Bound<'_, PyAny>) -> PyResult<Option<Checkpoint>> {
-        let shards = src.py().import("mqadapt_rs.stream")?.call_method1("headers", (src,))?;
+        let shards = src.py().import("mqadapt_rs.sources.download")?.call_method1("headers", (src,))?;
         if shards.is_none() { Ok(None) } else { Ok(Some(Self::lend(shards)?.0)) }
     }
 

@@ -54,8 +54,9 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Evaluate with lm-eval's tasks, under a plan if one is given."""
-    from mqadapt_rs import harness
     from mqadapt_rs.cli import output
+    from mqadapt_rs.lm_eval import MqadaptLM
+    from mqadapt_rs.lm_eval import evaluate as run_tasks
     from mqadapt_rs.tracking import tracked
 
     text_or_stats = calibration.load(src, seed)
@@ -70,10 +71,10 @@ def evaluate(
         "num_fewshot": num_fewshot,
     }
     with tracked(wandb, name=f"eval {plan} {method}", config=settings) as run:
-        lm = harness.MqadaptLM(
+        lm = MqadaptLM(
             src, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights, calibration=text_or_stats
         )
-        results = harness.evaluate(
+        results = run_tasks(
             lm,
             [name.strip() for name in tasks.split(",") if name.strip()],
             include_path=include_path,
@@ -104,6 +105,6 @@ def _rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 def lm_eval(context: typer.Context) -> None:
     """Run lm-eval's own command line, which then knows the model `mqadapt`."""
-    from mqadapt_rs import harness
+    from mqadapt_rs.lm_eval import main
 
-    harness.main(context.args)
+    main(context.args)

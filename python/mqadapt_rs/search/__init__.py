@@ -1,12 +1,12 @@
 """Which layers can do with fewer K/V heads: strategies, evaluators, journal."""
 
-from .api import search
-from .conduct import SearchResult, conduct
-from .evaluation import Evaluation, Evaluator, EvaluatorSpec, Metric
-from .journal import JournalError
-from .space import Heads, Space
-from .strategies import STRATEGIES, Strategy
-from .study import Options, Study
+from mqadapt_rs.search.api import search
+from mqadapt_rs.search.core.evaluation import Evaluation, Evaluator, EvaluatorSpec, Metric
+from mqadapt_rs.search.core.journal import JournalError
+from mqadapt_rs.search.core.space import Heads, Space
+from mqadapt_rs.search.core.study import Options, Study
+from mqadapt_rs.search.runner import SearchResult, conduct
+from mqadapt_rs.search.strategies.registry import STRATEGIES, Strategy
 
 __all__ = [
     "STRATEGIES",

@@ -12,27 +12,25 @@ from typing import TYPE_CHECKING, Any
 from mqadapt_rs.arguments import LARGEST_SEED, real, whole
 from mqadapt_rs.calibration import CONTEXT, lengths_of
 from mqadapt_rs.errors import ArgumentError
-
-from . import latency
-from .conduct import SearchResult, check, conduct, fits
-from .executors import MOST_WORKERS, adopt, forget, in_process, processes, ray_cluster
-from .journal import begun
-from .limit import Limit
-from .predicted import METRIC as PREDICTED
-from .space import describe, parse_budget
-from .spec import CALIBRATED, METRICS, CalibrationData, Data, ModelSpec, space_of
-from .study import Options
+from mqadapt_rs.search.core.executors import MOST_WORKERS, adopt, forget, in_process, processes, ray_cluster
+from mqadapt_rs.search.core.journal import begun
+from mqadapt_rs.search.core.limit import Limit
+from mqadapt_rs.search.core.space import describe, parse_budget
+from mqadapt_rs.search.core.study import Options
+from mqadapt_rs.search.evaluators import latency
+from mqadapt_rs.search.evaluators.model_spec import CALIBRATED, METRICS, CalibrationData, Data, ModelSpec, space_of
+from mqadapt_rs.search.evaluators.predicted import METRIC as PREDICTED
+from mqadapt_rs.search.runner import SearchResult, check, conduct, fits
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
     from mqadapt_rs import Plan
-
-    from .evaluation import Evaluation
-    from .executors import Pool
-    from .space import Heads
-    from .study import Watcher
+    from mqadapt_rs.search.core.evaluation import Evaluation
+    from mqadapt_rs.search.core.executors import Pool
+    from mqadapt_rs.search.core.space import Heads
+    from mqadapt_rs.search.core.study import Watcher
 
 
 def search(

@@ -7,16 +7,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mqadapt_rs.readable import readable
-
-from .conduct import said
-from .space import describe
+from mqadapt_rs.search.core.space import describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .evaluation import Evaluation
-    from .space import Heads
-    from .study import Watcher
+    from mqadapt_rs.search.core.evaluation import Evaluation
+    from mqadapt_rs.search.core.space import Heads
+    from mqadapt_rs.search.core.study import Watcher
 
 
 @contextmanager
@@ -38,7 +36,7 @@ def live(source: Heads) -> Iterator[Watcher | None]:
             words = f"{evaluation.stage} | {in_time(seconds_left)} left"
             if best is not None:
                 plan = describe(best.plan, source)
-                words += f" | best {plan if len(plan) < 40 else plan[:37] + '...'}: {said(best.damage)}"
+                words += f" | best {plan if len(plan) < 40 else plan[:37] + '...'}: {best.damage}"
             progress.update(task, completed=done, total=expected, description=readable(words))
 
         yield watch

@@ -11,13 +11,11 @@ from dataclasses import fields as fields_of
 from typing import TYPE_CHECKING, Any
 
 from mqadapt_rs import files
-
-from .conduct import BEST, SUMMARY
-from .evaluation import Evaluation, Metric
-from .journal import JOURNAL, JournalError, finite, latest, read
-from .pareto import front
-from .space import Space
-from .study import Options, Rule
+from mqadapt_rs.search.core.evaluation import Evaluation, Metric
+from mqadapt_rs.search.core.journal import BEST, JOURNAL, SUMMARY, JournalError, finite, latest, read
+from mqadapt_rs.search.core.pareto_front import front
+from mqadapt_rs.search.core.space import Space
+from mqadapt_rs.search.core.study import Options, Rule
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,0 +1,284 @@
+"""What every worker builds its evaluator from: names of model and data, and how to read them.
+
+In: the arguments of a search. Out: an evaluator, the same in every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mqadapt_rs.calibration import CONTEXT
+from mqadapt_rs.errors import ArgumentError
+from mqadapt_rs.search.core.evaluation import Metric
+from mqadapt_rs.search.core.space import Space
+from mqadapt_rs.search.evaluators.overlays import PlanOverlays
+from mqadapt_rs.search.evaluators.predicted import METRIC as PREDICTED
+from mqadapt_rs.search.evaluators.predicted import PredictedEvaluator
+from mqadapt_rs.search.evaluators.prefix_cache import Prefixes
+from mqadapt_rs.search.evaluators.windows import WindowEvaluator
+
+if TYPE_CHECKING:
+    from mqadapt_rs import Calibration, Model
+    from mqadapt_rs.search.core.evaluation import Evaluator
+    from mqadapt_rs.search.evaluators.tasks import TaskEvaluator
+
+    ModelEvaluator = WindowEvaluator | TaskEvaluator | PredictedEvaluator
+
+METRICS = {
+    "kl": Metric("kl", "nats per token", "nats per token"),
+    "perplexity": Metric("perplexity", "perplexity", "nats per token of log-perplexity", "exp"),
+}
+CALIBRATED = ("closed-form", "prune")
+"""Methods that merge from text."""
+GROUP = 8
+"""Most plans whose final hidden states are held at a time, so that the source's logits are computed once for them."""
+VALUE_BYTES = 2
+"""Bytes of a cached value that K/V bytes are counted with."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What plans are evaluated on: windows of a text, or an lm-eval task."""
+
+    text: str | None = None
+    field: str = "text"
+    context: int = 512
+    windows: int | None = None
+    include_path: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Where the statistics of methods that merge from text come from."""
+
+    file: str | None
+    stats: str
+    """File of the statistics: read where it exists, written where not."""
+    field: str = "text"
+    tokens: int = 16384
+    context: tuple[int, ...] = CONTEXT
+    target_context: tuple[int, ...] | None = None
+    """None: they follow from the windows."""
+    sequential: bool = False
+    refine: int = 0
+
+    @property
+    def refits(self) -> bool:
+        """Whether what becomes of a layer depends on those before it."""
+        return self.sequential or self.refine > 0
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Model, method and data of a search."""
+
+    src: str
+    metric_name: str
+    data: Data
+    method: str = "mean"
+    seed: int = 0
+    dtype: str | None = None
+    device: str = "cpu"
+    weights: str = "stored"
+    max_memory: int = 1 << 30
+    calibration: CalibrationData | None = None
+    # known once the evaluator was built for the first time
+    metric: Metric = METRICS["kl"]
+    documents: int = 0
+    group: int = 1
+    prints: tuple[tuple[str, str], ...] = ()
+
+    def fingerprints(self) -> dict[str, str]:
+        """What the losses depend on beside the plan."""
+        return dict(self.prints)
+
+    def build(self) -> Evaluator:
+        """Loads model and data."""
+        return self.load()[0]
+
+    def load(self) -> tuple[ModelEvaluator, Model, ModelSpec]:
+        """The evaluator, its model, and the specification with all that is known of them.
+
+        Raises:
+            ArgumentError: a metric, text or task that does not exist or is too short.
+        """
+        if self.metric_name in METRICS:
+            return self._windows()
+        if self.metric_name == PREDICTED.name:
+            return self._predicted()
+        if self.metric_name.startswith("task:"):
+            return self._task()
+        raise ArgumentError(
+            f"there is no metric '{self.metric_name}': expected {', '.join(METRICS)}, {PREDICTED.name} or task:NAME/METRIC, "
+            "such as task:hellaswag/acc_norm"
+        )
+
+    def overlays(self, model: Model) -> PlanOverlays:
+        """A loaded model under any plan."""
+        refits = self.calibration is not None and self.calibration.refits
+        return PlanOverlays(model, self.method, self.seed, self._calibration(), together=refits)
+
+    def try_out(self, evaluator: ModelEvaluator, space: Space) -> None:
+        """Merges one layer: a method that does not exist is refused, and statistics are collected before workers need them.
+
+        Raises:
+            ArgumentError: the method cannot do it.
+        """
+        layer = next(idx for idx in range(space.num_hidden_layers) if len(space.choices(idx)) > 1)
+        plan = space.single(layer, space.choices(layer)[0])
+        if self.calibration is not None:
+            Path(self.calibration.stats).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(evaluator, PredictedEvaluator):
+            list(evaluator.losses([plan], [()], range(1)))
+        elif self.calibration is not None and self.calibration.refits:
+            # a refit takes every plan by itself; statistics do without
+            once = replace(self, calibration=replace(self.calibration, sequential=False, refine=0))
+            once.overlays(evaluator.overlays.source).model(plan)
+        else:
+            evaluator.overlays.model(plan)
+
+    def _model(self) -> Model:
+        from mqadapt_rs import Model
+
+        return Model.load(self.src, dtype=self.dtype, device=self.device, weights=self.weights)
+
+    def _calibration(self) -> Calibration | None:
+        from mqadapt_rs import load_calibration
+
+        data = self.calibration
+        if data is None:
+            return None
+        return load_calibration(
+            self.src,
+            data.file,
+            field=data.field,
+            tokens=data.tokens,
+            context=data.context,
+            seed=self.seed,
+            target_context=data.target_context,
+            stats=data.stats,
+            sequential=data.sequential,
+            refine=data.refine,
+        )
+
+    def _predicted(self) -> tuple[PredictedEvaluator, Model, ModelSpec]:
+        model = self._model()
+        return self._predictor(model), model, replace(self, metric=PREDICTED, prints=self._prints(model, []))
+
+    def _predictor(self, model: Model) -> PredictedEvaluator:
+        calibration = self._calibration()
+        if calibration is None:
+            raise ArgumentError("the metric predicted needs statistics: --calibration FILE or --stats FILE")
+        return PredictedEvaluator(self.src, self.method, calibration, tuple(model.plan.num_key_value_heads))
+
+    def _windows(self) -> tuple[WindowEvaluator, Model, ModelSpec]:
+        windows = read_windows(self.src, self.data, self.seed)
+        overlays = self.overlays(self._model())
+        model = overlays.source
+        # hidden states of all windows that fit into the memory, beside the source's
+        states = len(windows) * self.data.context * model.config.hidden_size * 4
+        held = self.max_memory // states - 1
+        if held < 1:
+            raise ArgumentError(
+                f"--max-memory {self.max_memory:,} is too little: the hidden states of {len(windows)} windows take "
+                f"{states:,} bytes, and two of them are needed"
+            )
+        group = max(1, min(GROUP, held // 2)) if self.metric_name == "kl" else 1
+        source = tuple(model.plan.num_key_value_heads)
+        evaluator = WindowEvaluator(overlays, windows, self.metric_name, Prefixes(held - group, source))
+        spec = replace(
+            self,
+            metric=METRICS[self.metric_name],
+            documents=len(windows),
+            group=group,
+            prints=self._prints(model, windows),
+        )
+        return evaluator, model, spec
+
+    def _task(self) -> tuple[TaskEvaluator, Model, ModelSpec]:
+        from mqadapt_rs.lm_eval import MqadaptLM
+        from mqadapt_rs.search.evaluators.tasks import Task, TaskEvaluator
+
+        lm = MqadaptLM(self.src, dtype=self.dtype, device=self.device, weights=self.weights)
+        task = Task.load(self.metric_name.removeprefix("task:"), self.data, self.seed, lm)
+        model = lm.model
+        evaluator = TaskEvaluator(self.overlays(model), lm, task, self.max_memory)
+        spec = replace(
+            self,
+            metric=task.metric,
+            documents=len(task.documents),
+            prints=self._prints(model, [task.shots, [[i.args for i in requests] for _, requests in task.documents]]),
+        )
+        return evaluator, model, spec
+
+    def _prints(self, model: Model, data: Any) -> tuple[tuple[str, str], ...]:
+        from mqadapt_rs import __version__
+
+        digest = hashlib.sha256(json.dumps(data, default=str).encode()).hexdigest()[:16]
+        method = self.method if self.method != "random" else f"{self.method} (seed {self.seed})"
+        calibration = () if self.calibration is None else (("calibration", self._calibration_in_words()),)
+        return (
+            ("name", _called(self.src)),
+            ("model", model.fingerprint),
+            ("text", f"{digest} ({self._data_in_words()})"),
+            ("method", method),
+            *(() if self.weights == "stored" else (("weights", self.weights),)),
+            *calibration,
+            ("version", __version__),
+        )
+
+    def _calibration_in_words(self) -> str:
+        data = self.calibration
+        if data is None or data.file is None:
+            return "saved statistics"
+        windows = ", ".join(map(str, data.context))
+        targets = "" if data.target_context is None else f", target context {', '.join(map(str, data.target_context))}"
+        refit = f", refined in {data.refine} steps" if data.refine else ", refitted" if data.sequential else ""
+        return f"{data.tokens} tokens of {_called(data.file)} in windows of {windows}{targets}{refit}"
+
+    def _data_in_words(self) -> str:
+        data = self.data
+        if self.metric_name == PREDICTED.name:
+            return "none"
+        if data.text is not None and self.metric_name in METRICS:
+            return f"{_called(data.text)}, windows of {data.context} tokens"
+        return "all documents" if data.limit is None else f"the first {data.limit} documents"
+
+
+def _called(place: str) -> str:
+    """What a file is called, whatever folder it is in; what comes from the hub keeps its id."""
+    return Path(place).name if Path(place).exists() else place
+
+
+def read_windows(src: str, data: Data, seed: int) -> list[list[int]]:
+    """The first windows of a text, in a random order that depends on the seed alone, so that a few stand for all.
+
+    Raises:
+        ArgumentError: no text, or one that is too short.
+    """
+    from mqadapt_rs import text
+    from mqadapt_rs.calibration import documents
+
+    if data.text is None:
+        raise ArgumentError("the metrics kl and perplexity need a text: --text FILE, or --calibration FILE")
+    tokens = sys.maxsize if data.windows is None else data.windows * data.context
+    ids = text.token_ids(text.load_tokenizer(src), "".join(documents(data.text, data.field, tokens)))
+    ids = text.first_windows(ids, data.context, data.windows)
+    found = [list(ids[start : start + data.context]) for start in range(0, len(ids), data.context)]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def space_of(model: Model, counts: tuple[int, ...] | None) -> Space:
+    """The plans that a model can have."""
+    config = model.config
+    head_bytes = 2 * config.head_dim * VALUE_BYTES  # a key and a value
+    return Space(tuple(config.num_key_value_heads), (head_bytes,) * config.num_hidden_layers, counts)

@@ -1,0 +1,49 @@
+"""Evaluates plans by what the merge's statistics predict: `predicted`, no forward pass.
+
+In: statistics of a calibration text, a merge method. Out: one loss a plan, the share of the attention output's energy that
+is lost, summed over layers. Layers count as independent, and as equally important: a first guess for models too large to
+try, and a control for what trying gains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mqadapt_rs.search.core.evaluation import Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from mqadapt_rs import Calibration
+    from mqadapt_rs.search.core.space import Heads
+
+METRIC = Metric(
+    "predicted", "lost share of attention output, over layers", "lost share of attention output, summed over layers"
+)
+
+
+@dataclass
+class PredictedEvaluator:
+    """Sums of predictions, each computed once."""
+
+    src: str
+    method: str
+    calibration: Calibration
+    source: Heads
+    _lost: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    def losses(
+        self, plans: Sequence[Heads], branches: Sequence[Sequence[int]], documents: range
+    ) -> Iterator[list[float]]:
+        """One loss for each plan; there are no documents."""
+        del branches, documents
+        changed = [
+            [(layer_idx, own) for layer_idx, own in enumerate(plan) if own != self.source[layer_idx]] for plan in plans
+        ]
+        missing = sorted({layer for layers in changed for layer in layers if layer not in self._lost})
+        if missing:
+            errors = self.calibration.predicted_errors(self.src, self.method, missing)
+            self._lost.update(zip(missing, (error**2 for error in errors), strict=True))
+        for layers in changed:
+            yield [sum(self._lost[layer] for layer in layers)]

@@ -1,0 +1,72 @@
+"""Evaluates plans on windows of text: `kl` and `perplexity`.
+
+In: a model and token windows. Out: one loss per window. A candidate starts from hidden states kept before its first
+layer that differs from what was run before; the source's final hidden states are computed once; final norm and `lm_head`
+run over vocabulary tiles, so no matrix of logits is ever stored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from mqadapt_rs.search.core.space import Heads
+    from mqadapt_rs.search.evaluators.overlays import PlanOverlays
+    from mqadapt_rs.search.evaluators.prefix_cache import Prefixes
+
+
+@dataclass
+class WindowEvaluator:
+    """Losses of windows of equal length."""
+
+    overlays: PlanOverlays
+    windows: Sequence[Sequence[int]]
+    """Token ids; every window has the same length."""
+    metric: str
+    """`kl` or `perplexity`."""
+    prefixes: Prefixes
+    _documents: range = range(0)
+    _reference: Any = None
+
+    def losses(
+        self, plans: Sequence[Heads], branches: Sequence[Sequence[int]], documents: range
+    ) -> Iterator[list[float]]:
+        """Mean loss of each window, in nats per token."""
+        if documents != self._documents:
+            self._documents, self._reference = documents, None
+            self.prefixes.clear()
+        windows = [list(self.windows[document]) for document in documents]
+        if self.metric == "perplexity":
+            for plan, depths in zip(plans, branches, strict=True):
+                nll = self.overlays.source.nll(self._final(plan, depths, windows), windows)
+                yield _means(nll.tolist(), len(windows))
+            return
+        source = self.prefixes.source
+        changed = [(plan, depths) for plan, depths in zip(plans, branches, strict=True) if plan != source]
+        if changed and self._reference is None:
+            self._reference = self._final(source, (), windows)
+        finals = [self._final(plan, depths, windows) for plan, depths in changed]
+        divergences = iter(self.overlays.source.kl_divergences(self._reference, finals) if finals else ())
+        for plan in plans:
+            # the source does not diverge from itself, exactly
+            yield [0.0] * len(windows) if plan == source else _means(next(divergences).tolist(), len(windows))
+
+    def _final(self, plan: Heads, depths: Sequence[int], windows: list[list[int]]) -> Any:
+        """Hidden states of a plan behind the last layer, keeping those at `depths` on the way."""
+        model = self.overlays.model(plan)
+        _, states, kept = self.prefixes.way(plan, depths)
+        for depth in [*kept, len(plan)]:
+            states = model.hidden_before(depth, windows) if states is None else model.forward_from(states, depth)
+            if depth < len(plan):
+                self.prefixes.keep(plan, depth, states)
+        return states
+
+
+def _means(values: Sequence[float], windows: int) -> list[float]:
+    """Mean of each window's equal share of the values."""
+    share = len(values) // windows
+    return [math.fsum(values[index * share : (index + 1) * share]) / share for index in range(windows)]

@@ -1,0 +1,123 @@
+"""`budget`: the best plan that fits a budget of K/V bytes or of time.
+
+Damages of single layers, added up, go into an exact knapsack; its answer and the fixed patterns of the same size are
+measured, and local search by swaps improves the best of them, every neighbour measured as a whole plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from mqadapt_rs.errors import ArgumentError
+from mqadapt_rs.search.core.knapsack import Choice, solve
+from mqadapt_rs.search.strategies import sensitivity
+
+if TYPE_CHECKING:
+    from mqadapt_rs.search.core.limit import Limit
+    from mqadapt_rs.search.core.space import Heads, Space
+    from mqadapt_rs.search.core.study import Options, Study
+
+SWAPS = 12
+ROUNDS = 12
+PATIENCE = 2
+"""Rounds without progress, each of the next best neighbours, after which local search ends."""
+
+Damages = Mapping[tuple[int, int], float]
+"""Damage of one layer at one count."""
+
+
+def single_damages(study: Study) -> dict[tuple[int, int], float]:
+    """The damage of every layer alone at every count; 0 for its own count."""
+    space = study.space
+    singles = sensitivity.plans(study)
+    damages = {(layer, space.source[layer]): 0.0 for layer in range(space.num_hidden_layers)}
+    for evaluation in study.evaluate(singles, "sensitivity"):
+        layer = next(idx for idx, own in enumerate(evaluation.plan) if own != space.source[idx])
+        damages[layer, evaluation.plan[layer]] = evaluation.damage.mean
+    return damages
+
+
+def knapsack(space: Space, damages: Damages, limit: Limit) -> Heads | None:
+    """The plan whose added damages are least within the limit; `None` if nothing fits."""
+    layers = [
+        [Choice(count, limit.layer_cost(layer, count), damages[layer, count]) for count in space.choices(layer)]
+        for layer in range(space.num_hidden_layers)
+    ]
+    return solve(layers, limit.most)
+
+
+def patterns(space: Space, limit: Limit) -> list[Heads]:
+    """The published patterns (from the end, every second layer, from the start) that just fit, for every count."""
+    found: dict[Heads, None] = {}
+    layers = space.num_hidden_layers
+    for count in space.reduced():
+        ends = [space.last(number, count) for number in range(1, layers + 1)]
+        starts = [space.with_layers(range(number), count) for number in range(1, layers + 1)]
+        # beyond every second layer, the rest follows from the end
+        alternate = [space.alternate(number, count) for number in range(1, (layers + 1) // 2 + 1)]
+        rest = [idx for idx in range(layers - 1, -1, -1) if (layers - 1 - idx) % 2]
+        alternate += [space.with_layers(rest[:number], count, alternate[-1]) for number in range(1, len(rest) + 1)]
+        for shape in (ends, alternate, starts):
+            fitting = next((plan for plan in shape if limit.fits(plan)), None)
+            if fitting is not None:
+                found[fitting] = None
+    return list(found)
+
+
+def neighbours(space: Space, plan: Heads, damages: Damages, limit: Limit) -> list[Heads]:
+    """Plans within the limit that differ in one layer, or in two of which one goes up and one down.
+
+    The most promising by the added damages first.
+    """
+    options = [
+        (layer, count)
+        for layer in range(space.num_hidden_layers)
+        for count in space.choices(layer)
+        if count != plan[layer]
+    ]
+    found: dict[Heads, float] = {}
+
+    def consider(changes: tuple[tuple[int, int], ...]) -> None:
+        changed = list(plan)
+        for layer, count in changes:
+            changed[layer] = count
+        if limit.fits(tuple(changed)):
+            gain = sum(damages[layer, count] - damages[layer, plan[layer]] for layer, count in changes)
+            found.setdefault(tuple(changed), gain)
+
+    for layer, count in options:
+        consider(((layer, count),))
+    for layer, count in options:
+        for other, lower in options:
+            if count > plan[layer] and lower < plan[other] and layer != other:
+                consider(((layer, count), (other, lower)))
+    found.pop(space.source, None)
+    return sorted(found, key=lambda candidate: (found[candidate], candidate))
+
+
+def run(study: Study, options: Options) -> None:
+    """Sensitivity, knapsack, patterns, then rounds of swaps until they bring nothing."""
+    limit, space = study.rule.limit, study.space
+    if limit is None:
+        raise ArgumentError("the strategy 'budget' needs --kv-budget or --latency-budget")
+    swaps = SWAPS if options.swaps is None else options.swaps
+    study.expect(len(sensitivity.plans(study)) + 4 + 2 * swaps)
+    damages = single_damages(study)
+    chosen = knapsack(space, damages, limit)
+    if chosen is None:
+        raise ArgumentError(limit.refusal())
+    starts = [chosen, *patterns(space, limit)]
+    study.expect(len(starts) + 2 * swaps)
+    current = min(study.evaluate(starts, "start"), key=study.rule.key)
+    tried, fruitless = {e.plan for e in study.evaluations}, 0
+    for turn in range(1, ROUNDS + 1):
+        candidates = [plan for plan in neighbours(space, current.plan, damages, limit) if plan not in tried][:swaps]
+        if not candidates or fruitless == PATIENCE:
+            break
+        study.expect(2 * len(candidates))
+        tried.update(candidates)
+        found = study.race(candidates, f"swaps {turn}", against=[current])
+        better = [e for e in found if not e.stopped and study.rule.key(e) < study.rule.key(current)]
+        fruitless = 0 if better else fruitless + 1
+        current = min([current, *better], key=study.rule.key)

@@ -1,0 +1,42 @@
+"""`from-end`: the last 2, 4, 8, 16 ... layers; with a limit to the damage, bisection to the most within it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mqadapt_rs.search.core.study import Options, Study
+
+
+def numbers(num_hidden_layers: int) -> list[int]:
+    """2, 4, 8, ... and all layers."""
+    doubled = [2**power for power in range(1, num_hidden_layers.bit_length()) if 2**power < num_hidden_layers]
+    return [*doubled, num_hidden_layers]
+
+
+def run(study: Study, options: Options) -> None:
+    """Evaluates the doubling suffixes, then bisects between the last that is good enough and the first that is not.
+
+    Bisection takes the damage to grow with the number of layers; the plans measured on the way say whether it did.
+    """
+    space = study.space
+    counts = options.counts or (space.reduced()[0],)
+    steps = numbers(space.num_hidden_layers)
+    study.expect(len(counts) * len(steps))
+    for count in counts:
+        found = study.evaluate([space.last(number, count) for number in steps], f"last layers to {count}")
+        if options.max_damage is None:
+            continue
+        good, bad = 0, space.num_hidden_layers + 1
+        for number, evaluation in zip(steps, found, strict=True):
+            if evaluation.damage.mean > options.max_damage:
+                bad = number
+                break
+            good = number
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            (evaluation,) = study.evaluate([space.last(middle, count)], f"bisection to {count}")
+            if evaluation.damage.mean > options.max_damage:
+                bad = middle
+            else:
+                good = middle

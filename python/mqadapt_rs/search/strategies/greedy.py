@@ -1,0 +1,41 @@
+"""`greedy`: reduce the layer that hurts least given those already reduced, again and again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mqadapt_rs.search.core.space import Heads
+    from mqadapt_rs.search.core.study import Options, Study
+
+
+def moves(study: Study, base: Heads) -> list[Heads]:
+    """The plans that take one layer of `base` to its next lower count."""
+    found = []
+    for layer, own in enumerate(base):
+        lower = [count for count in study.space.choices(layer) if count < own]
+        if lower:
+            found.append((*base[:layer], lower[-1], *base[layer + 1 :]))
+    return found
+
+
+def run(study: Study, options: Options) -> None:
+    """Walks until the K/V budget is met, the damage passes its limit, or no layer can be reduced any more."""
+    base, current, limit = study.space.source, study.source, study.rule.limit
+    for step in range(1, 1 + sum(len(study.space.choices(layer)) - 1 for layer in range(len(base)))):
+        candidates = moves(study, base)
+        if not candidates or (limit is not None and limit.fits(base)):
+            break
+        study.expect(len(candidates) * (len(candidates) + 1) // 2)
+        # damage for each byte saved decides, so the race may only stop plans that save the same and do more
+        saved = {current.kv_bytes - study.space.kv_bytes(plan) for plan in candidates}
+        stage = f"step {step}"
+        found = study.race(candidates, stage) if len(saved) == 1 else study.evaluate(candidates, stage)
+        before = current
+        current = min(
+            (evaluation for evaluation in found if not evaluation.stopped),
+            key=lambda e: ((e.damage.mean - before.damage.mean) / (before.kv_bytes - e.kv_bytes), e.plan),
+        )
+        base = current.plan
+        if options.max_damage is not None and current.damage.mean > options.max_damage:
+            break

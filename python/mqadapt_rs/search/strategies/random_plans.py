@@ -1,0 +1,43 @@
+"""`random`: the control. Plans drawn by chance, from one seed."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mqadapt_rs.search.core.limit import Limit
+    from mqadapt_rs.search.core.space import Heads, Space
+    from mqadapt_rs.search.core.study import Options, Study
+
+TRIALS = 32
+
+
+def draw(space: Space, draws: random.Random, limit: Limit | None) -> Heads:
+    """One plan. With a limit: layers in random order take a random lower count until it is met, then stop."""
+    if limit is None:
+        return tuple(draws.choice(space.choices(layer)) for layer in range(space.num_hidden_layers))
+    plan = list(space.source)
+    while not limit.fits(tuple(plan)):
+        layer = draws.choice([idx for idx, own in enumerate(plan) if own > space.choices(idx)[0]])
+        plan[layer] = draws.choice([count for count in space.choices(layer) if count < plan[layer]])
+    return tuple(plan)
+
+
+def run(study: Study, options: Options) -> None:
+    """Draws different plans and evaluates them; with a budget their damages compete, so the race may stop some."""
+    space, trials = study.space, TRIALS if options.trials is None else options.trials
+    limit = study.rule.limit
+    draws = random.Random(study.seed)
+    plans: dict[Heads, None] = {}
+    for _ in range(20 * trials):  # a small space has fewer plans than trials
+        plan = draw(space, draws, limit)
+        if plan != space.source:
+            plans[plan] = None
+        if len(plans) == trials:
+            break
+    study.expect(len(plans))
+    if limit is None:
+        study.evaluate(plans, "random")
+    else:
+        study.race(plans, "random")

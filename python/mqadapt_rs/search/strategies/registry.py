@@ -1,0 +1,59 @@
+"""The table of strategies. A new one is a file and a line here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mqadapt_rs.search.strategies import alternate, budget, from_end, given, greedy, pareto, random_plans, sensitivity
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mqadapt_rs.search.core.space import Space
+    from mqadapt_rs.search.core.study import Options, Run
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to choose which plans to evaluate."""
+
+    summary: str
+    run: Run
+    uses: frozenset[str]
+    """The fields of `Options` that it reads, beside `counts`."""
+    needs: tuple[str, ...] = ()
+    """Of these it needs one."""
+    refuse: Callable[[Space, Options], None] | None = None
+    """Raises `ArgumentError` for options that this model cannot be searched with."""
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "sensitivity": Strategy("each layer alone, at every count", sensitivity.run, frozenset()),
+    "from-end": Strategy(
+        "the last 2, 4, 8 ... layers, then the most within --max-damage", from_end.run, frozenset({"max_damage"})
+    ),
+    "alternate": Strategy(
+        "every second layer from the end, 2, 3 ... of them", alternate.run, frozenset({"max_damage"})
+    ),
+    "greedy": Strategy(
+        "add the layer that hurts least, again and again", greedy.run, frozenset({"kv_budget", "max_damage"})
+    ),
+    "budget": Strategy(
+        "exact knapsack under a budget, then swaps",
+        budget.run,
+        frozenset({"kv_budget", "latency_budget", "swaps"}),
+        needs=("kv_budget", "latency_budget"),
+    ),
+    "pareto": Strategy(
+        "the front of K/V bytes against damage", pareto.run, frozenset({"points", "swaps", "max_damage"})
+    ),
+    "given": Strategy(
+        "the plans that --plan names, side by side",
+        given.run,
+        frozenset({"plans"}),
+        needs=("plans",),
+        refuse=given.refuse,
+    ),
+    "random": Strategy("plans by chance: the control", random_plans.run, frozenset({"kv_budget", "trials"})),
+}

@@ -1,0 +1,24 @@
+"""`sensitivity`: each layer alone, at every count. Which layers can do with fewer K/V heads?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mqadapt_rs.search.core.space import Heads
+    from mqadapt_rs.search.core.study import Options, Study
+
+
+def plans(study: Study) -> list[Heads]:
+    """All plans that change one layer."""
+    space = study.space
+    return [
+        space.single(layer, count) for layer in range(space.num_hidden_layers) for count in space.choices(layer)[:-1]
+    ]
+
+
+def run(study: Study, _options: Options) -> None:
+    """Evaluates them."""
+    singles = plans(study)
+    study.expect(len(singles))
+    study.evaluate(singles, "sensitivity")
