@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoModel, AutoModelForCausalLM
 
+import mqadapt_rs
 import tiny
 from models import cache_folder
 from mqadapt_rs import Model, convert
@@ -51,6 +52,15 @@ def test_layers_that_differ(mixed: Path, attention: str) -> None:
     assert_close(ours.logits(IDS), tiny.logits(model, IDS), attention)
     model.set_attn_implementation({"eager": "sdpa", "sdpa": "eager"}[attention])
     assert_close(ours.logits(IDS), tiny.logits(model, IDS), "after set_attn_implementation")
+
+
+@every_family
+def test_the_written_file_is_the_one_of_the_package(mixed: Path) -> None:
+    package = Path(mqadapt_rs.__file__).parent
+    family = json.loads((mixed / "config.json").read_text())["architectures"][0].removeprefix("LayerwiseKV")
+    expected = (package / "modeling" / "modeling_mqadapt.py").read_text()
+    expected = expected.replace("Llama", family.removesuffix("ForCausalLM"))
+    assert (mixed / "modeling_mqadapt.py").read_text() == expected
 
 
 @every_family

@@ -17,8 +17,8 @@ use crate::whole_layers::LayerNotes;
 use crate::writer::Writer;
 use crate::{ConversionReport, ConvertOptions, Error, LayerMerge, Result};
 
-/// The text of the modelling file; `@FAM@` stands for the prefix of the family's transformers classes.
-const MODELING_TEMPLATE: &str = include_str!("modeling_mqadapt.py.in");
+/// The modelling file for Llama; in that of another family, the prefix of its transformers classes replaces `Llama`.
+const LLAMA_MODELING: &str = include_str!("../../../python/mqadapt_rs/modeling/modeling_mqadapt.py");
 /// Bytes besides the tensors that have to fit the disk: configuration, manifest, journal.
 const SLACK: u64 = 1 << 20;
 
@@ -102,7 +102,7 @@ fn run(
         };
     }
     if layers_differ(&planned) {
-        let text = MODELING_TEMPLATE.replace("@FAM@", planned.class_prefix());
+        let text = LLAMA_MODELING.replace("Llama", planned.class_prefix());
         bytes_written += output.write(MODELING_FILE, text.as_bytes())?;
     }
     let config = serde_json::to_string_pretty(&planned.json).unwrap_or_default() + "\n";

@@ -1,12 +1,12 @@
-"""@FAM@ with its own number of K/V heads in every layer (written by mqadapt-rs).
+"""Llama with its own number of K/V heads in every layer (written by mqadapt-rs).
 
-Works with transformers 5 and 4.57. `config.json` holds the widest layer's count in `num_key_value_heads` and the counts of
-the layers that differ in `per_layer_config`.
+This file works with transformers 5 and 4.57. `config.json` holds the largest count in `num_key_value_heads` and the counts
+of the layers that differ from it in `per_layer_config`.
 """
 
 import copy
 
-from transformers import @FAM@ForCausalLM, @FAM@Model
+from transformers import LlamaForCausalLM, LlamaModel
 
 FLAG = "allow_global_per_layer_attribute_access"
 
@@ -43,14 +43,14 @@ class LayerwiseKV:
         self.post_init()
 
 
-class LayerwiseKV@FAM@Model(LayerwiseKV, @FAM@Model):
+class LayerwiseKVLlamaModel(LayerwiseKV, LlamaModel):
     pass
 
 
-class LayerwiseKV@FAM@ForCausalLM(LayerwiseKV, @FAM@ForCausalLM):
+class LayerwiseKVLlamaForCausalLM(LayerwiseKV, LlamaForCausalLM):
     pass
 
 
 # so that save_pretrained() copies this file
-LayerwiseKV@FAM@Model.register_for_auto_class("AutoModel")
-LayerwiseKV@FAM@ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+LayerwiseKVLlamaModel.register_for_auto_class("AutoModel")
+LayerwiseKVLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
