@@ -16,6 +16,7 @@ __all__ = [
     "Calibration",
     "ConversionReport",
     "HiddenStates",
+    "LayerCache",
     "Model",
     "ModelConfig",
     "Plan",
@@ -75,10 +76,40 @@ class ModelConfig:
     @property
     def parameters(self) -> int:
         """Parameters of the model, tied embeddings counted once."""
+    def layer_caches(self, layer_idx: int) -> list[LayerCache]:
+        """What a layer may cache under a plan, ascending by bytes; the last is its own.
+
+        Raises:
+            ArgumentError: the model has no such layer.
+        """
+
+@final
+class LayerCache:
+    """What a layer caches of every token: the choice of a plan for one layer. Equal and hashable by content.
+
+    `str()` gives the name that the grammar of plans has for it, such as `gqa2`.
+    """
+
+    def __new__(cls, num_key_value_heads: int) -> LayerCache:
+        """K/V heads, stored in the dtype that they are computed in.
+
+        Raises:
+            ArgumentError: there is none.
+        """
+    @property
+    def num_key_value_heads(self) -> int: ...
+    def reductions(self) -> list[LayerCache]:
+        """What a layer that caches this may be reduced to, ascending by bytes; the last is this."""
+    def bytes_per_token(self, config: ModelConfig | _Path, value_bytes: int = 2) -> int:
+        """Bytes that one token adds to the cache of a layer, with `value_bytes` bytes a computed value."""
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __hash__(self, /) -> int: ...
+    def __reduce__(self, /) -> tuple[type[LayerCache], tuple[int]]: ...
 
 @final
 class Plan:
-    """How many K/V heads each layer of a model gets. Equal and hashable by content."""
+    """What each layer of a model caches. Equal and hashable by content."""
 
     @classmethod
     def parse(cls, text: Plan | _Path | Sequence[int], config: ModelConfig | _Path) -> Plan:
@@ -92,6 +123,22 @@ class Plan:
         Raises:
             ArgumentError: the plan is not legal for this model; the message lists what is.
         """
+    @classmethod
+    def from_layers(cls, layers: Sequence[LayerCache], config: ModelConfig | _Path | Sequence[LayerCache]) -> Plan:
+        """The plan under which the layers of a model cache this.
+
+        Args:
+            layers: one for each layer.
+            config: the configuration, anything that names a model, or what its layers cache.
+
+        Raises:
+            ArgumentError: the plan is not legal for this model; the message lists what is.
+        """
+    @property
+    def layers(self) -> list[LayerCache]:
+        """What each layer caches."""
+    def describe(self) -> str:
+        """The text of the plan, which `parse` reads back: `keep`, or parts such as `mqa:0,3-7` joined by `; `."""
     @property
     def num_key_value_heads(self) -> list[int]:
         """K/V heads of each layer."""
@@ -151,14 +198,19 @@ class Calibration:
     def target_context(self) -> list[int]:
         """Contexts in tokens that the converted model is for."""
     def predicted_errors(
-        self, src: _Path, method: str, layers: Sequence[tuple[int, int]], *, progress: _Progress | None = None
+        self,
+        src: _Path,
+        method: str,
+        layers: Sequence[tuple[int, int | LayerCache]],
+        *,
+        progress: _Progress | None = None,
     ) -> list[float]:
         """What the statistics say of merging single layers: no forward pass, but where statistics are collected first.
 
         Args:
             src: the model.
             method: `mean`, `first`, `prune` or `closed-form` (without refit).
-            layers: each a layer and its K/V heads.
+            layers: each a layer and what it caches, or its K/V heads.
             progress: is told of statistics that are collected, and of layers.
 
         Returns:
@@ -414,6 +466,9 @@ class Model:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token takes in the K/V cache."""
+    @property
+    def kv_value_bytes(self) -> int:
+        """Bytes of one value in the K/V cache."""
     def bytes_per_step(self, depth: int) -> int:
         """Bytes that one decode step reads with `depth` tokens cached: the weights, and the cache."""
     def measure_decode(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mqadapt_rs import files, output_files
 from mqadapt_rs.errors import ArgumentError
 from mqadapt_rs.readable import readable
-from mqadapt_rs.search.core.space import describe
+from mqadapt_rs.search.core.plan_record import count
 from mqadapt_rs.search.results import Results
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from mqadapt_rs._core import LayerCache
     from mqadapt_rs.search.core.evaluation import Evaluation
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -173,18 +174,18 @@ def _errors(evaluations: Sequence[Evaluation]) -> Any:
     return [below, above]
 
 
-def _heads(count: int) -> str:
-    return f"{count} K/V head" + ("s" if count > 1 else "")
+def _heads(choice: LayerCache) -> str:
+    return f"{count(choice)} K/V head" + ("s" if count(choice) > 1 else "")
 
 
 def sensitivity(results: Sequence[Results]) -> Figure:
     """Bars: the damage of each layer alone."""
     named = zip(_series(results), results, strict=True)
-    series = [(name, count, layers) for name, result in named for count, layers in sorted(result.singles().items())]
+    series = [(name, choice, layers) for name, result in named for choice, layers in result.singles().items()]
     number = results[0].space.num_hidden_layers
     figure, axes = _figure(max(6.0, 0.24 * number * min(3, len(series)) ** 0.5 + 2), 3.6)
     width = 0.8 / len(series)
-    for index, (name, count, layers) in enumerate(series):
+    for index, (name, choice, layers) in enumerate(series):
         evaluations = list(layers.values())
         axes.bar(
             [layer + (index - (len(series) - 1) / 2) * width for layer in layers],
@@ -192,7 +193,7 @@ def sensitivity(results: Sequence[Results]) -> Figure:
             width,
             yerr=_errors(evaluations),
             error_kw={"elinewidth": 0.8, "capsize": 1.5 if number * len(series) < 100 else 0},
-            label=f"{name}, {_heads(count)}",
+            label=f"{name}, {_heads(choice)}",
             color=COLOURS[index % len(COLOURS)],
             hatch=HATCHES[index % len(HATCHES)],
             edgecolor="white" if not HATCHES[index % len(HATCHES)] else "black",
@@ -213,14 +214,14 @@ def curve(results: Sequence[Results], pattern: str, words: str) -> Figure:
 
     figure, axes = _figure(6, 3.8)
     named = zip(_series(results), results, strict=True)
-    series = [(name, c, found) for name, result in named for c, found in sorted(result.pattern(pattern).items())]
-    for index, (name, count, found) in enumerate(series):
+    series = [(name, choice, found) for name, result in named for choice, found in result.pattern(pattern).items()]
+    for index, (name, choice, found) in enumerate(series):
         evaluations = list(found.values())
         axes.errorbar(
             list(found),
             [evaluation.damage.mean for evaluation in evaluations],
             yerr=_errors(evaluations),
-            label=f"{name}, {_heads(count)}",
+            label=f"{name}, {_heads(choice)}",
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
             linestyle=LINES[index % len(LINES)],
@@ -295,13 +296,20 @@ def strip(results: Sequence[Results]) -> Figure:
     figure, axes = _figure(max(6.0, 0.27 * number + 2), 1.3 + 0.42 * len(rows))
     greys = (1.0, 0.28)  # few heads are light, all heads dark
     for row, (_, result, winner) in enumerate(rows):
-        for layer, (own, full) in enumerate(zip(winner.plan, result.space.source, strict=True)):
-            share = own / full
+        for layer, own in enumerate(winner.plan):
+            sizes = result.space.layer_bytes[layer]
+            share = sizes[own] / sizes[result.space.source[layer]]
             grey = greys[0] + (greys[1] - greys[0]) * share
             colour = (grey, grey + 0.25 * (1 - grey) * share, min(1.0, grey + 0.55 * (1 - grey) * share))
             axes.add_patch(_box(layer, row, colour))
             axes.text(
-                layer, row, str(own), ha="center", va="center", fontsize=8, color="white" if share > 0.6 else "black"
+                layer,
+                row,
+                str(count(own)),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if share > 0.6 else "black",
             )
     axes.set_xlim(-0.6, number - 0.4)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -377,4 +385,4 @@ def caption(result: Results) -> str:
     winner = result.winner
     if winner is None:
         return f"{len(result.evaluations)} plans of {result.title}."
-    return f"{len(result.evaluations)} plans of {result.title}; the winner is {describe(winner.plan, result.space.source)}."
+    return f"{len(result.evaluations)} plans of {result.title}; the winner is {result.space.describe(winner.plan)}."

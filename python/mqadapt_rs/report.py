@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from mqadapt_rs import output_files
 from mqadapt_rs.plots import caption, plot
 from mqadapt_rs.readable import as_code_block, as_html, as_markdown, as_shell_again, readable
+from mqadapt_rs.search.core import plan_record
 from mqadapt_rs.search.core.journal import BEST
-from mqadapt_rs.search.core.space import describe
 from mqadapt_rs.search.results import Results
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Page:
         shown = ranked[: max(ROWS, len(front) if rule.free else 0)]
         rows = [
             [
-                describe(e.plan, result.space.source) + (" (winner)" if e is result.winner else ""),
+                result.space.describe(e.plan) + (" (winner)" if e is result.winner else ""),
                 f"{result.share(e):.1f} %",
                 value(e),
                 str(e.damage),
@@ -199,7 +199,7 @@ class Page:
 
     def _grouped(self) -> bool:
         winner = self.result.winner
-        return winner is not None and any(own > 1 for own in winner.plan)
+        return winner is not None and any(own > 1 for own in plan_record.counts(winner.plan))
 
 
 def value(evaluation: Evaluation) -> str:
@@ -217,11 +217,12 @@ def interval(evaluation: Evaluation) -> str:
 
 def options(result: Results) -> str:
     """What the strategy was told, in words."""
-    source = result.space.source
     said = []
     for name, given in result.header["options"].items():
         values = given if isinstance(given, list) else [given]
-        spelled = [describe(tuple(one), source) if isinstance(one, list) else f"{one:.10g}" for one in values]
+        spelled = [
+            result.space.describe(plan_record.layers(one)) if isinstance(one, list) else f"{one:.10g}" for one in values
+        ]
         said.append(f"{name}: {', '.join(spelled)}")
     return "; ".join(said)
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mqadapt_rs.errors import ArgumentError
+from mqadapt_rs.search.core.plan_record import counts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -39,7 +40,7 @@ class Run:
             "damage_standard_error": evaluation.damage.standard_error,
             "kv_bytes_per_token": evaluation.kv_bytes,
             "stopped": evaluation.stopped,
-            "num_key_value_heads": list(evaluation.plan),
+            "num_key_value_heads": counts(evaluation.plan),
             "seconds": evaluation.seconds,
         })  # fmt: skip
 
@@ -76,7 +77,7 @@ class Run:
         self.summary({
             "verdict": result.verdict,
             "bytes_on_disk": bytes_on_disk,
-            "best_num_key_value_heads": None if winner is None else list(winner.plan),
+            "best_num_key_value_heads": None if winner is None else counts(winner.plan),
             "best_damage": None if winner is None else winner.damage.mean,
             "best_damage_standard_error": None if winner is None else winner.damage.standard_error,
             "best_kv_bytes_per_token": None if winner is None else winner.kv_bytes,

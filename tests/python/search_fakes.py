@@ -10,35 +10,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mqadapt_rs.search import Evaluator, Heads, Metric, Space
+from mqadapt_rs._core import LayerCache
+from mqadapt_rs.search import Evaluator, Layers, Metric
+from mqadapt_rs.search.core import plan_record
+from mqadapt_rs.search.core.plan_record import counts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 LAYERS, HEADS = 8, 4
-SPACE = Space((HEADS,) * LAYERS, (64,) * LAYERS)
+ONE, TWO, FOUR = LayerCache(1), LayerCache(2), LayerCache(4)
+SPACE = plan_record.space((HEADS,) * LAYERS, (64,) * LAYERS)
 WEIGHTS = (9.0, 1.0, 2.5, 0.5, 3.0, 0.25, 0.75, 1.5)  # of one head less, by layer
 
 
-def additive(plan: Sequence[int]) -> float:
+def additive(plan: Layers) -> float:
     """Damage that adds up over layers: the knapsack is exact."""
-    return sum(w * (HEADS - own) for w, own in zip(WEIGHTS, plan, strict=True))
+    return sum(w * (HEADS - own) for w, own in zip(WEIGHTS, counts(plan), strict=True))
 
 
-def interacting(plan: Sequence[int]) -> float:
+def interacting(plan: Layers) -> float:
     """Neighbouring changed layers hurt each other: the knapsack is misled."""
-    changed = [own < HEADS for own in plan]
+    changed = [own != FOUR for own in plan]
     return additive(plan) + 4.0 * sum(a and b for a, b in itertools.pairwise(changed))
 
 
-def coupled(plan: Sequence[int]) -> float:
+def coupled(plan: Layers) -> float:
     """The two layers that look cheapest alone must not both change."""
-    return additive(plan) + 20.0 * (plan[3] < HEADS and plan[5] < HEADS)
+    return additive(plan) + 20.0 * (plan[3] != FOUR and plan[5] != FOUR)
 
 
-def undefined(plan: Sequence[int]) -> float:
+def undefined(plan: Layers) -> float:
     """No number for every plan but the source."""
-    return 0.0 if set(plan) == {HEADS} else float("nan")
+    return 0.0 if set(plan) == {FOUR} else float("nan")
 
 
 FUNCTIONS = {"additive": additive, "interacting": interacting, "coupled": coupled, "undefined": undefined}
@@ -73,13 +77,13 @@ class Fake:
         self.spec = spec
 
     def losses(
-        self, plans: Sequence[Heads], branches: Sequence[Sequence[int]], documents: range
+        self, plans: Sequence[Layers], branches: Sequence[Sequence[int]], documents: range
     ) -> Iterator[list[float]]:
         assert len(branches) == len(plans)
         for plan in plans:
             if self.spec.log:
                 with Path(self.spec.log).open("a") as log:
-                    log.write(f"{os.getpid()} {list(plan)} {documents.start} {documents.stop}\n")
+                    log.write(f"{os.getpid()} {counts(plan)} {documents.start} {documents.stop}\n")
                 kill = Path(self.spec.log + ".kill")
                 if kill.exists():
                     try:
@@ -92,8 +96,8 @@ class Fake:
             mean = FUNCTIONS[self.spec.function](plan)
             yield [mean + self._noise(plan, doc) for doc in documents]
 
-    def _noise(self, plan: Heads, document: int) -> float:
+    def _noise(self, plan: Layers, document: int) -> float:
         if not self.spec.noise:
             return 0.0
         common = random.Random(f"document {document}").gauss(0, 10 * self.spec.noise)
-        return common + random.Random(f"{plan} {document}").gauss(0, self.spec.noise)
+        return common + random.Random(f"{tuple(counts(plan))} {document}").gauss(0, self.spec.noise)

@@ -17,7 +17,7 @@ from mqadapt_rs import ArgumentError, MqadaptError
 from mqadapt_rs.search import STRATEGIES, JournalError, Options, conduct
 from mqadapt_rs.search.core.executors import Pool, in_process, processes
 from mqadapt_rs.search.core.journal import numbered, read
-from search_fakes import SPACE, FakeSpec
+from search_fakes import ONE, SPACE, TWO, FakeSpec
 
 FULL = SPACE.kv_bytes(SPACE.source)
 OPTIONS = Options(kv_budget=FULL * 0.5)
@@ -52,7 +52,7 @@ def test_a_journal_cut_anywhere_resumes_to_the_same_end(whole: Path, tmp_path: P
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_every_strategy_resumes_to_the_same_end(strategy: str, tmp_path: Path) -> None:
-    given = Options(plans=(SPACE.last(3, 1), SPACE.alternate(2, 2), SPACE.last(5, 1)))
+    given = Options(plans=(SPACE.last(3, ONE), SPACE.alternate(2, TWO), SPACE.last(5, ONE)))
     options = {"budget": OPTIONS, "given": given}.get(strategy, Options())
     conduct(SPEC, SPACE, strategy, options, tmp_path / "whole", seed=2)
     journal = (tmp_path / "whole" / "journal.jsonl").read_bytes()
@@ -267,7 +267,7 @@ def test_losses_that_are_no_numbers_end_the_search(tmp_path: Path) -> None:
     with pytest.raises(MqadaptError, match="has a loss that is infinite or not a number"):
         conduct(spec, SPACE, "sensitivity", Options(), tmp_path)
     header, records = read(tmp_path)
-    assert header["journal"] == 2 and [record["plan"] for record in records] == [list(SPACE.source)]
+    assert header["journal"] == 2 and [record["plan"] for record in records] == [[4] * 8]
     with pytest.raises(ArgumentError, match="max-damage nan"):
         conduct(SPEC, SPACE, "greedy", Options(max_damage=float("nan")), tmp_path / "other")
 

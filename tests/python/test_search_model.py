@@ -16,10 +16,12 @@ import pytest
 
 import tiny
 from mqadapt_rs import ArgumentError, Model, Plan, convert, load_calibration
+from mqadapt_rs._core import LayerCache
 from mqadapt_rs.lm_eval import MqadaptLM, evaluate
 from mqadapt_rs.report import Page
 from mqadapt_rs.search import Options, search
 from mqadapt_rs.search.core.plan_order import branches, in_order
+from mqadapt_rs.search.core.plan_record import counts, layers
 from mqadapt_rs.search.evaluators.model_spec import Data, read_windows
 from mqadapt_rs.search.evaluators.overlays import PlanOverlays
 from mqadapt_rs.search.evaluators.prefix_cache import Prefixes
@@ -80,17 +82,19 @@ def some_plans(number: int) -> list[tuple[int, ...]]:
 
 
 def evaluator(checkpoint: Path, windows: list[list[int]], metric: str, most: int) -> WindowEvaluator:
-    return WindowEvaluator(PlanOverlays(Model.load(checkpoint), "mean", 0), windows, metric, Prefixes(most, SOURCE))
+    return WindowEvaluator(
+        PlanOverlays(Model.load(checkpoint), "mean", 0), windows, metric, Prefixes(most, layers(SOURCE))
+    )
 
 
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])
 def test_losses_are_those_of_fresh_models(checkpoint: Path, text: Path, metric: str) -> None:
     windows = read_windows(str(checkpoint), Data(text=str(text), context=24, windows=6), seed=0)
-    plans = in_order(some_plans(8))
+    plans = list(map(layers, in_order(some_plans(8))))
     found = list(evaluator(checkpoint, windows, metric, 8).losses(plans, branches(plans), range(1, 5)))
     source = Model.load(checkpoint, dtype="float32")
     for plan, losses in zip(plans, found, strict=True):
-        model = Model.load(checkpoint, plan=list(plan), method="mean", dtype="float32")
+        model = Model.load(checkpoint, plan=counts(plan), method="mean", dtype="float32")
         for window, loss in zip(windows[1:5], losses, strict=True):
             own, reference = (log_softmax(m.logits(window).astype(np.float64)) for m in (model, source))
             if metric == "kl":
@@ -99,7 +103,7 @@ def test_losses_are_those_of_fresh_models(checkpoint: Path, text: Path, metric: 
                 expected = -own[np.arange(len(window) - 1), window[1:]].mean()
             # f32 logits of about 10 are known to 1e-6, and their differences enter linearly
             assert loss == pytest.approx(expected, abs=2e-5)
-    assert found[plans.index(SOURCE)] == [0.0] * 4 or metric == "perplexity"
+    assert found[plans.index(layers(SOURCE))] == [0.0] * 4 or metric == "perplexity"
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -110,7 +114,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])
 def test_reuse_changes_no_bit(checkpoint: Path, text: Path, metric: str) -> None:
     windows = read_windows(str(checkpoint), Data(text=str(text), context=20, windows=5), seed=0)
-    plans = in_order(some_plans(25))
+    plans = list(map(layers, in_order(some_plans(25))))
     results = []
     for most in (0, 1, 2, 14, 100):
         instance = evaluator(checkpoint, windows, metric, most)
@@ -162,14 +166,31 @@ def test_task_losses_are_lm_evals(checkpoint: Path, tasks: Path, name: str) -> N
     task = Task.load(name, Data(include_path=str(tasks), limit=30), seed=0, lm=lm)
     assert len(task.documents) == 30
     instance = TaskEvaluator(PlanOverlays(lm.model, "mean", 0), lm, task, 1 << 20)
-    plans = in_order(some_plans(3))
+    plans = list(map(layers, in_order(some_plans(3))))
     for plan, losses in zip(plans, instance.losses(plans, branches(plans), range(30)), strict=True):
-        fresh = MqadaptLM(str(checkpoint), plan=list(plan))
+        fresh = MqadaptLM(str(checkpoint), plan=counts(plan))
         results = evaluate(fresh, [name.split("/")[0]], include_path=tasks, limit=30, bootstrap_iters=0)
         expected = results["results"][name.split("/")[0]][name.split("/")[1] + ",none"]
         assert -sum(losses) / 30 == pytest.approx(expected, abs=1e-12)
     parts = [*instance.losses(plans[:1], [()], range(16)), *instance.losses(plans[:1], [()], range(16, 30))]
     assert parts[0] + parts[1] == next(instance.losses(plans[:1], [()], range(30)))
+
+
+@pytest.mark.parametrize(("dtype", "value_bytes"), [("float32", 4), ("bfloat16", 2)])
+def test_a_budget_of_bytes_is_in_bytes_of_the_cache(
+    checkpoint: Path, text: Path, tmp_path: Path, dtype: str, value_bytes: int
+) -> None:
+    full = 2 * 8 * HEADS * LAYERS * value_bytes
+    assert Model.load(checkpoint, dtype=dtype).kv_bytes_per_token == full
+    common: dict[str, Any] = {"strategy": "random", "trials": 2, "text": text, "context": 16, "windows": 2}
+    result = search(checkpoint, kv_budget=full // 2, dtype=dtype, out=tmp_path / "found", **common)
+    assert result.winner is not None
+    assert full // 4 <= result.winner.kv_bytes <= full // 2
+    assert Model.load(checkpoint, result.plan, dtype=dtype).kv_bytes_per_token == result.winner.kv_bytes
+    header = json.loads((tmp_path / "found" / "journal.jsonl").read_text().splitlines()[0])
+    assert header["head_bytes"] == [2 * 8 * value_bytes] * LAYERS
+    with pytest.raises(ArgumentError, match=f"at most {full}"):
+        search(checkpoint, kv_budget=full + 1, dtype=dtype, out=tmp_path / "larger", **common)
 
 
 def test_search_finds_the_best_pair(checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -180,17 +201,17 @@ def test_search_finds_the_best_pair(checkpoint: Path, text: Path, tmp_path: Path
     )  # fmt: skip
     assert result.winner is not None
     windows = read_windows(str(checkpoint), Data(text=str(text), context=24, windows=8), seed=0)
-    plans = in_order(
-        [tuple(1 if i in chosen else 4 for i in range(LAYERS)) for chosen in itertools.combinations(range(5), 3)]
-    )
+    combinations = itertools.combinations(range(5), 3)
+    ranks = in_order([tuple(1 if i in chosen else 4 for i in range(LAYERS)) for chosen in combinations])
+    plans = list(map(layers, ranks))
     losses = evaluator(checkpoint, windows, "kl", 5).losses(plans, branches(plans), range(8))
     damages = {plan: sum(loss) / 8 for plan, loss in zip(plans, losses, strict=True)}
     assert result.winner.damage.mean == pytest.approx(min(damages.values()), rel=1e-9)
     plan = Plan.parse(str(tmp_path / "a" / "best.plan.json"), checkpoint)
-    assert plan.num_key_value_heads == list(result.winner.plan)
-    assert plan.kv_bytes_per_token(checkpoint) == result.winner.kv_bytes
+    assert plan == result.plan
+    assert plan.kv_bytes_per_token(checkpoint, 4) == result.winner.kv_bytes  # the checkpoint is float32
     convert(checkpoint, tmp_path / "converted", plan=tmp_path / "a" / "best.plan.json", method="mean")
-    assert Model.load(tmp_path / "converted").config.num_key_value_heads == list(result.winner.plan)
+    assert Model.load(tmp_path / "converted").config.num_key_value_heads == counts(result.winner.plan)
 
 
 @pytest.mark.slow
@@ -297,14 +318,14 @@ def test_predictions_need_no_documents(checkpoint: Path, text: Path, tmp_path: P
         )
     assert result.winner is not None
     plan = result.winner.plan
-    changed = [(layer, own) for layer, own in enumerate(plan) if own != HEADS]
+    changed = [(layer, own) for layer, own in enumerate(plan) if own != LayerCache(HEADS)]
     errors = calibration.predicted_errors(checkpoint, method, changed)
     assert all(0 < error < 2 for error in errors)
     assert result.winner.damage.mean == pytest.approx(sum(error**2 for error in errors), rel=1e-9)
     assert result.winner.standard_error is None
     # predictions of layers add up, so the knapsack is exact
     singles = {e.plan: e.value for e in result.evaluations}
-    assert min(singles, key=lambda plan: singles[plan]) == SOURCE
+    assert min(singles, key=lambda plan: singles[plan]) == layers(SOURCE)
     with pytest.raises(ArgumentError, match="no prediction"):
         calibration.predicted_errors(checkpoint, "random", changed)
 
@@ -341,7 +362,7 @@ def test_methods_that_merge_from_text(checkpoint: Path, text: Path, tmp_path: Pa
         assert stats.is_file()
         assert result.winner is not None
         calibration = load_calibration(checkpoint, text, tokens=2048, context=64, target_context=[32], stats=stats)
-        whole = Model.load(checkpoint).with_plan(list(result.winner.plan), "closed-form", calibration=calibration)
+        whole = Model.load(checkpoint).with_plan(result.plan, "closed-form", calibration=calibration)
         windows = read_windows(str(checkpoint), Data(text=str(text), context=24, windows=4), seed=0)
         source = Model.load(checkpoint)
         states = (source.hidden_before(LAYERS, windows), whole.hidden_before(LAYERS, windows))
@@ -369,7 +390,7 @@ def test_a_refit_sees_the_whole_plan(checkpoint: Path, text: Path, tasks: Path, 
         assert len({tuple(map(str, losses.values())) for losses in found.values()}) == 3 or metric != "perplexity"
         windows = read_windows(str(checkpoint), Data(text=str(text), context=24, windows=4), seed=0)
         for plan, losses in found["refitted"].items():
-            model = Model.load(checkpoint, list(plan), "closed-form", calibration=calibration)
+            model = Model.load(checkpoint, counts(plan), "closed-form", calibration=calibration)
             if metric == "perplexity":
                 assert losses == pytest.approx([np.log(model.perplexity(w, context=24)) for w in windows], abs=1e-6)
             else:
@@ -400,7 +421,7 @@ def test_int8_weights(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     assert [e.losses for e in result.evaluations] != [e.losses for e in plain.evaluations]
     windows = read_windows(str(checkpoint), Data(text=str(text), context=24, windows=4), seed=0)
     for evaluation in result.evaluations:
-        model = Model.load(checkpoint, list(evaluation.plan), weights="int8")
+        model = Model.load(checkpoint, counts(evaluation.plan), weights="int8")
         expected = [np.log(model.perplexity(window, context=24)) for window in windows]
         assert evaluation.losses == pytest.approx(expected, abs=1e-6)
     with pytest.raises(ArgumentError, match="belongs to another search"):

@@ -23,7 +23,7 @@ from mqadapt_rs.search import JournalError, Options, conduct
 from mqadapt_rs.search.core.journal import numbered
 from mqadapt_rs.search.evaluators.latency import measured
 from mqadapt_rs.search.results import Results
-from search_fakes import SPACE, FakeSpec
+from search_fakes import ONE, SPACE, TWO, FakeSpec
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra 'plot')")
 FULL = SPACE.kv_bytes(SPACE.source)
@@ -132,7 +132,7 @@ def test_the_page_is_whole_and_self_contained(searched: Path) -> None:
 
 
 def test_options_are_told_in_words(tmp_path: Path) -> None:
-    plans = (SPACE.single(1, 2), SPACE.last(3, 1))
+    plans = (SPACE.single(1, TWO), SPACE.last(3, ONE))
     conduct(FakeSpec(), SPACE, "given", Options(plans=plans), tmp_path)
     assert "| options | plans: gqa2:1, mqa:5-7 |" in report(tmp_path)[1].read_text()
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from mqadapt_rs.search import STRATEGIES, Evaluation, Options, SearchResult, Space, conduct
+from mqadapt_rs.search import STRATEGIES, Evaluation, Layers, Metric, Options, SearchResult, conduct
+from mqadapt_rs.search.core import plan_record
 from mqadapt_rs.search.core.knapsack import Choice, solve
 from mqadapt_rs.search.core.pareto_front import front
 from mqadapt_rs.search.core.plan_order import branches, in_order, shared
-from mqadapt_rs.search.core.space import describe, parse_budget
+from mqadapt_rs.search.core.plan_record import count, counts
+from mqadapt_rs.search.core.space import parse_budget
 from mqadapt_rs.search.strategies.from_end import numbers
-from search_fakes import HEADS, LAYERS, SPACE, WEIGHTS, FakeSpec, additive, coupled, interacting
+from search_fakes import FOUR, LAYERS, ONE, SPACE, TWO, WEIGHTS, FakeSpec, additive, coupled, interacting
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,54 +30,56 @@ def found(folder: Path, strategy: str, spec: FakeSpec | None = None, **options: 
     return conduct(spec or FakeSpec(), SPACE, strategy, Options(**options), folder)  # type: ignore[arg-type]
 
 
-def shapes(result: SearchResult) -> set[tuple[int, ...]]:
+def shapes(result: SearchResult) -> set[Layers]:
     return {evaluation.plan for evaluation in result.evaluations}
 
 
-def all_plans() -> list[tuple[int, ...]]:
-    return list(itertools.product((1, 2, 4), repeat=LAYERS))
+def all_plans() -> list[Layers]:
+    return list(itertools.product((ONE, TWO, FOUR), repeat=LAYERS))
 
 
 def test_sensitivity_measures_every_layer_at_every_count(tmp_path: Path) -> None:
     result = found(tmp_path, "sensitivity")
     assert len(result.evaluations) == 1 + LAYERS * 2
-    assert result.plan == SPACE.single(WEIGHTS.index(min(WEIGHTS)), 2)
+    assert result.plan == SPACE.plan(SPACE.single(WEIGHTS.index(min(WEIGHTS)), TWO))
     by_plan = {e.plan: e for e in result.evaluations}
     for layer, weight in enumerate(WEIGHTS):
-        assert by_plan[SPACE.single(layer, 1)].damage.mean == pytest.approx(3 * weight)
+        assert by_plan[SPACE.single(layer, ONE)].damage.mean == pytest.approx(3 * weight)
 
 
 def test_counts_restrict_the_space(tmp_path: Path) -> None:
-    space = Space(SPACE.source, SPACE.head_bytes, counts=(2,))
+    space = replace(SPACE, allowed=(TWO,))
     result = conduct(FakeSpec(), space, "sensitivity", Options(counts=(2,)), tmp_path)
-    assert shapes(result) == {space.source} | {space.single(layer, 2) for layer in range(LAYERS)}
+    assert shapes(result) == {space.source} | {space.single(layer, TWO) for layer in range(LAYERS)}
 
 
 def test_from_end_doubles_then_bisects(tmp_path: Path) -> None:
     assert numbers(28) == [2, 4, 8, 16, 28]
     assert numbers(16) == [2, 4, 8, 16]
     result = found(tmp_path / "a", "from-end")
-    assert shapes(result) == {SPACE.source, *(SPACE.last(n, 1) for n in (2, 4, 8))}
+    assert shapes(result) == {SPACE.source, *(SPACE.last(n, ONE) for n in (2, 4, 8))}
     for limit in (0.0, 4.6, 16.5, 17.0, 30.0, 1000.0):
-        fits = [n for n in range(1, LAYERS + 1) if additive(SPACE.last(n, 1)) <= limit]
+        fits = [n for n in range(1, LAYERS + 1) if additive(SPACE.last(n, ONE)) <= limit]
         result = found(tmp_path / str(limit), "from-end", max_damage=limit)
-        assert result.plan == (SPACE.last(max(fits), 1) if fits else None)
+        assert result.plan == (SPACE.plan(SPACE.last(max(fits), ONE)) if fits else None)
         assert (tmp_path / str(limit) / "best.plan.json").exists() == bool(fits)
 
 
 def test_alternate_takes_every_second_layer_from_the_end(tmp_path: Path) -> None:
     result = found(tmp_path, "alternate")
-    assert shapes(result) == {SPACE.source, *(SPACE.alternate(n, 1) for n in (2, 3, 4))}
-    assert SPACE.alternate(3, 1) == (4, 4, 4, 1, 4, 1, 4, 1)
+    assert shapes(result) == {SPACE.source, *(SPACE.alternate(n, ONE) for n in (2, 3, 4))}
+    assert counts(SPACE.alternate(3, ONE)) == [4, 4, 4, 1, 4, 1, 4, 1]
 
 
 def test_greedy_takes_the_cheapest_layer_each_time(tmp_path: Path) -> None:
-    space = Space(SPACE.source, SPACE.head_bytes, counts=(1,))
+    space = replace(SPACE, allowed=(ONE,))
     result = conduct(FakeSpec(), space, "greedy", Options(kv_budget=FULL * 0.7), tmp_path)
     cheapest = sorted(range(LAYERS), key=lambda layer: WEIGHTS[layer])[:4]  # 4 of 8 layers to a quarter: 62.5 %
-    assert result.plan == space.with_layers(cheapest, 1)
+    assert result.plan == space.plan(space.with_layers(cheapest, ONE))
     result = conduct(FakeSpec(), space, "greedy", Options(max_damage=7.0), tmp_path / "limit")
-    assert result.plan == space.with_layers(cheapest[:3], 1)  # 0.75 + 1.5 + 2.25 = 4.5; the fourth makes 7.5
+    assert result.plan == space.plan(
+        space.with_layers(cheapest[:3], ONE)
+    )  # 0.75 + 1.5 + 2.25 = 4.5; the fourth makes 7.5
     assert result.winner is not None
     assert result.winner.damage.mean <= 7.0
 
@@ -104,7 +109,7 @@ def test_local_search_repairs_what_the_knapsack_cannot_see(tmp_path: Path, share
 def test_budget_never_loses_to_a_fixed_pattern(tmp_path: Path) -> None:
     result = found(tmp_path, "budget", FakeSpec("interacting"), kv_budget=FULL * 0.5, swaps=0)
     assert result.winner is not None
-    fixed = [SPACE.last(n, 1) for n in range(LAYERS + 1)] + [SPACE.alternate(n, 1) for n in range(LAYERS // 2 + 1)]
+    fixed = [SPACE.last(n, ONE) for n in range(LAYERS + 1)] + [SPACE.alternate(n, ONE) for n in range(LAYERS // 2 + 1)]
     fitting = [interacting(plan) for plan in fixed if SPACE.kv_bytes(plan) <= FULL * 0.5]
     assert result.winner.damage.mean <= min(fitting)
 
@@ -128,21 +133,23 @@ def test_random_plans_depend_on_the_seed_alone(tmp_path: Path) -> None:
 
 def test_a_budget_of_time_fills_the_knapsack_with_seconds(tmp_path: Path) -> None:
     # layers of odd index gain nothing by fewer heads
-    seconds = tuple(tuple((c, 1e-3 * (1 + (c if layer % 2 == 0 else 4))) for c in (1, 2, 4)) for layer in range(LAYERS))
-    space = Space(SPACE.source, SPACE.head_bytes, None, seconds)
-    most = 0.8 * sum(dict(layer)[HEADS] for layer in seconds)
+    seconds = tuple(
+        {c: 1e-3 * (1 + (count(c) if layer % 2 == 0 else 4)) for c in (ONE, TWO, FOUR)} for layer in range(LAYERS)
+    )
+    space = replace(SPACE, layer_seconds=seconds)
+    most = 0.8 * sum(layer[FOUR] for layer in seconds)
     result = conduct(FakeSpec(), space, "budget", Options(latency_budget=most), tmp_path)
-    fitting = [p for p in all_plans() if sum(dict(s)[own] for s, own in zip(seconds, p, strict=True)) <= most]
+    fitting = [p for p in all_plans() if sum(s[own] for s, own in zip(seconds, p, strict=True)) <= most]
     assert result.winner is not None
     assert result.winner.damage.mean == pytest.approx(min(map(additive, fitting)))
-    assert result.winner.plan[1::2] == (HEADS,) * 4
+    assert result.winner.plan[1::2] == (FOUR,) * 4
     assert "ms per decoded token" in result.verdict
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_every_strategy(strategy: str, tmp_path: Path) -> None:
     """Layers that cannot be reduced, or not alike, are no obstacle; the plan file is what convert reads."""
-    space = Space((1, 6, 2, 4, 3), (8, 8, 16, 16, 32))
+    space = plan_record.space((1, 6, 2, 4, 3), (8, 8, 16, 16, 32))
 
     class Spec(FakeSpec):
         def build(self) -> object:  # type: ignore[override]
@@ -158,11 +165,11 @@ def test_every_strategy(strategy: str, tmp_path: Path) -> None:
 
     options = Options(kv_budget=space.kv_bytes(space.source) * 0.6) if strategy == "budget" else Options()
     if strategy == "given":
-        options = Options(plans=(space.last(2, 1), space.source, space.alternate(2, 1)))
+        options = Options(plans=(space.last(2, ONE), space.source, space.alternate(2, ONE)))
     result = conduct(Spec(), space, strategy, options, tmp_path)
     assert result.winner is not None
     assert all(own in space.choices(layer) for e in result.evaluations for layer, own in enumerate(e.plan))
-    assert json.loads((tmp_path / "best.plan.json").read_text()) == {"num_key_value_heads": list(result.winner.plan)}
+    assert json.loads((tmp_path / "best.plan.json").read_text()) == {"num_key_value_heads": counts(result.winner.plan)}
     assert json.loads((tmp_path / "summary.json").read_text())["winner"]["kv_bytes_per_token"] == result.winner.kv_bytes
 
 
@@ -188,23 +195,24 @@ def test_options_that_do_not_fit_are_refused(strategy: str, options: Options, me
 
 def test_spaces_and_budgets() -> None:
     with pytest.raises(ValueError, match="nothing to search"):
-        Space((1, 1), (8, 8))
-    with pytest.raises(ValueError, match="with the counts 3"):
-        Space((4, 4), (8, 8), counts=(3,))
-    assert Space((6, 1), (8, 8)).choices(0) == (1, 2, 3, 6)
+        plan_record.space((1, 1), (8, 8))
+    with pytest.raises(ValueError, match="with gqa3"):
+        plan_record.space((4, 4), (8, 8), allowed=(3,))
+    assert counts(plan_record.space((6, 1), (8, 8)).choices(0)) == [1, 2, 3, 6]
     assert parse_budget("50%", 300) == parse_budget(0.5, 300) == parse_budget("150", 300) == 150
     for wrong in ("half", "-1", "0", "0%", "101%", "nan", "inf%", "301", "%"):
         with pytest.raises(ValueError, match="budget"):
             parse_budget(wrong, 300)
-    assert describe((4, 1, 1, 1, 2, 4, 1), (4,) * 7) == "mqa:1-3,6; gqa2:4"
-    assert describe((4, 4), (4, 4)) == "keep"
+    space = plan_record.space((4,) * 7, (8,) * 7)
+    assert space.describe(plan_record.layers((4, 1, 1, 1, 2, 4, 1))) == "mqa:1-3,6; gqa2:4"
+    assert space.describe(space.source) == "keep"
 
 
 def test_knapsack_is_exact() -> None:
     draws = random.Random(5)
     for _ in range(200):
         layers = [
-            [Choice(c, c * size, draws.choice([0.0, draws.random(), -draws.random()])) for c in (1, 2, 4)]
+            [Choice(c * size, draws.choice([0.0, draws.random(), -draws.random()])) for c in (1, 2, 4)]
             for size in (draws.choice([8, 8, 24]) for _ in range(5))
         ]
         budget = draws.uniform(0.1, 1.1) * sum(layer[-1].cost for layer in layers)
@@ -217,7 +225,7 @@ def test_knapsack_is_exact() -> None:
             assert answer is None
             continue
         assert answer is not None
-        chosen = [next(c for c in layer if c.heads == own) for layer, own in zip(layers, answer, strict=True)]
+        chosen = [layer[at] for layer, at in zip(layers, answer, strict=True)]
         assert sum(c.cost for c in chosen) <= budget
         assert sum(c.damage for c in chosen) == pytest.approx(min(allowed), abs=1e-12)
 
@@ -225,7 +233,7 @@ def test_knapsack_is_exact() -> None:
 def test_knapsack_over_times_stays_within_the_budget() -> None:
     draws = random.Random(6)
     for _ in range(50):
-        layers = [[Choice(c, draws.random() * 1e-3, draws.random()) for c in (1, 2, 3)] for _ in range(4)]
+        layers = [[Choice(draws.random() * 1e-3, draws.random()) for _ in range(3)] for _ in range(4)]
         budget = 0.6 * sum(max(c.cost for c in layer) for layer in layers)
         answer = solve(layers, budget)
         totals = [
@@ -234,7 +242,7 @@ def test_knapsack_over_times_stays_within_the_budget() -> None:
             if sum(c.cost for c in chosen) <= budget * (1 - 1e-3)
         ]
         if answer is not None and totals:
-            chosen = [next(c for c in layer if c.heads == own) for layer, own in zip(layers, answer, strict=True)]
+            chosen = [layer[at] for layer, at in zip(layers, answer, strict=True)]
             assert sum(c.cost for c in chosen) <= budget
             assert sum(c.damage for c in chosen) <= min(totals)[0] + 1e-12
 
@@ -270,10 +278,10 @@ def test_order_shares_every_prefix_and_holds_few_states() -> None:
 
 def test_front_keeps_what_nothing_beats() -> None:
     def point(size: int, damage: float) -> Evaluation:
-        space = Space((HEADS,), (1,))
-        from mqadapt_rs.search import Metric
-
-        return Evaluation.of(space, Metric("m", "", ""), (size,), [damage], [0.0], seconds=0, stage="")
+        space = plan_record.space((12,), (1,))
+        return Evaluation.of(
+            space, Metric("m", "", ""), plan_record.layers((size,)), [damage], [0.0], seconds=0, stage=""
+        )
 
     kept = front([point(1, 5.0), point(2, 5.0), point(2, 3.0), point(3, 4.0), point(4, 0.0)])
     assert [(e.kv_bytes, e.damage.mean) for e in kept] == [(1, 5.0), (2, 3.0), (4, 0.0)]

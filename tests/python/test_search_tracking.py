@@ -28,7 +28,7 @@ def test_a_run_holds_evaluations_and_result(tmp_path: Path, monkeypatch: pytest.
         summary = dict(run._run.summary)
     assert summary["bytes_on_disk"] == 1234
     assert result.winner is not None
-    assert list(summary["best_num_key_value_heads"]) == list(result.winner.plan)
+    assert list(summary["best_num_key_value_heads"]) == result.plan.num_key_value_heads
     assert summary["best_kv_bytes_per_token"] == result.winner.kv_bytes
     (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     # the process that writes it may do so after the run was finished: at the latest when this one ends

@@ -1,4 +1,4 @@
-"""The commands of `mqadapt`, one file each, and what stands before a command."""
+"""The commands of `mqadapt`, one file each, and the options of the program itself."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from mqadapt_rs.cli.search import plot, report, search
 from mqadapt_rs.cli.verify import verify
 from mqadapt_rs.readable import readable
 
-# the base of all that is wrong with a command line, in click or in what Typer has in place of it
+# the base class of usage errors, in click or in its replacement inside Typer
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 class Commands(TyperGroup):
-    """The commands; what is wrong with a command line is said without its control characters."""
+    """The group of commands. Usage errors are printed without control characters."""
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
-        """As the base."""
+        """As in the base class."""
         with _readable_usage_errors():
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        """As the base."""
+        """As in the base class."""
         with _readable_usage_errors():
             return super().invoke(ctx)
 
@@ -72,7 +72,7 @@ def mqadapt(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Give every layer of a pretrained transformer its own number of K/V heads, and see what that costs."""
+    """Shrink the K/V cache of a pretrained transformer layer by layer, and measure what that costs."""
 
 
 app.command()(inspect)

@@ -11,11 +11,11 @@ from mqadapt_rs.cli.options import Debug, DType, Json, Src, Weights
 
 
 def _counts(text: str) -> list[int]:
-    """Whole numbers joined by commas."""
+    """Whole numbers separated by commas."""
     try:
         counts = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not numbers joined by commas") from None
+        raise typer.BadParameter(f"{text!r} is not a list of numbers separated by commas") from None
     if any(count < 1 for count in counts):
         raise typer.BadParameter(f"{text!r}: every number must be 1 or more")
     return counts
@@ -25,28 +25,31 @@ def bench(
     src: Src,
     plan: Annotated[
         list[str] | None,
-        typer.Option("--plan", help="A plan to measure beside the source; may be repeated.", show_default=False),
+        typer.Option("--plan", help="A plan to measure beside the source; repeatable.", show_default=False),
     ] = None,
     groups: Annotated[
-        str, typer.Option("--groups", help="All layers with so many K/V heads, e.g. 1,3.", show_default=False)
+        str,
+        typer.Option("--groups", help="Numbers of K/V heads to give all layers, for instance 1,3.", show_default=False),
     ] = "",
-    depth: Annotated[str, typer.Option("--depth", help="Tokens in the K/V cache while decoding.")] = "64,2048",
-    prompt: Annotated[str, typer.Option("--prompt", help="Lengths of prompts in tokens.")] = "512",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Tokens decoded in a round.")] = 32,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often all is measured; the best counts.")] = 3,
+    depth: Annotated[
+        str, typer.Option("--depth", help="Numbers of cached tokens at which decoding is measured.")
+    ] = "64,2048",
+    prompt: Annotated[str, typer.Option("--prompt", help="Prompt lengths in tokens.")] = "512",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Tokens decoded per round.")] = 32,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Number of rounds; the fastest counts.")] = 3,
     dtype: DType = None,
     weights: Weights = "stored",
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw decoding times into this file.", show_default=False)
+        Path | None, typer.Option("--plot", help="Plot the decoding times into this file.", show_default=False)
     ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure how fast a model is on this machine, and what plans gain: prompts, decoded tokens, K/V cache."""
+    """Measure the speed of a model and of plans on this machine: prompts, decoded tokens, K/V cache."""
     from mqadapt_rs.bench import bench as measure
     from mqadapt_rs.cli import output
 
-    if plot is not None:  # what cannot be drawn is said before the work
+    if plot is not None:  # refused before the measurement
         if plot.suffix not in {".png", ".svg", ".pdf"}:
             raise typer.BadParameter(f"{plot}: expected a name that ends in .png, .svg or .pdf", param_hint="--plot")
         import matplotlib as _  # noqa: F401

@@ -14,7 +14,7 @@ from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, S
 @calibrated
 def convert(
     src: Src,
-    dst: Annotated[Path, typer.Argument(help="The new folder.", show_default=False)],
+    dst: Annotated[Path, typer.Argument(help="The output folder; the command creates it.", show_default=False)],
     plan: PlanText = "keep",
     method: Method = "mean",
     seed: Seed = 0,
@@ -26,12 +26,13 @@ def convert(
     ] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on where a killed conversion stopped; keep what a failing one has done."),
+        typer.Option("--resume", help="Resume an interrupted conversion; keep the finished work if this one fails."),
     ] = False,
     stream_download: Annotated[
         bool,
         typer.Option(
-            "--stream-download", help="Of a hub id, fetch one weight file at a time and drop it when it is done."
+            "--stream-download",
+            help="Download the weight files of a hub model one at a time and delete each after it is converted.",
         ),
     ] = False,
     max_shard_size: Annotated[
@@ -40,20 +41,23 @@ def convert(
             "--max-shard-size",
             parser=byte_count,
             metavar="SIZE",
-            help="Cut the output, 5GB for instance.",
+            help="Largest output file, for instance 5GB.",
             show_default="as SRC",
         ),
     ] = None,
     max_memory: Annotated[
-        int, typer.Option("--max-memory", parser=byte_count, metavar="SIZE", help="Bytes of buffers.")
+        int, typer.Option("--max-memory", parser=byte_count, metavar="SIZE", help="Total size of the buffers.")
     ] = byte_count("64MiB"),
     sync: Annotated[
-        bool, typer.Option("--sync/--no-sync", help="Wait until the disk has everything (safe against power loss).")
+        bool,
+        typer.Option(
+            "--sync/--no-sync", help="Flush the output to disk before the command ends (safe against power loss)."
+        ),
     ] = True,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a checkpoint in which every layer has the K/V heads that the plan says."""
+    """Convert a model: write a checkpoint whose layers have the K/V heads that the plan gives them."""
     import mqadapt_rs
     from mqadapt_rs.cli import output
 
@@ -82,7 +86,7 @@ def convert(
 
 
 def _summary(report: dict[str, Any]) -> dict[str, object]:
-    """What people want to know; the rest is in `mqadapt.json`."""
+    """The rows of the printed table; `mqadapt.json` holds all figures."""
     from mqadapt_rs.cli import output
 
     errors = [error for error in report["relative_error"] if error]
@@ -99,7 +103,7 @@ def _summary(report: dict[str, Any]) -> dict[str, object]:
 
 
 def _fallbacks(report: dict[str, Any]) -> str:
-    """What a method did another way, with the layers: one line for each."""
+    """The fallbacks that a method took, one line each, with their layers."""
     layers: dict[str, list[str]] = {}
     for layer_idx, notes in report.get("layers", {}).items():
         for fallback in notes.get("fallbacks", ()):

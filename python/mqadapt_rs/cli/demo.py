@@ -14,11 +14,11 @@ from mqadapt_rs.readable import readable
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("--output-path", help="Where downloads and checkpoints go.")] = Path("demo"),
+    folder: Annotated[Path, typer.Option("--output-path", help="Folder for downloads and checkpoints.")] = Path("demo"),
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fetch a small model, convert it by two plans and two methods, and see what is saved and what it costs. Some minutes."""
+    """Download a small model, convert it with two plans and two methods, and compare size and quality. It takes some minutes."""
     from mqadapt_rs import demo as steps
     from mqadapt_rs.cli import output
 
@@ -48,4 +48,6 @@ def demo(
     )
     for outcome in outcomes:
         output.print_text(f"\n{outcome.plan} {outcome.method}: {steps.PROMPT}{outcome.text}")
-    output.print_text(f"\nThe checkpoints are in {folder}; go on with: mqadapt eval {outcomes[1].folder} --tasks ...")
+    output.print_text(
+        f"\nThe checkpoints are in {folder}. To evaluate one: mqadapt eval {outcomes[1].folder} --tasks ..."
+    )

@@ -1,6 +1,6 @@
-"""The command line: `mqadapt`. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody read the output.
+"""The entry point of `mqadapt`. Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted, 141 output closed early.
 
-Whatever it prints for people passes `mqadapt_rs.readable`: errors and warnings here, results in `output`.
+All text that it prints for people passes `mqadapt_rs.readable`: errors and warnings here, results in `output`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 from mqadapt_rs.errors import ArgumentError, MqadaptError
 from mqadapt_rs.readable import for_terminal, readable
 
-# progress bars of the libraries that we call, which heed these when they are imported
+# the libraries read these variables when they are imported
 _BARS = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
 
 
@@ -32,16 +32,16 @@ def main() -> None:
         try:
             app(prog_name="mqadapt")
         except SystemExit as end:
-            if isinstance(end.__context__, BrokenPipeError):  # which Typer turns into a failure without a word
+            if isinstance(end.__context__, BrokenPipeError):  # Typer turns it into a silent failure
                 raise end.__context__ from None
             if not end.code:
-                sys.stdout.flush()  # here, where it can be said that nobody reads it
+                sys.stdout.flush()  # inside this try, so that a closed output is noticed
             raise
     except BrokenPipeError:
-        # as programs end whose reader went away (`| head`): no failure of theirs. What is left to flush goes nowhere
+        # a program whose reader ended (`| head`) has not failed; the unflushed rest is discarded
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
-    except Exception as error:  # noqa: BLE001 - the last to see it
+    except Exception as error:  # noqa: BLE001 - the outermost handler
         if debug_wanted():
             print(for_terminal("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         else:
@@ -50,20 +50,20 @@ def main() -> None:
 
 
 def _in_a_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
-    """A warning without its place in the code, which says nothing to a user."""
+    """Format a warning without its source location."""
     text = str(message) if category is UserWarning else f"{category.__name__}: {message}"
     return f"mqadapt: {readable(text)}\n"
 
 
 def _take_any_text(stream: object) -> None:
-    """Lets names of files that are not UTF-8 through as they are, and escapes what an encoding cannot hold."""
+    """Pass file names that are not UTF-8 through unchanged, and escape characters that the encoding cannot represent."""
     if isinstance(stream, io.TextIOWrapper):
         is_unicode = stream.encoding.lower().replace("-", "").startswith("utf8")
         stream.reconfigure(errors="surrogateescape" if is_unicode else "backslashreplace")
 
 
 def _in_words(error: Exception) -> str:
-    """What went wrong, in one paragraph."""
+    """The message of an error, in one paragraph."""
     if isinstance(error, (MqadaptError, OSError)):
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if isinstance(error, OSError) and error.filename is not None and str(error.filename) not in text:

@@ -10,7 +10,7 @@ import typer
 from mqadapt_rs.cli.calibrated import Calibrated, calibrated
 from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src, Weights
 
-# of what lm-eval returns; the rest repeats the tasks' own definitions
+# keys of the result of lm-eval that are printed; the others repeat the definitions of the tasks
 _KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
@@ -18,7 +18,7 @@ _KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_bett
 def evaluate(
     src: Src,
     tasks: Annotated[
-        str, typer.Option("--tasks", help="Names of lm-eval tasks, joined by commas.", show_default=False)
+        str, typer.Option("--tasks", help="Names of lm-eval tasks, separated by commas.", show_default=False)
     ],
     plan: PlanText = "keep",
     method: Method = "mean",
@@ -29,22 +29,26 @@ def evaluate(
     calibration: Calibrated,
     include_path: Annotated[
         Path | None,
-        typer.Option("--include-path", exists=True, file_okay=False, help="A folder of own tasks.", show_default=False),
+        typer.Option(
+            "--include-path", exists=True, file_okay=False, help="A folder with custom tasks.", show_default=False
+        ),
     ] = None,
     limit: Annotated[
         float | None,
         typer.Option(
-            "--limit", min=0, help="Only the first N documents; below 1: that part of them.", show_default="all"
+            "--limit",
+            min=0,
+            help="Evaluate the first N documents only; below 1, that fraction of them.",
+            show_default="all",
         ),
     ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt.", show_default="the task's")
+        int | None,
+        typer.Option("--num-fewshot", min=0, help="Number of examples in the prompt.", show_default="the task's"),
     ] = None,
     output_path: Annotated[
         Path | None,
-        typer.Option(
-            "--output-path", help="Folder or .json file that lm-eval writes its results to.", show_default=False
-        ),
+        typer.Option("--output-path", help="Folder or .json file for the results of lm-eval.", show_default=False),
     ] = None,
     wandb: Annotated[
         str | None,
@@ -53,7 +57,7 @@ def evaluate(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Evaluate with lm-eval's tasks, under a plan if one is given."""
+    """Evaluate a model on lm-eval tasks, optionally under a plan."""
     from mqadapt_rs.cli import output
     from mqadapt_rs.lm_eval import MqadaptLM
     from mqadapt_rs.lm_eval import evaluate as run_tasks
@@ -104,7 +108,7 @@ def _rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-eval's own command line, which then knows the model `mqadapt`."""
+    """Run the command line of lm-eval, with the model `mqadapt` registered."""
     from mqadapt_rs.lm_eval import main
 
     main(context.args)

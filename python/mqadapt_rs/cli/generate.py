@@ -15,8 +15,12 @@ from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, S
 def generate(
     src: Src,
     prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.", show_default=False)],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: the likeliest token always.")] = 0.0,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Largest number of generated tokens.")
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.0,
     seed: Seed = 0,
     plan: PlanText = "keep",
     method: Method = "mean",
@@ -27,10 +31,10 @@ def generate(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a text.
+    """Generate text from a prompt.
 
-    A terminal gets the text without control characters (line breaks and tabs stay, of others their codes are shown); a file or
-    another program gets it exactly.
+    On a terminal, control characters other than line breaks and tabs are printed as escape codes. A file or another program
+    receives the exact text.
     """
     from mqadapt_rs import text as texts
     from mqadapt_rs.cli import output

@@ -6,7 +6,7 @@ from mqadapt_rs.cli.options import Debug, Json, Src
 
 
 def inspect(src: Src, json: Json = False, debug: Debug = False) -> None:
-    """Say what a model is: its shape, its size, the K/V heads of its layers."""
+    """Show the shape and the size of a model, and the K/V heads of its layers."""
     import mqadapt_rs
     from mqadapt_rs.cli import output
 

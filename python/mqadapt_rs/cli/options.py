@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options that several commands share, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 
 
 def byte_count(text: str) -> int:
-    """Bytes of a size such as `5GB`, `64MiB` or `1000`."""
+    """The number of bytes of a size such as `5GB`, `64MiB` or `1000`."""
     match = re.fullmatch(r"(\d+)\s*([KMGT]?I?)B?", str(text).strip().upper())
     if match is None or match[2] not in _UNITS:
         raise typer.BadParameter(f"{text!r} is not a size such as 5GB, 64MiB or 1000")
@@ -49,16 +49,19 @@ Method = Annotated[
         help="How K/V heads are merged: mean, first, random; closed-form and prune, which need --calibration or --stats.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of whatever is random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random number generator.")]
 DType = Annotated[
     str | None,
-    typer.Option("--dtype", help="float32, float16 or bfloat16; as stored where not given.", show_default=False),
+    typer.Option(
+        "--dtype", help="Dtype of the weights: float32, float16 or bfloat16; by default as stored.", show_default=False
+    ),
 ]
 Weights = Annotated[
     str,
     typer.Option(
-        "--weights", help="stored, or int8: 8-bit integers, half the memory, faster, a little less exact; on cpu only."
+        "--weights",
+        help="Format of the weights: stored, or int8 (half the memory, faster, slightly less accurate; cpu only).",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_note_debug)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.", callback=_note_debug)]

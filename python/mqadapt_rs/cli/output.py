@@ -1,7 +1,7 @@
-"""What the commands print: tables for people, JSON for programs, progress on a terminal.
+"""Output of the commands: tables for people, JSON for programs, progress bars on a terminal.
 
-Names from outside reach a terminal without control characters, and are no markup. JSON, and text for a program that reads the
-output, are exact.
+Names from outside are printed without control characters and never interpreted as markup. JSON, and text that another program
+reads, is exact.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from rich.table import Table
 
-_PATIENCE = 1.0  # seconds before progress is shown
+_DELAY = 1.0  # seconds before progress is shown
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout."""
+    """Print a value as JSON on stdout."""
     is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     document = json.dumps(value, indent=2, ensure_ascii=not is_unicode, default=str)
     sys.stdout.write(for_json(document) + "\n")
 
 
 def print_text(text: str) -> None:
-    """Text and a line break on stdout: exact, unless it is a terminal; that gets it without control characters."""
+    """Print text and a line break on stdout: without control characters on a terminal, exactly elsewhere."""
     sys.stdout.write((for_terminal(text) if sys.stdout.isatty() else text) + "\n")
 
 
 def _table(title: str, **options: Any) -> Table:
-    """An empty table whose title, as all that comes into it, is text and no markup."""
+    """An empty table whose title is plain text."""
     from rich.table import Table
     from rich.text import Text
 
@@ -50,7 +50,7 @@ def _print(table: Table) -> None:
 
 
 def print_table(title: str, rows: Mapping[str, object]) -> None:
-    """Names and values, one a line."""
+    """Print names and values, one pair per line."""
     table = _table(title, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -60,7 +60,7 @@ def print_table(title: str, rows: Mapping[str, object]) -> None:
 
 
 def print_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table: the first column is text, the others are numbers."""
+    """Print a table: the first column is text, the others are numbers."""
     table = _table(title)
     for index, name in enumerate(header):
         table.add_column(readable(name), justify="right" if index else "left")
@@ -70,7 +70,7 @@ def print_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[obj
 
 
 def in_bytes(count: float) -> str:
-    """A size for people: `1.5 MB`."""
+    """A size in decimal units: `1.5 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -79,7 +79,7 @@ def in_bytes(count: float) -> str:
 
 
 def in_runs(counts: Sequence[int]) -> str:
-    """K/V heads of the layers, equal neighbours together: `0-21: 3, 22-29: 1`."""
+    """K/V heads by ranges of layers: `0-21: 3, 22-29: 1`."""
     parts: list[str] = []
     start = 0
     for index in range(1, len(counts) + 1):
@@ -91,7 +91,7 @@ def in_runs(counts: Sequence[int]) -> str:
 
 
 class _Bars:
-    """A callback that draws a bar for each phase, once the work has taken a while."""
+    """A progress callback that shows a bar for each phase, after a second of work."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -102,13 +102,13 @@ class _Bars:
         if phase not in self._tasks:
             self._tasks[phase] = self._progress.add_task(phase, total=total)
         self._progress.update(self._tasks[phase], completed=done, total=total)
-        if not self._progress.live.is_started and time.monotonic() - self._start > _PATIENCE:
+        if not self._progress.live.is_started and time.monotonic() - self._start > _DELAY:
             self._progress.start()
 
 
 @contextmanager
 def progress_bars(unit: str) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A progress callback that draws on stderr; `None` where stderr is not a terminal. `unit`: `bytes` or `tokens`."""
+    """A progress callback that shows bars on stderr, or `None` if stderr is not a terminal. `unit` names what is counted."""
     if not sys.stderr.isatty():
         yield None
         return

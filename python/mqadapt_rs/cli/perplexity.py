@@ -19,11 +19,11 @@ def perplexity(
         Path,
         typer.Option("--text", exists=True, dir_okay=False, help="Plain text, or .jsonl[.gz].", show_default=False),
     ],
-    context: Annotated[int, typer.Option("--context", min=2, help="Tokens of a window.")] = 512,
+    context: Annotated[int, typer.Option("--context", min=2, help="Tokens per window.")] = 512,
     windows: Annotated[
-        int | None, typer.Option("--windows", min=1, help="Only the first N windows.", show_default="all")
+        int | None, typer.Option("--windows", min=1, help="Evaluate the first N windows only.", show_default="all")
     ] = None,
-    field: Annotated[str, typer.Option("--field", help="The field of a .jsonl file that holds the text.")] = "text",
+    field: Annotated[str, typer.Option("--field", help="Name of the text field in a .jsonl file.")] = "text",
     plan: PlanText = "keep",
     method: Method = "mean",
     seed: Seed = 0,
@@ -34,10 +34,10 @@ def perplexity(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure perplexity over non-overlapping windows of a text, under a plan if one is given.
+    """Measure the perplexity of a text, optionally under a plan.
 
-    The documents are concatenated, tokenised as the model's tokenizer does by default and cut into windows; the mean is over
-    all tokens of a window but its first.
+    The documents are concatenated, tokenised with the default settings of the tokenizer and cut into windows that do not
+    overlap. The mean is over all tokens of a window except the first.
     """
     from mqadapt_rs import text as texts
     from mqadapt_rs.cli import output

@@ -22,14 +22,14 @@ Metric = Annotated[
     str,
     typer.Option("--metric", help="kl, perplexity, predicted, or task:NAME/METRIC such as task:hellaswag/acc_norm."),
 ]
-Folder = Annotated[Path, typer.Argument(help="The folder of a search.", exists=True, file_okay=False)]
+Folder = Annotated[Path, typer.Argument(help="Folder of a search.", exists=True, file_okay=False)]
 Latency = Annotated[
     Path | None,
     typer.Option(
         "--latency",
         exists=True,
         dir_okay=False,
-        help="What 'mqadapt bench --groups ... --json' wrote, for the figure of latency.",
+        help="Output of 'mqadapt bench --groups ... --json', for the latency figure.",
         show_default=False,
     ),
 ]
@@ -43,67 +43,78 @@ def _option(name: str, text: str, **more: Any) -> Any:
 def search(
     src: Src,
     strategy: Strategy,
-    out: Annotated[Path, _option("out", "The folder for journal, best.plan.json and summary.json.", file_okay=False)],
+    out: Annotated[Path, _option("out", "Folder for journal.jsonl, best.plan.json and summary.json.", file_okay=False)],
     metric: Metric = "kl",
     method: Method = "mean",
     text: Annotated[
         str | None,
-        _option("text", "For kl and perplexity, where it is not --calibration; a file or a data set as that."),
+        _option(
+            "text", "Evaluation text of kl and perplexity: a file or a data set; by default that of --calibration."
+        ),
     ] = None,
-    field: Annotated[str, typer.Option("--field", help="The field of a .jsonl file that holds the text.")] = "text",
-    context: Annotated[int, typer.Option("--context", min=2, help="Tokens of a window.")] = 512,
-    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of the text.")] = 16,
+    field: Annotated[str, typer.Option("--field", help="Name of the text field in a .jsonl file.")] = "text",
+    context: Annotated[int, typer.Option("--context", min=2, help="Tokens per window.")] = 512,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Number of windows.")] = 16,
     include_path: Annotated[
-        Path | None, _option("include-path", "A folder of own lm-eval tasks.", exists=True, file_okay=False)
+        Path | None, _option("include-path", "A folder with custom lm-eval tasks.", exists=True, file_okay=False)
     ] = None,
-    limit: Annotated[int | None, _option("limit", "Only the first N documents of the task.", min=1)] = None,
-    num_fewshot: Annotated[int | None, _option("num-fewshot", "Examples in the prompt.", min=0)] = None,
-    counts: Annotated[str | None, _option("counts", "K/V heads that layers may be reduced to, such as 1,2.")] = None,
+    limit: Annotated[int | None, _option("limit", "Evaluate the first N documents of the task only.", min=1)] = None,
+    num_fewshot: Annotated[int | None, _option("num-fewshot", "Number of examples in the prompt.", min=0)] = None,
+    counts: Annotated[
+        str | None, _option("counts", "Numbers of K/V heads that layers may be reduced to, for instance 1,2.")
+    ] = None,
     kv_budget: Annotated[
-        str | None, _option("kv-budget", "Most K/V bytes per token: a share such as 50%, or bytes.")
+        str | None, _option("kv-budget", "Limit of K/V bytes per token: a share such as 50%, or bytes.")
     ] = None,
     latency_budget: Annotated[
-        str | None, _option("latency-budget", "Most time of a decoded token, measured here: a share such as 90%.")
+        str | None,
+        _option(
+            "latency-budget", "Limit of the latency of a decoded token, measured on this machine: a share such as 90%."
+        ),
     ] = None,
-    depth: Annotated[int, typer.Option("--depth", min=1, help="Tokens in the cache when times are measured.")] = 1024,
-    max_damage: Annotated[float | None, _option("max-damage", "Most damage, in the metric's unit.")] = None,
-    points: Annotated[int | None, _option("points", "Points of the Pareto front.", min=1)] = None,
+    depth: Annotated[
+        int, typer.Option("--depth", min=1, help="Number of cached tokens at which latency is measured.")
+    ] = 1024,
+    max_damage: Annotated[
+        float | None, _option("max-damage", "Limit of the damage, in the unit of the metric.")
+    ] = None,
+    points: Annotated[int | None, _option("points", "Number of points of the Pareto front.", min=1)] = None,
     swaps: Annotated[
-        int | None, _option("swaps", "Neighbours that each round of local search measures.", min=0)
+        int | None, _option("swaps", "Number of neighbours that each round of local search evaluates.", min=0)
     ] = None,
-    trials: Annotated[int | None, _option("trials", "Random plans.", min=1)] = None,
+    trials: Annotated[int | None, _option("trials", "Number of random plans.", min=1)] = None,
     plan: Annotated[
-        list[str] | None, _option("plan", "A plan that the strategy 'given' measures; repeat it for more.")
+        list[str] | None, _option("plan", "A plan that the strategy 'given' evaluates; repeatable.")
     ] = None,
     seed: Seed = 0,
     error_rate: Annotated[
-        float, typer.Option("--error-rate", min=0, max=0.49, help="Of early stopping; 0 stops nothing early.")
+        float, typer.Option("--error-rate", min=0, max=0.49, help="Error rate of early stopping; 0 disables it.")
     ] = 0.05,
     dtype: DType = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cpu-stock or cuda:N.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="Device: cpu, cpu-stock or cuda:N.")] = "cpu",
     weights: Weights = "stored",
     max_memory: Annotated[
-        int, typer.Option("--max-memory", min=1, help="MiB of hidden states kept beside the model.")
+        int, typer.Option("--max-memory", min=1, help="MiB for hidden states kept in memory.")
     ] = 1024,
-    workers: Annotated[int | None, _option("workers", "Evaluate in this many processes.", min=1)] = None,
+    workers: Annotated[int | None, _option("workers", "Number of worker processes.", min=1)] = None,
     ray: Annotated[
-        str | None, _option("ray", "Evaluate on the Ray cluster of this address; 'local' starts one here.")
+        str | None,
+        _option("ray", "Address of a Ray cluster that evaluates the plans; 'local' starts one on this machine."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the journal in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the search whose journal is in the folder.")] = False,
     wandb: Annotated[str | None, _option("wandb", "Log to this Weights & Biases project.")] = None,
     *,
     calibration: Calibrated,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Search for the layers that can do with fewer K/V heads, by trying plans in memory."""
-    from mqadapt_rs import ModelConfig
+    """Search for the layers that can have fewer K/V heads, by evaluating plans in memory."""
+    from mqadapt_rs import Plan
     from mqadapt_rs.cli import output
     from mqadapt_rs.search import search as run
     from mqadapt_rs.search.progress import live
 
-    source = tuple(ModelConfig.load(src).num_key_value_heads)
-    with live(source) as watcher:
+    with live(Plan.parse("keep", src)) as watcher:
         result = run(
             src,
             strategy=strategy,
@@ -150,7 +161,7 @@ def search(
         return
     output.print_text(result.verdict)
     if result.winner is not None:
-        output.print_text(f"{result.folder / 'best.plan.json'} can go straight into 'mqadapt convert --plan'.")
+        output.print_text(f"{result.folder / 'best.plan.json'} is a plan file for 'mqadapt convert --plan'.")
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -165,15 +176,13 @@ def _numbers(name: str, text: str) -> list[int]:
 def plot(
     folders: Annotated[
         list[Path],
-        typer.Argument(
-            help="Folders of searches; several are drawn into the same figures.", exists=True, file_okay=False
-        ),
+        typer.Argument(help="Folders of searches; several share the same figures.", exists=True, file_okay=False),
     ],
-    out: Annotated[Path | None, _option("out", "Where the files go; by default 'plots' in the first folder.")] = None,
+    out: Annotated[Path | None, _option("out", "Output folder; by default 'plots' in the first folder.")] = None,
     latency: Latency = None,
     debug: Debug = False,
 ) -> None:
-    """Draw the figures of searches, as PNG and SVG."""
+    """Plot the results of searches, as PNG and SVG."""
     from mqadapt_rs.cli import output
     from mqadapt_rs.plots import plot as draw
 
@@ -182,7 +191,7 @@ def plot(
 
 
 def report(folder: Folder, latency: Latency = None, debug: Debug = False) -> None:
-    """Write one page about a search, as HTML and as Markdown (a model card)."""
+    """Write the report of a search, as HTML and as Markdown (a model card)."""
     from mqadapt_rs.cli import output
     from mqadapt_rs.report import report as write
 

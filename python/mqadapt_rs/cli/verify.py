@@ -13,14 +13,14 @@ from mqadapt_rs.cli.options import Debug, Json
 def verify(
     dst: Annotated[Path, typer.Argument(help="A converted checkpoint.", show_default=False)],
     against: Annotated[
-        str | None, typer.Option("--against", help="The model that it was made from.", show_default=False)
+        str | None, typer.Option("--against", help="The source model of the conversion.", show_default=False)
     ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check that a converted checkpoint is what its manifest says, and, with --against, what it should be.
+    """Verify a converted checkpoint against its manifest and, with --against, against its source model.
 
-    Exit code 1 where anything is wrong.
+    The exit code is 1 if the command finds a problem.
     """
     import mqadapt_rs
     from mqadapt_rs.cli import output

@@ -3,7 +3,7 @@
 from mqadapt_rs.search.api import search
 from mqadapt_rs.search.core.evaluation import Evaluation, Evaluator, EvaluatorSpec, Metric
 from mqadapt_rs.search.core.journal import JournalError
-from mqadapt_rs.search.core.space import Heads, Space
+from mqadapt_rs.search.core.space import Layers, Space
 from mqadapt_rs.search.core.study import Options, Study
 from mqadapt_rs.search.runner import SearchResult, conduct
 from mqadapt_rs.search.strategies.registry import STRATEGIES, Strategy
@@ -13,8 +13,8 @@ __all__ = [
     "Evaluation",
     "Evaluator",
     "EvaluatorSpec",
-    "Heads",
     "JournalError",
+    "Layers",
     "Metric",
     "Options",
     "SearchResult",

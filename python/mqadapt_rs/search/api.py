@@ -15,7 +15,7 @@ from mqadapt_rs.errors import ArgumentError
 from mqadapt_rs.search.core.executors import MOST_WORKERS, adopt, forget, in_process, processes, ray_cluster
 from mqadapt_rs.search.core.journal import begun
 from mqadapt_rs.search.core.limit import Limit
-from mqadapt_rs.search.core.space import describe, parse_budget
+from mqadapt_rs.search.core.space import parse_budget
 from mqadapt_rs.search.core.study import Options
 from mqadapt_rs.search.evaluators import latency
 from mqadapt_rs.search.evaluators.model_spec import CALIBRATED, METRICS, CalibrationData, Data, ModelSpec, space_of
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mqadapt_rs import Plan
     from mqadapt_rs.search.core.evaluation import Evaluation
     from mqadapt_rs.search.core.executors import Pool
-    from mqadapt_rs.search.core.space import Heads
+    from mqadapt_rs.search.core.space import Layers, Space
     from mqadapt_rs.search.core.study import Watcher
 
 
@@ -198,7 +198,7 @@ def search(
         model.with_plan("keep", method)  # an unknown method is refused before anything is measured
         space = space_of(model, options.counts)
         if plans is not None:
-            options = replace(options, plans=tuple(heads_of(src, plan) for plan in plans))
+            options = replace(options, plans=tuple(layers_of(src, plan) for plan in plans))
         if kv_budget is not None:
             options = replace(options, kv_budget=parse_budget(kv_budget, space.kv_bytes(space.source)))
         if latency_budget is not None:
@@ -241,7 +241,7 @@ def search(
                     "calibration_arguments": in_words(calibration_options(spec.calibration))
                     if spec.calibration
                     else "",
-                    "command": command(src, strategy, Path(out), data, spec, budgets, options, space.source),
+                    "command": command(src, strategy, Path(out), data, spec, budgets, options, space),
                 },
             )
             if run is not None:
@@ -251,12 +251,11 @@ def search(
         forget()
 
 
-def heads_of(src: str | os.PathLike[str], plan: Plan | str | Sequence[int]) -> Heads:
-    """K/V heads of every layer under a plan for a model, in whatever form it is given."""
+def layers_of(src: str | os.PathLike[str], plan: Plan | str | Sequence[int]) -> Layers:
+    """What every layer of a model caches under a plan, in whatever form the plan is given."""
     from mqadapt_rs import ModelConfig, Plan
 
-    parsed = plan if isinstance(plan, Plan) else Plan.parse(plan, ModelConfig.load(src))
-    return tuple(parsed.num_key_value_heads)
+    return tuple(Plan.parse(plan, ModelConfig.load(src)).layers)
 
 
 def _pool(workers: int | None, ray: str | None) -> Pool:
@@ -276,13 +275,12 @@ def _run(wandb: str | None, strategy: str, spec: ModelSpec, folder: Path) -> Any
 
 def _bytes_on_disk(src: str | os.PathLike[str], result: SearchResult) -> int | None:
     """Of the winner's tensors, in the source's dtype."""
-    from mqadapt_rs import ModelConfig, Plan, inspect
+    from mqadapt_rs import ModelConfig, inspect
     from mqadapt_rs.tracking import VALUE_BYTES
 
     if result.plan is None:
         return None
-    config = ModelConfig.load(src)
-    return Plan.parse(list(result.plan), config).parameters(config) * VALUE_BYTES[str(inspect(src)["dtype"])]
+    return result.plan.parameters(ModelConfig.load(src)) * VALUE_BYTES[str(inspect(src)["dtype"])]
 
 
 def command(
@@ -293,7 +291,7 @@ def command(
     spec: ModelSpec,
     budgets: dict[str, str | float | None],
     options: Options,
-    source: Heads,
+    space: Space,
 ) -> str:
     """The command line that does this search."""
     words = [
@@ -324,7 +322,7 @@ def command(
         "points": options.points,
         "swaps": options.swaps,
         "trials": options.trials,
-        "plan": [describe(plan, source) for plan in options.plans or ()],
+        "plan": [space.describe(plan) for plan in options.plans or ()],
         "seed": spec.seed or None,
         "dtype": spec.dtype,
         "device": spec.device if spec.device != "cpu" else None,

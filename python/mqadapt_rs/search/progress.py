@@ -6,19 +6,18 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from mqadapt_rs._core import Plan
 from mqadapt_rs.readable import readable
-from mqadapt_rs.search.core.space import describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mqadapt_rs.search.core.evaluation import Evaluation
-    from mqadapt_rs.search.core.space import Heads
     from mqadapt_rs.search.core.study import Watcher
 
 
 @contextmanager
-def live(source: Heads) -> Iterator[Watcher | None]:
+def live(source: Plan) -> Iterator[Watcher | None]:
     """A watcher that draws; `None` where stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
@@ -35,7 +34,7 @@ def live(source: Heads) -> Iterator[Watcher | None]:
         ) -> None:
             words = f"{evaluation.stage} | {in_time(seconds_left)} left"
             if best is not None:
-                plan = describe(best.plan, source)
+                plan = Plan.from_layers(best.plan, source.layers).describe()
                 words += f" | best {plan if len(plan) < 40 else plan[:37] + '...'}: {best.damage}"
             progress.update(task, completed=done, total=expected, description=readable(words))
 

@@ -11,14 +11,17 @@ from dataclasses import fields as fields_of
 from typing import TYPE_CHECKING, Any
 
 from mqadapt_rs import files
+from mqadapt_rs.search.core import plan_record
 from mqadapt_rs.search.core.evaluation import Evaluation, Metric
 from mqadapt_rs.search.core.journal import BEST, JOURNAL, SUMMARY, JournalError, finite, latest, read
 from mqadapt_rs.search.core.pareto_front import front
-from mqadapt_rs.search.core.space import Space
 from mqadapt_rs.search.core.study import Options, Rule
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from mqadapt_rs._core import LayerCache
+    from mqadapt_rs.search.core.space import Space
 
 MOST_LAYERS, MOST_HEADS = 1 << 14, 1 << 12
 """More than any model has."""
@@ -50,14 +53,14 @@ class Results:
         try:
             check(header)
             metric = Metric(header["metric"], header["unit"], header["damage_unit"], header["scale"])
-            seconds = header["layer_seconds"] and tuple(tuple(map(tuple, layer)) for layer in header["layer_seconds"])
-            space = Space(tuple(header["source"]), tuple(header["head_bytes"]), None, seconds)
+            seconds = header["layer_seconds"] and plan_record.read_seconds(header["layer_seconds"])
+            space = plan_record.space(header["source"], header["head_bytes"], None, seconds)
             evaluations: list[Evaluation] = []
             for plan, record in latest(records).items():
                 losses = finite(record["losses"])
-                legal = zip(plan, space.source, strict=True)
-                if not all(0 < own <= full and full % own == 0 for own, full in legal):
-                    raise ValueError(f"the plan {list(plan)} is not one of this model")
+                legal = zip(plan, space.layer_bytes, strict=True)
+                if not all(choice in table for choice, table in legal):
+                    raise ValueError(f"the plan {plan_record.counts(plan)} is not one of this model")
                 source = evaluations[0].losses if evaluations else losses
                 seconds, stage, stopped = float(record["seconds"]), str(record["stage"]), bool(record["stopped"])
                 evaluation = Evaluation.of(
@@ -83,7 +86,7 @@ class Results:
         facts = (self.summary or {}).get("winner")
         if facts is None or not (self.folder / BEST).exists():
             return None
-        plan = tuple(facts["num_key_value_heads"])
+        plan = plan_record.layers(facts["num_key_value_heads"])
         return next((evaluation for evaluation in self.evaluations if evaluation.plan == plan), None)
 
     @property
@@ -96,25 +99,25 @@ class Results:
         """The evaluations that were not stopped early."""
         return [evaluation for evaluation in self.evaluations if not evaluation.stopped]
 
-    def singles(self) -> dict[int, dict[int, Evaluation]]:
-        """For each count, the evaluations of single layers by their index."""
-        found: dict[int, dict[int, Evaluation]] = {}
+    def singles(self) -> dict[LayerCache, dict[int, Evaluation]]:
+        """For each choice, ascending, the evaluations of single layers by their index."""
+        found: dict[LayerCache, dict[int, Evaluation]] = {}
         for evaluation in self.whole:
             changed = [idx for idx, own in enumerate(evaluation.plan) if own != self.space.source[idx]]
             if len(changed) == 1:
                 found.setdefault(evaluation.plan[changed[0]], {})[changed[0]] = evaluation
-        return found
+        return {choice: found[choice] for choice in self.space.reduced() if choice in found}
 
-    def pattern(self, name: str) -> dict[int, dict[int, Evaluation]]:
-        """For each count, the evaluations of `last` or `alternate` layers by their number."""
+    def pattern(self, name: str) -> dict[LayerCache, dict[int, Evaluation]]:
+        """For each choice, ascending, the evaluations of `last` or `alternate` layers by their number."""
         by_plan = {evaluation.plan: evaluation for evaluation in self.whole}
         layers = self.space.num_hidden_layers
-        found: dict[int, dict[int, Evaluation]] = {}
-        for count in self.space.reduced():
+        found: dict[LayerCache, dict[int, Evaluation]] = {}
+        for choice in self.space.reduced():
             for number in range(1, layers + 1 if name == "last" else (layers + 1) // 2 + 1):
-                plan = getattr(self.space, name)(number, count)
+                plan = getattr(self.space, name)(number, choice)
                 if plan in by_plan and plan != self.space.source:
-                    found.setdefault(count, {})[number] = by_plan[plan]
+                    found.setdefault(choice, {})[number] = by_plan[plan]
         return found
 
     def front(self) -> list[Evaluation]:
@@ -186,8 +189,8 @@ def _summary(folder: Path) -> dict[str, Any] | None:
         if not isinstance(summary["verdict"], str) or not (winner is None or winner["num_key_value_heads"]):
             raise ValueError("expected a verdict, and a winner with its plan")
         if winner is not None:
-            tuple(winner["num_key_value_heads"])
-    except (LookupError, TypeError, ValueError) as problem:
+            plan_record.layers(winner["num_key_value_heads"])
+    except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
         raise JournalError(
             f"{path}: not the summary of a search ({problem!r}); 'mqadapt search --resume' writes it again"
         ) from None

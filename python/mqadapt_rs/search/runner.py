@@ -12,11 +12,12 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from mqadapt_rs._core import Plan
 from mqadapt_rs.errors import ArgumentError
+from mqadapt_rs.search.core import plan_record
 from mqadapt_rs.search.core.executors import Pool, in_process
 from mqadapt_rs.search.core.journal import BEST, SUMMARY, Journal, write_json
 from mqadapt_rs.search.core.pareto_front import front
-from mqadapt_rs.search.core.space import Heads, Space, describe
 from mqadapt_rs.search.core.statistics import Difference, SequentialTest, bootstrap
 from mqadapt_rs.search.core.study import Options, Rule, Study, Watcher
 from mqadapt_rs.search.strategies.registry import STRATEGIES
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mqadapt_rs.search.core.evaluation import Evaluation, EvaluatorSpec, Metric
+    from mqadapt_rs.search.core.space import Space
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class SearchResult:
     """All of them, the source first."""
 
     @property
-    def plan(self) -> Heads | None:
-        """K/V heads of every layer of the winner."""
-        return None if self.winner is None else self.winner.plan
+    def plan(self) -> Plan | None:
+        """The plan of the winner."""
+        return None if self.winner is None else Plan.from_layers(self.winner.plan, self.evaluations[0].plan)
 
 
 def check(strategy: str, options: Options) -> None:
@@ -140,12 +142,10 @@ def conduct(
         "fingerprint": digest,
         "strategy": strategy,
         "seed": seed,
-        "options": {key: value for key, value in asdict(options).items() if value is not None},
+        "options": plan_record.option_fields(options),
         "error_rate": None if test is None else test.error_rate,
         "documents": spec.documents,
-        "source": list(space.source),
-        "head_bytes": list(space.head_bytes),
-        "layer_seconds": space.layer_seconds,
+        **plan_record.space_fields(space),
     }
     header = json.loads(json.dumps(header))  # tuples become lists, as they will be when read back
     own = pool is None
@@ -181,11 +181,10 @@ def conclude(folder: Path, study: Study, metric: Metric) -> SearchResult:
 def _verdict(
     winner: Evaluation | None, runner_up: Evaluation | None, difference: Difference | None, study: Study, metric: Metric
 ) -> str:
-    source = study.space.source
     if winner is None:
         return f"No evaluated plan meets the rule ({study.rule.in_words(metric.damage_unit)})."
     text = (
-        f"Winner ({study.rule.in_words(metric.damage_unit)}): {describe(winner.plan, source)}, "
+        f"Winner ({study.rule.in_words(metric.damage_unit)}): {study.space.describe(winner.plan)}, "
         f"damage {winner.damage} {metric.damage_unit}."
     )
     limit = study.rule.max_damage
@@ -196,7 +195,7 @@ def _verdict(
         )
     if runner_up is None:
         return text + " No other plan meets the rule."
-    text += f" Runner-up: {describe(runner_up.plan, source)}, damage {runner_up.damage}"
+    text += f" Runner-up: {study.space.describe(runner_up.plan)}, damage {runner_up.damage}"
     if difference is None or difference.low is None or difference.high is None:
         return text + ". There are no documents to test the difference on."
     told = "distinguishable" if difference.clear else "NOT distinguishable"
@@ -220,8 +219,8 @@ def _write(
         if evaluation is None:
             return None
         return {
-            "num_key_value_heads": list(evaluation.plan),
-            "plan": describe(evaluation.plan, space.source),
+            "num_key_value_heads": plan_record.counts(evaluation.plan),
+            "plan": space.describe(evaluation.plan),
             "value": evaluation.value,
             "standard_error": evaluation.standard_error,
             "damage": asdict(evaluation.damage),
@@ -229,7 +228,7 @@ def _write(
         }
 
     if result.winner is not None:
-        write_json(result.folder / BEST, {"num_key_value_heads": list(result.winner.plan)})
+        write_json(result.folder / BEST, {"num_key_value_heads": plan_record.counts(result.winner.plan)})
     write_json(
         result.folder / SUMMARY,
         {

@@ -15,7 +15,7 @@ from mqadapt_rs.search.core.statistics import Difference, mean_and_error, paired
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mqadapt_rs.search.core.space import Heads, Space
+    from mqadapt_rs.search.core.space import Layers, Space
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Metric:
 class Evaluation:
     """One plan, evaluated."""
 
-    plan: Heads
+    plan: Layers
+    rank: tuple[int, ...]
+    """The place of the plan in the order of plans, by which ties are broken."""
     losses: tuple[float, ...]
     """One per document, in the evaluator's order; fewer than there are where the evaluation was stopped early."""
     value: float
@@ -62,7 +64,7 @@ class Evaluation:
         cls,
         space: Space,
         metric: Metric,
-        plan: Heads,
+        plan: Layers,
         losses: Sequence[float],
         source: Sequence[float],
         *,
@@ -76,6 +78,7 @@ class Evaluation:
         damage = paired(losses, source[: len(losses)])
         return cls(
             plan=plan,
+            rank=space.rank(plan),
             losses=tuple(losses),
             value=value,
             standard_error=value_error,
@@ -91,7 +94,7 @@ class Evaluator(Protocol):
     """Evaluates plans on documents. One lives in each worker; it keeps whatever helps the next call."""
 
     def losses(
-        self, plans: Sequence[Heads], branches: Sequence[Sequence[int]], documents: range
+        self, plans: Sequence[Layers], branches: Sequence[Sequence[int]], documents: range
     ) -> Iterator[list[float]]:
         """The losses of each plan on these documents.
 

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mqadapt_rs.arguments import whole
 from mqadapt_rs.errors import ArgumentError, MqadaptError
+from mqadapt_rs.search.core.plan_record import counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from mqadapt_rs.search.core.evaluation import Evaluator, EvaluatorSpec
-    from mqadapt_rs.search.core.space import Heads
+    from mqadapt_rs.search.core.space import Layers
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ class WorkersDiedError(MqadaptError, BrokenExecutor):
 class Work:
     """Plans for one worker, and what it should keep for those that come after them."""
 
-    plans: tuple[Heads, ...]
+    plans: tuple[Layers, ...]
     branches: tuple[tuple[int, ...], ...]
     documents: tuple[int, int]
 
@@ -65,7 +66,7 @@ def perform(spec: EvaluatorSpec, work: Work) -> Outcome:
     for plan, found in zip(work.plans, losses, strict=False):
         if not all(map(math.isfinite, found)):
             raise MqadaptError(
-                f"the plan with K/V heads {list(plan)} has a loss that is infinite or not a number: the model's weights are "
+                f"the plan with K/V heads {counts(plan)} has a loss that is infinite or not a number: the model's weights are "
                 "damaged or its activations overflow; try --dtype float32, or 'mqadapt verify' on a converted model"
             )
     if len(losses) != len(work.plans):

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from mqadapt_rs import files, json_document, output_files
 from mqadapt_rs.errors import ArgumentError
+from mqadapt_rs.search.core import plan_record
 from mqadapt_rs.search.core.evaluation import Evaluation, Metric
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from mqadapt_rs.search.core.space import Heads, Space
+    from mqadapt_rs.search.core.space import Layers, Space
 
 JOURNAL = "journal.jsonl"
 BEST = "best.plan.json"
@@ -62,7 +63,7 @@ class Journal:
             self.file.close()
             raise
 
-    def _replay(self) -> dict[Heads, Evaluation]:
+    def _replay(self) -> dict[Layers, Evaluation]:
         """The evaluations that the file holds; a torn last line, and what is damaged, is cut off the file."""
         records, whole = _records(self.path, files.read_bytes(self.path, files.MAX_JOURNAL_BYTES))
         if not records:
@@ -77,7 +78,7 @@ class Journal:
                 )
         self.file.truncate(whole)
         self.lines = len(records)
-        evaluations: dict[Heads, Evaluation] = {}
+        evaluations: dict[Layers, Evaluation] = {}
         source: tuple[float, ...] | None = None
         for number, record in enumerate(records[1:], 2):
             evaluation = self._evaluation(record, source, number)
@@ -92,7 +93,7 @@ class Journal:
             return Evaluation.of(
                 self.space,
                 self.metric,
-                tuple(int(count) for count in record["plan"]),
+                plan_record.layers(record["plan"]),
                 losses,
                 losses if source is None else source,
                 seconds=float(record["seconds"]),
@@ -153,7 +154,7 @@ def record(evaluation: Evaluation, header: dict[str, Any]) -> dict[str, Any]:
     """An evaluation as a line of the journal."""
     damage = evaluation.damage
     return {
-        "plan": list(evaluation.plan),
+        "plan": plan_record.counts(evaluation.plan),
         "stage": evaluation.stage,
         "method": header["method"],
         "metric": header["metric"],
@@ -264,6 +265,6 @@ def _lock(descriptor: int, path: Path) -> None:
         raise JournalError(f"{path} is in use by another search") from None
 
 
-def latest(records: list[dict[str, Any]]) -> dict[Heads, dict[str, Any]]:
+def latest(records: list[dict[str, Any]]) -> dict[Layers, dict[str, Any]]:
     """The record of every plan; of a plan that was evaluated again, the last."""
-    return {tuple(int(count) for count in record["plan"]): record for record in records}
+    return {plan_record.layers(record["plan"]): record for record in records}

@@ -1,7 +1,7 @@
-"""Exact choice of one count per layer under a budget, damages added up.
+"""Exact solution of the multiple-choice knapsack: one choice per layer under a budget, damages added up.
 
-In: for each layer its choices with cost and damage. Out: the choices of least total damage within the budget.
-A multiple-choice knapsack by dynamic programming over the cost, in units of the costs' common divisor.
+In: for each layer its choices with cost and damage. Out: the choices of least total damage within the budget, by dynamic
+programming over the cost, in units of the costs' common divisor.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ UNITS = 20_000
 
 
 class Choice(NamedTuple):
-    """What a layer may be."""
+    """One choice of a layer."""
 
-    heads: int
     cost: float
     damage: float
 
 
 def solve(layers: Sequence[Sequence[Choice]], budget: float) -> tuple[int, ...] | None:
-    """The count of each layer that minimises the sum of damages with the sum of costs within the budget.
+    """For each layer, the index of the choice that minimises the sum of damages with the sum of costs within the budget.
 
     `None` if not even the cheapest choices fit. Whole costs are exact; others are rounded up to 1/20000 of the largest
-    total, so a solution never exceeds the budget. Ties go to the cheaper, then to the smaller counts.
+    total, so a solution never exceeds the budget. Ties go to the cheaper choice, then to the earlier one.
     """
     cheapest = math.fsum(min(choice.cost for choice in layer) for layer in layers)
     if cheapest > budget * (1 + 1e-12):
@@ -42,7 +41,7 @@ def solve(layers: Sequence[Sequence[Choice]], budget: float) -> tuple[int, ...] 
     taken = np.zeros((len(layers), capacity + 1), dtype=np.int32)
     for idx, layer in enumerate(layers):
         following = np.full(capacity + 1, np.inf)
-        for which, choice in sorted(enumerate(layer), key=lambda item: (item[1].cost, item[1].heads)):
+        for which, choice in sorted(enumerate(layer), key=lambda item: (item[1].cost, item[0])):
             steps = _steps(choice.cost, unit)
             if steps > capacity:
                 continue
@@ -55,12 +54,11 @@ def solve(layers: Sequence[Sequence[Choice]], budget: float) -> tuple[int, ...] 
     if not np.isfinite(best[capacity]):
         return None  # rounding up took the last bit of room
     left = int(np.argmin(best))  # the first of equals: the cheapest
-    counts = [0] * len(layers)
+    chosen = [0] * len(layers)
     for idx in range(len(layers) - 1, -1, -1):
-        choice = layers[idx][int(taken[idx, left])]
-        counts[idx] = choice.heads
-        left -= _steps(choice.cost, unit)
-    return tuple(counts)
+        chosen[idx] = int(taken[idx, left])
+        left -= _steps(layers[idx][chosen[idx]].cost, unit)
+    return tuple(chosen)
 
 
 def _unit(costs: Sequence[float], largest: float) -> float:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mqadapt_rs.search.core.space import Heads, Space
+    from mqadapt_rs._core import LayerCache
+    from mqadapt_rs.search.core.space import Layers, Space
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,17 @@ class Limit:
     latency: bool = False
     """Whether the cost is time."""
 
-    def layer_cost(self, layer_idx: int, count: int) -> float:
-        """What a layer with so many K/V heads costs."""
+    def layer_cost(self, layer_idx: int, choice: LayerCache) -> float:
+        """The cost of a layer with a choice."""
         if self.latency:
-            return self.space.seconds_of(layer_idx, count)
-        return count * self.space.head_bytes[layer_idx]
+            return self.space.seconds_of(layer_idx, choice)
+        return self.space.layer_bytes[layer_idx][choice]
 
-    def cost(self, plan: Heads) -> float:
-        """What a plan costs."""
-        return sum(self.layer_cost(layer, count) for layer, count in enumerate(plan))
+    def cost(self, plan: Layers) -> float:
+        """The cost of a plan."""
+        return sum(self.layer_cost(layer, choice) for layer, choice in enumerate(plan))
 
-    def fits(self, plan: Heads) -> bool:
+    def fits(self, plan: Layers) -> bool:
         """Whether a plan keeps the limit."""
         return self.cost(plan) <= self.most * (1 + 1e-9)
 

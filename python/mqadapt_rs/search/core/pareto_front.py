@@ -14,7 +14,7 @@ def front(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
     """The evaluations that no other one beats in both bytes and damage, by ascending bytes."""
     kept: list[Evaluation] = []
     whole = [evaluation for evaluation in evaluations if not evaluation.stopped]
-    for evaluation in sorted(whole, key=lambda e: (e.kv_bytes, e.damage.mean, e.plan)):
+    for evaluation in sorted(whole, key=lambda e: (e.kv_bytes, e.damage.mean, e.rank)):
         if not kept or evaluation.damage.mean < kept[-1].damage.mean:
             kept.append(evaluation)
     return kept

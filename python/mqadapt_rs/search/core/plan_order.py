@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-    from mqadapt_rs.search.core.space import Heads
+    Rank = tuple[int, ...]
 
 
-def shared(a: Heads, b: Heads) -> int:
+def shared(a: Sequence[object], b: Sequence[object]) -> int:
     """The number of leading layers in which two plans agree."""
     for layer, (x, y) in enumerate(zip(a, b, strict=True)):
         if x != y:
@@ -23,25 +23,25 @@ def shared(a: Heads, b: Heads) -> int:
     return len(a)
 
 
-def in_order(plans: Sequence[Heads]) -> list[Heads]:
-    """The plans without repetition, in the order of a depth-first walk that holds few hidden states."""
+def in_order(ranks: Iterable[Rank]) -> list[Rank]:
+    """Ranks of plans without repetition, in the order of a depth-first walk that holds few hidden states."""
 
-    def walk(group: list[Heads], depth: int) -> list[Heads]:
+    def walk(group: list[Rank], depth: int) -> list[Rank]:
         while len(group) > 1:
-            children: dict[int, list[Heads]] = {}
-            for plan in group:
-                children.setdefault(plan[depth], []).append(plan)
+            children: dict[int, list[Rank]] = {}
+            for rank in group:
+                children.setdefault(rank[depth], []).append(rank)
             depth += 1
             if len(children) == 1:
                 continue
             ordered = sorted(children.items(), key=lambda child: (len(child[1]), child[0]))
-            return [plan for _, subtree in ordered for plan in walk(subtree, depth)]
+            return [rank for _, subtree in ordered for rank in walk(subtree, depth)]
         return group
 
-    return walk(sorted(set(plans)), 0)
+    return walk(sorted(set(ranks)), 0)
 
 
-def branches(plans: Sequence[Heads]) -> list[tuple[int, ...]]:
+def branches(plans: Sequence[Sequence[object]]) -> list[tuple[int, ...]]:
     """For each plan of a sequence, ascending: the layers before which a later plan takes over its hidden states."""
     depths: list[tuple[int, ...]] = [()] * len(plans)
     later: set[int] = set()

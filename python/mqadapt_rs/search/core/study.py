@@ -17,7 +17,7 @@ from mqadapt_rs.search.core.plan_order import branches, in_order
 
 if TYPE_CHECKING:
     from mqadapt_rs.search.core.journal import Journal
-    from mqadapt_rs.search.core.space import Heads, Space
+    from mqadapt_rs.search.core.space import Layers, Space
     from mqadapt_rs.search.core.statistics import SequentialTest
 
 
@@ -48,11 +48,11 @@ class Rule:
         within = self.limit is None or self.limit.fits(evaluation.plan)
         return within and (self.max_damage is None or evaluation.damage.mean <= self.max_damage)
 
-    def key(self, evaluation: Evaluation) -> tuple[float, float, Heads]:
+    def key(self, evaluation: Evaluation) -> tuple[float, float, tuple[int, ...]]:
         """Sorts the better plan first; ties are broken by the plan itself, so that nothing depends on the order."""
         damage, size = evaluation.damage.mean, float(evaluation.kv_bytes)
         first, second = (size, damage) if self.max_damage is not None else (damage, size)
-        return first, second, evaluation.plan
+        return first, second, evaluation.rank
 
     def in_words(self, unit: str) -> str:
         """The rule as a sentence's end."""
@@ -98,7 +98,7 @@ class Study:
         self._test = test
         self._watcher = watcher
         self._races = 0
-        self._asked: dict[Heads, None] = {}  # in the order asked: a journal may hold more than this run has come to
+        self._asked: dict[Layers, None] = {}  # in the order asked: a journal may hold more than this run has come to
         self._done = 0
         self._expected = 0
         self._fresh = 0
@@ -133,10 +133,10 @@ class Study:
         """Tells how many more evaluations the strategy will about ask for, for the time that is left."""
         self._expected = self._done + evaluations
 
-    def evaluate(self, plans: Iterable[Heads], stage: str) -> list[Evaluation]:
+    def evaluate(self, plans: Iterable[Layers], stage: str) -> list[Evaluation]:
         """Evaluates plans on all documents; those that the journal has are not evaluated again. In the order given."""
         wanted = list(plans)
-        ordered = in_order(wanted)
+        ordered = self._in_order(wanted)
         self._asked.update(dict.fromkeys(ordered))
         for plan in ordered:
             known = self._journal.evaluations.get(plan)
@@ -147,7 +147,7 @@ class Study:
             self._write(plan, losses, seconds, stage)
         return [self._journal.evaluations[plan] for plan in wanted]
 
-    def race(self, plans: Iterable[Heads], stage: str, against: Sequence[Evaluation] = ()) -> list[Evaluation]:
+    def race(self, plans: Iterable[Layers], stage: str, against: Sequence[Evaluation] = ()) -> list[Evaluation]:
         """As `evaluate`, but plans that are clearly worse than another one (or one of `against`) are stopped early.
 
         Stopped plans come back as such. The probability of losing the plan that full evaluations would have named best
@@ -159,9 +159,9 @@ class Study:
         blocks = self._test.blocks(self.documents)
         self._races += 1
         level = self._test.level(self._races, len(wanted) - 1 + len(against), len(blocks) - 1)
-        running = in_order(wanted)
+        running = self._in_order(wanted)
         self._asked.update(dict.fromkeys(running))
-        losses: dict[Heads, list[float]] = {plan: [] for plan in running}
+        losses: dict[Layers, list[float]] = {plan: [] for plan in running}
         seconds = dict.fromkeys(running, 0.0)
         rivals = [evaluation.losses for evaluation in against if not evaluation.stopped]
         for block in blocks:
@@ -173,7 +173,7 @@ class Study:
                 seconds[plan] += spent
             if block.stop == self.documents:
                 break
-            leader = min(running, key=lambda plan: (sum(losses[plan]), plan))
+            leader = min(running, key=lambda plan: (sum(losses[plan]), self.space.rank(plan)))
             hopeless = [
                 plan
                 for plan in running
@@ -203,14 +203,19 @@ class Study:
         ]
         return sorted(admitted, key=self.rule.key)
 
-    def _known(self, plan: Heads) -> int:
+    def _in_order(self, plans: Iterable[Layers]) -> list[Layers]:
+        """The plans without repetition, in the order in which they share most."""
+        by_rank = {self.space.rank(plan): plan for plan in plans}
+        return [by_rank[rank] for rank in in_order(by_rank)]
+
+    def _known(self, plan: Layers) -> int:
         known = self._journal.evaluations.get(plan)
         return 0 if known is None else len(known.losses)
 
-    def _whole(self, plan: Heads) -> bool:
+    def _whole(self, plan: Layers) -> bool:
         return self._known(plan) == self.documents
 
-    def _losses(self, plans: Sequence[Heads], documents: range) -> Iterable[tuple[Heads, tuple[float, ...], float]]:
+    def _losses(self, plans: Sequence[Layers], documents: range) -> Iterable[tuple[Layers, tuple[float, ...], float]]:
         """Evaluates plans, already in order, on some documents; yields as they finish."""
         group = max(1, self.spec.group)
         kept = branches(plans)
@@ -222,7 +227,7 @@ class Study:
             yield from zip(work.plans, outcome.losses, outcome.seconds, strict=True)
 
     def _write(
-        self, plan: Heads, losses: Sequence[float], seconds: float, stage: str, *, stopped: bool = False
+        self, plan: Layers, losses: Sequence[float], seconds: float, stage: str, *, stopped: bool = False
     ) -> None:
         evaluation = Evaluation.of(
             self.space,
@@ -270,5 +275,5 @@ class Options:
     """Neighbours that local search measures in each round."""
     trials: int | None = None
     """Random plans."""
-    plans: tuple[Heads, ...] | None = None
+    plans: tuple[Layers, ...] | None = None
     """The plans to measure."""

@@ -1,30 +1,32 @@
-"""Time of a decoded token, layer by layer and count by count, measured on this machine.
+"""Latency of a decoded token, layer by layer and choice by choice, measured on this machine.
 
-In: a model. Out: seconds that a layer takes with each number of K/V heads. Layers with the same K/V heads in the source
-are changed together, and the time is shared among them; what does not depend on the plan is shared by all. Which weights a
-merged head gets changes no time.
+In: a model. Out: the seconds that a layer takes with each choice. Layers that cache the same in the source are changed
+together and share the measured time; all layers share the time that does not depend on the plan. The values of merged weights
+do not change the time.
 """
 
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mqadapt_rs import files
+from mqadapt_rs.search.core import plan_record
 from mqadapt_rs.search.core.journal import JournalError, write_json
-from mqadapt_rs.search.core.space import Space
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from mqadapt_rs import Model
+    from mqadapt_rs._core import LayerCache
+    from mqadapt_rs.search.core.plan_record import LayerSeconds
+    from mqadapt_rs.search.core.space import Space
 
 FILE = "latency.json"
 TOKENS = 24
 """Tokens whose times are measured in each of the rounds."""
 ROUNDS = 3
-
-LayerSeconds = tuple[tuple[tuple[int, float], ...], ...]
 
 
 def decode_seconds(model: Model, depth: int) -> float:
@@ -33,17 +35,17 @@ def decode_seconds(model: Model, depth: int) -> float:
 
 
 def measure(model: Model, space: Space, depth: int) -> LayerSeconds:
-    """Seconds of each layer with each of its counts, at a depth of `depth` tokens."""
+    """Seconds of each layer with each of its choices, at a depth of `depth` tokens."""
     source = decode_seconds(model, depth)
     shared = source / space.num_hidden_layers
-    difference: dict[tuple[int, int], float] = {}
-    for own in sorted(set(space.source)):
-        alike = [layer for layer, heads in enumerate(space.source) if heads == own]
-        for count in space.choices(alike[0])[:-1]:
-            planned = decode_seconds(model.with_plan(list(space.with_layers(alike, count)), "first"), depth)
-            difference[own, count] = (planned - source) / len(alike)
+    difference: dict[tuple[LayerCache, LayerCache], float] = {}
+    for own in dict.fromkeys(space.source):
+        alike = [layer for layer, other in enumerate(space.source) if other == own]
+        for choice in space.choices(alike[0])[:-1]:
+            plan = space.plan(space.with_layers(alike, choice))
+            difference[own, choice] = (decode_seconds(model.with_plan(plan, "first"), depth) - source) / len(alike)
     return tuple(
-        tuple((count, shared + difference.get((own, count), 0.0)) for count in space.choices(layer))
+        {choice: shared + difference.get((own, choice), 0.0) for choice in space.choices(layer)}
         for layer, own in enumerate(space.source)
     )
 
@@ -54,8 +56,8 @@ def measured(folder: Path, model: Model, space: Space, depth: int, *, resume: bo
     if resume and path.exists():
         try:
             content = files.read_json(path)
-            seconds = tuple(tuple((int(c), float(s)) for c, s in layer) for layer in content["layer_seconds"])
-            if len(seconds) != space.num_hidden_layers or not all(0 <= s < 1e9 for layer in seconds for _, s in layer):
+            seconds = plan_record.read_seconds(content["layer_seconds"])
+            if len(seconds) != space.num_hidden_layers or not all(0 <= s < 1e9 for t in seconds for s in t.values()):
                 raise ValueError("expected times of every layer, in seconds")
         except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
             raise JournalError(
@@ -63,10 +65,11 @@ def measured(folder: Path, model: Model, space: Space, depth: int, *, resume: bo
             ) from None
     else:
         seconds = measure(model, space, depth)
-    return Space(space.source, space.head_bytes, space.counts, seconds)
+    return replace(space, layer_seconds=seconds)
 
 
 def save(folder: Path, space: Space, depth: int) -> None:
     """Writes the times of a space for a search that is resumed."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / FILE, {"depth": depth, "layer_seconds": space.layer_seconds})
+    seconds = None if space.layer_seconds is None else plan_record.seconds_field(space.layer_seconds)
+    write_json(folder / FILE, {"depth": depth, "layer_seconds": seconds})

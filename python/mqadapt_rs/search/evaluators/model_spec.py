@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mqadapt_rs.calibration import CONTEXT
 from mqadapt_rs.errors import ArgumentError
+from mqadapt_rs.search.core import plan_record
 from mqadapt_rs.search.core.evaluation import Metric
 from mqadapt_rs.search.core.space import Space
 from mqadapt_rs.search.evaluators.overlays import PlanOverlays
@@ -38,8 +39,6 @@ CALIBRATED = ("closed-form", "prune")
 """Methods that merge from text."""
 GROUP = 8
 """Most plans whose final hidden states are held at a time, so that the source's logits are computed once for them."""
-VALUE_BYTES = 2
-"""Bytes of a cached value that K/V bytes are counted with."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ class ModelSpec:
         calibration = self._calibration()
         if calibration is None:
             raise ArgumentError("the metric predicted needs statistics: --calibration FILE or --stats FILE")
-        return PredictedEvaluator(self.src, self.method, calibration, tuple(model.plan.num_key_value_heads))
+        return PredictedEvaluator(self.src, self.method, calibration, tuple(model.plan.layers))
 
     def _windows(self) -> tuple[WindowEvaluator, Model, ModelSpec]:
         windows = read_windows(self.src, self.data, self.seed)
@@ -192,7 +191,7 @@ class ModelSpec:
                 f"{states:,} bytes, and two of them are needed"
             )
         group = max(1, min(GROUP, held // 2)) if self.metric_name == "kl" else 1
-        source = tuple(model.plan.num_key_value_heads)
+        source = tuple(model.plan.layers)
         evaluator = WindowEvaluator(overlays, windows, self.metric_name, Prefixes(held - group, source))
         spec = replace(
             self,
@@ -278,7 +277,11 @@ def read_windows(src: str, data: Data, seed: int) -> list[list[int]]:
 
 
 def space_of(model: Model, counts: tuple[int, ...] | None) -> Space:
-    """The plans that a model can have."""
+    """The plans that a model can have, with the bytes of a K/V cache in the dtype that the model computes it in."""
     config = model.config
-    head_bytes = 2 * config.head_dim * VALUE_BYTES  # a key and a value
-    return Space(tuple(config.num_key_value_heads), (head_bytes,) * config.num_hidden_layers, counts)
+    table = tuple(
+        {choice: choice.bytes_per_token(config, model.kv_value_bytes) for choice in config.layer_caches(layer_idx)}
+        for layer_idx in range(config.num_hidden_layers)
+    )
+    allowed = None if counts is None else plan_record.layers(counts)
+    return Space(tuple(model.plan.layers), table, allowed)

@@ -1,7 +1,7 @@
 """The model under any plan, in memory. In: a model loaded once, a merge method. Out: models that share all other weights.
 
-A layer is merged once for every count; plans are put together from merged layers. Where a layer depends on those before it
-(closed-form with a refit), every plan is merged as a whole.
+A layer is merged once for every choice; plans are put together from merged layers. Where a layer depends on those before it
+(a refit), every plan is merged as a whole.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from mqadapt_rs._core import Plan
 
+if TYPE_CHECKING:
     from mqadapt_rs import Calibration, Model
-    from mqadapt_rs.search.core.space import Heads
+    from mqadapt_rs._core import LayerCache
+    from mqadapt_rs.search.core.space import Layers
 
 
 @dataclass
@@ -28,24 +29,30 @@ class PlanOverlays:
     """Of methods that merge from text."""
     together: bool = False
     """Whether what becomes of a layer depends on those before it."""
-    _merged: dict[tuple[int, int], Model] = field(default_factory=dict)
+    _merged: dict[tuple[int, LayerCache], Model] = field(default_factory=dict)
+    _own: Layers = field(init=False)
+    """What the layers of the source cache."""
 
-    def model(self, plan: Heads) -> Model:
+    def __post_init__(self) -> None:
+        self._own = tuple(self.source.plan.layers)
+
+    def model(self, plan: Layers) -> Model:
         """The model under a plan."""
-        changed = [(idx, own) for idx, own in enumerate(plan) if own != self.source.plan.num_key_value_heads[idx]]
+        changed = [(idx, own) for idx, own in enumerate(plan) if own != self._own[idx]]
         if not changed:
             return self.source
         if self.together:
             return self._merge(plan)
         return self.source.with_layers_of([(layer_idx, self._layer(layer_idx, own)) for layer_idx, own in changed])
 
-    def _layer(self, layer_idx: int, count: int) -> Model:
+    def _layer(self, layer_idx: int, choice: LayerCache) -> Model:
         """The model with one layer merged."""
-        if (layer_idx, count) not in self._merged:
-            plan = list(self.source.plan.num_key_value_heads)
-            plan[layer_idx] = count
-            self._merged[layer_idx, count] = self._merge(plan)
-        return self._merged[layer_idx, count]
+        if (layer_idx, choice) not in self._merged:
+            plan = (*self._own[:layer_idx], choice, *self._own[layer_idx + 1 :])
+            self._merged[layer_idx, choice] = self._merge(plan)
+        return self._merged[layer_idx, choice]
 
-    def _merge(self, plan: Sequence[int]) -> Model:
-        return self.source.with_plan(list(plan), self.method, self.seed, calibration=self.calibration)
+    def _merge(self, plan: Layers) -> Model:
+        return self.source.with_plan(
+            Plan.from_layers(plan, self._own), self.method, self.seed, calibration=self.calibration
+        )

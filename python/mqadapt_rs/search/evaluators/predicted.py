@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mqadapt_rs import Calibration
-    from mqadapt_rs.search.core.space import Heads
+    from mqadapt_rs._core import LayerCache
+    from mqadapt_rs.search.core.space import Layers
 
 METRIC = Metric(
     "predicted", "lost share of attention output, over layers", "lost share of attention output, summed over layers"
@@ -30,18 +31,18 @@ class PredictedEvaluator:
     src: str
     method: str
     calibration: Calibration
-    source: Heads
-    _lost: dict[tuple[int, int], float] = field(default_factory=dict)
+    source: Layers
+    _lost: dict[tuple[int, LayerCache], float] = field(default_factory=dict)
 
     def losses(
-        self, plans: Sequence[Heads], branches: Sequence[Sequence[int]], documents: range
+        self, plans: Sequence[Layers], branches: Sequence[Sequence[int]], documents: range
     ) -> Iterator[list[float]]:
         """One loss for each plan; there are no documents."""
         del branches, documents
         changed = [
             [(layer_idx, own) for layer_idx, own in enumerate(plan) if own != self.source[layer_idx]] for plan in plans
         ]
-        missing = sorted({layer for layers in changed for layer in layers if layer not in self._lost})
+        missing = list(dict.fromkeys(layer for layers in changed for layer in layers if layer not in self._lost))
         if missing:
             errors = self.calibration.predicted_errors(self.src, self.method, missing)
             self._lost.update(zip(missing, (error**2 for error in errors), strict=True))

@@ -16,7 +16,7 @@ from mqadapt_rs.search.core.plan_order import shared
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mqadapt_rs.search.core.space import Heads
+    from mqadapt_rs.search.core.space import Layers
 
 BRANCHES = 12
 """States that the walk through a tree of plans holds at most, up to 2**12 plans."""
@@ -28,11 +28,11 @@ class Prefixes:
 
     most: int
     """States that are kept at a time."""
-    source: Heads
-    """K/V heads of the source."""
+    source: Layers
+    """What the layers of the source cache."""
     trunk: dict[int, Any] = field(default_factory=dict)
     """States of the source, by their layer."""
-    _states: dict[Heads, Any] = field(default_factory=dict)
+    _states: dict[Layers, Any] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forgets all, because the documents change."""
@@ -45,7 +45,7 @@ class Prefixes:
         number = min(layers - 1, max(0, self.most))
         return _spread(layers, number)
 
-    def way(self, plan: Heads, depths: Sequence[int]) -> tuple[int, Any, list[int]]:
+    def way(self, plan: Layers, depths: Sequence[int]) -> tuple[int, Any, list[int]]:
         """The layer from which a plan runs, the kept state there, and the layers before which it should keep states.
 
         The state is the deepest that the plan can go on from; layer 0 and `None` if there is none.
@@ -72,7 +72,7 @@ class Prefixes:
         layers = sorted(self.trunk)
         self.trunk = {layers[at]: self.trunk[layers[at]] for at in _spread(len(layers), number)}
 
-    def keep(self, plan: Heads, depth: int, state: Any) -> None:
+    def keep(self, plan: Layers, depth: int, state: Any) -> None:
         """Keeps a state of a plan; of too many the shallowest go."""
         if plan == self.source and depth in self.trunk_layers():
             self.trunk[depth] = state

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mqadapt_rs.lm_eval import MqadaptLM
-    from mqadapt_rs.search.core.space import Heads
+    from mqadapt_rs.search.core.space import Layers
     from mqadapt_rs.search.evaluators.model_spec import Data
     from mqadapt_rs.search.evaluators.overlays import PlanOverlays
 
@@ -109,7 +109,7 @@ class TaskEvaluator:
         """`lm`: lm-eval's view of the model, lent to each plan in turn."""
         self.overlays = overlays
         self.max_memory = max_memory
-        self.prefixes = Prefixes(0, tuple(overlays.source.plan.num_key_value_heads))
+        self.prefixes = Prefixes(0, tuple(overlays.source.plan.layers))
         self._documents = range(0)
         self.lm = lm
         self.task = task
@@ -122,7 +122,7 @@ class TaskEvaluator:
             self.pairs = [[next(pairs) for _ in requests] for _, requests in task.documents]
 
     def losses(
-        self, plans: Sequence[Heads], branches: Sequence[Sequence[int]], documents: range
+        self, plans: Sequence[Layers], branches: Sequence[Sequence[int]], documents: range
     ) -> Iterator[list[float]]:
         """The loss of each document."""
         for plan, depths in zip(plans, branches, strict=True):
@@ -130,7 +130,7 @@ class TaskEvaluator:
             answers = self._scores(model, plan, depths, documents) if self.scored else self._answers(model, documents)
             yield self.task.losses(documents, answers)
 
-    def _scores(self, model: Any, plan: Heads, depths: Sequence[int], documents: range) -> list[Any]:
+    def _scores(self, model: Any, plan: Layers, depths: Sequence[int], documents: range) -> list[Any]:
         """Log-likelihoods, from hidden states before the first layer that was not run before."""
         pairs = [pair for number in documents for pair in self.pairs[number]]
         if documents != self._documents:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mqadapt_rs.search.core.space import Heads
+    from mqadapt_rs.search.core.space import Layers
     from mqadapt_rs.search.evaluators.overlays import PlanOverlays
     from mqadapt_rs.search.evaluators.prefix_cache import Prefixes
 
@@ -33,7 +33,7 @@ class WindowEvaluator:
     _reference: Any = None
 
     def losses(
-        self, plans: Sequence[Heads], branches: Sequence[Sequence[int]], documents: range
+        self, plans: Sequence[Layers], branches: Sequence[Sequence[int]], documents: range
     ) -> Iterator[list[float]]:
         """Mean loss of each window, in nats per token."""
         if documents != self._documents:
@@ -55,7 +55,7 @@ class WindowEvaluator:
             # the source does not diverge from itself, exactly
             yield [0.0] * len(windows) if plan == source else _means(next(divergences).tolist(), len(windows))
 
-    def _final(self, plan: Heads, depths: Sequence[int], windows: list[list[int]]) -> Any:
+    def _final(self, plan: Layers, depths: Sequence[int], windows: list[list[int]]) -> Any:
         """Hidden states of a plan behind the last layer, keeping those at `depths` on the way."""
         model = self.overlays.model(plan)
         _, states, kept = self.prefixes.way(plan, depths)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mqadapt_rs.search.core.plan_record import count
+
 if TYPE_CHECKING:
     from mqadapt_rs.search.core.study import Options, Study
 
 
-def run(study: Study, options: Options) -> None:
+def run(study: Study, _options: Options) -> None:
     """Evaluates them."""
     space = study.space
-    counts = options.counts or (space.reduced()[0],)
+    choices = space.targets()
     most = (space.num_hidden_layers + 1) // 2
     numbers = range(min(2, most), most + 1)
-    study.expect(len(counts) * len(numbers))
-    for count in counts:
-        study.evaluate([space.alternate(number, count) for number in numbers], f"alternate layers to {count}")
+    study.expect(len(choices) * len(numbers))
+    for choice in choices:
+        study.evaluate([space.alternate(number, choice) for number in numbers], f"alternate layers to {count(choice)}")

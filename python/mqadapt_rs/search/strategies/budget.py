@@ -6,7 +6,6 @@ measured, and local search by swaps improves the best of them, every neighbour m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mqadapt_rs.errors import ArgumentError
@@ -14,21 +13,23 @@ from mqadapt_rs.search.core.knapsack import Choice, solve
 from mqadapt_rs.search.strategies import sensitivity
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mqadapt_rs._core import LayerCache
     from mqadapt_rs.search.core.limit import Limit
-    from mqadapt_rs.search.core.space import Heads, Space
+    from mqadapt_rs.search.core.space import Layers, Space
     from mqadapt_rs.search.core.study import Options, Study
+
+    Damages = Mapping[tuple[int, LayerCache], float]
 
 SWAPS = 12
 ROUNDS = 12
 PATIENCE = 2
 """Rounds without progress, each of the next best neighbours, after which local search ends."""
 
-Damages = Mapping[tuple[int, int], float]
-"""Damage of one layer at one count."""
 
-
-def single_damages(study: Study) -> dict[tuple[int, int], float]:
-    """The damage of every layer alone at every count; 0 for its own count."""
+def single_damages(study: Study) -> dict[tuple[int, LayerCache], float]:
+    """The damage of every layer alone at every choice; 0 for its own."""
     space = study.space
     singles = sensitivity.plans(study)
     damages = {(layer, space.source[layer]): 0.0 for layer in range(space.num_hidden_layers)}
@@ -38,26 +39,27 @@ def single_damages(study: Study) -> dict[tuple[int, int], float]:
     return damages
 
 
-def knapsack(space: Space, damages: Damages, limit: Limit) -> Heads | None:
+def knapsack(space: Space, damages: Damages, limit: Limit) -> Layers | None:
     """The plan whose added damages are least within the limit; `None` if nothing fits."""
     layers = [
-        [Choice(count, limit.layer_cost(layer, count), damages[layer, count]) for count in space.choices(layer)]
+        [Choice(limit.layer_cost(layer, choice), damages[layer, choice]) for choice in space.choices(layer)]
         for layer in range(space.num_hidden_layers)
     ]
-    return solve(layers, limit.most)
+    chosen = solve(layers, limit.most)
+    return None if chosen is None else tuple(space.choices(layer)[at] for layer, at in enumerate(chosen))
 
 
-def patterns(space: Space, limit: Limit) -> list[Heads]:
-    """The published patterns (from the end, every second layer, from the start) that just fit, for every count."""
-    found: dict[Heads, None] = {}
+def patterns(space: Space, limit: Limit) -> list[Layers]:
+    """The published patterns (from the end, every second layer, from the start) that just fit, for every choice."""
+    found: dict[Layers, None] = {}
     layers = space.num_hidden_layers
-    for count in space.reduced():
-        ends = [space.last(number, count) for number in range(1, layers + 1)]
-        starts = [space.with_layers(range(number), count) for number in range(1, layers + 1)]
+    for choice in space.reduced():
+        ends = [space.last(number, choice) for number in range(1, layers + 1)]
+        starts = [space.with_layers(range(number), choice) for number in range(1, layers + 1)]
         # beyond every second layer, the rest follows from the end
-        alternate = [space.alternate(number, count) for number in range(1, (layers + 1) // 2 + 1)]
+        alternate = [space.alternate(number, choice) for number in range(1, (layers + 1) // 2 + 1)]
         rest = [idx for idx in range(layers - 1, -1, -1) if (layers - 1 - idx) % 2]
-        alternate += [space.with_layers(rest[:number], count, alternate[-1]) for number in range(1, len(rest) + 1)]
+        alternate += [space.with_layers(rest[:number], choice, alternate[-1]) for number in range(1, len(rest) + 1)]
         for shape in (ends, alternate, starts):
             fitting = next((plan for plan in shape if limit.fits(plan)), None)
             if fitting is not None:
@@ -65,35 +67,40 @@ def patterns(space: Space, limit: Limit) -> list[Heads]:
     return list(found)
 
 
-def neighbours(space: Space, plan: Heads, damages: Damages, limit: Limit) -> list[Heads]:
+def neighbours(space: Space, plan: Layers, damages: Damages, limit: Limit) -> list[Layers]:
     """Plans within the limit that differ in one layer, or in two of which one goes up and one down.
 
     The most promising by the added damages first.
     """
     options = [
-        (layer, count)
+        (layer, choice)
         for layer in range(space.num_hidden_layers)
-        for count in space.choices(layer)
-        if count != plan[layer]
+        for choice in space.choices(layer)
+        if choice != plan[layer]
     ]
-    found: dict[Heads, float] = {}
+    found: dict[Layers, float] = {}
 
-    def consider(changes: tuple[tuple[int, int], ...]) -> None:
+    def consider(changes: tuple[tuple[int, LayerCache], ...]) -> None:
         changed = list(plan)
-        for layer, count in changes:
-            changed[layer] = count
+        for layer, choice in changes:
+            changed[layer] = choice
         if limit.fits(tuple(changed)):
-            gain = sum(damages[layer, count] - damages[layer, plan[layer]] for layer, count in changes)
+            gain = sum(damages[layer, choice] - damages[layer, plan[layer]] for layer, choice in changes)
             found.setdefault(tuple(changed), gain)
 
-    for layer, count in options:
-        consider(((layer, count),))
-    for layer, count in options:
-        for other, lower in options:
-            if count > plan[layer] and lower < plan[other] and layer != other:
-                consider(((layer, count), (other, lower)))
+    def grows(layer: int, choice: LayerCache) -> bool:
+        return space.layer_bytes[layer][choice] > space.layer_bytes[layer][plan[layer]]
+
+    larger = [change for change in options if grows(*change)]
+    smaller = [change for change in options if not grows(*change)]
+    for change in options:
+        consider((change,))
+    for change in larger:
+        for other in smaller:
+            if change[0] != other[0]:
+                consider((change, other))
     found.pop(space.source, None)
-    return sorted(found, key=lambda candidate: (found[candidate], candidate))
+    return sorted(found, key=lambda candidate: (found[candidate], space.rank(candidate)))
 
 
 def run(study: Study, options: Options) -> None:

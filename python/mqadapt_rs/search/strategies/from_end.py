@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mqadapt_rs.search.core.plan_record import count
+
 if TYPE_CHECKING:
     from mqadapt_rs.search.core.study import Options, Study
 
@@ -20,11 +22,11 @@ def run(study: Study, options: Options) -> None:
     Bisection takes the damage to grow with the number of layers; the plans measured on the way say whether it did.
     """
     space = study.space
-    counts = options.counts or (space.reduced()[0],)
+    choices = space.targets()
     steps = numbers(space.num_hidden_layers)
-    study.expect(len(counts) * len(steps))
-    for count in counts:
-        found = study.evaluate([space.last(number, count) for number in steps], f"last layers to {count}")
+    study.expect(len(choices) * len(steps))
+    for choice in choices:
+        found = study.evaluate([space.last(number, choice) for number in steps], f"last layers to {count(choice)}")
         if options.max_damage is None:
             continue
         good, bad = 0, space.num_hidden_layers + 1
@@ -35,7 +37,7 @@ def run(study: Study, options: Options) -> None:
             good = number
         while bad - good > 1:
             middle = (good + bad) // 2
-            (evaluation,) = study.evaluate([space.last(middle, count)], f"bisection to {count}")
+            (evaluation,) = study.evaluate([space.last(middle, choice)], f"bisection to {count(choice)}")
             if evaluation.damage.mean > options.max_damage:
                 bad = middle
             else:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from mqadapt_rs.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from mqadapt_rs.search.core.space import Heads, Space
+    from mqadapt_rs.search.core.space import Layers, Space
     from mqadapt_rs.search.core.study import Options, Study
 
 
-def named(space: Space, options: Options) -> list[Heads]:
+def named(space: Space, options: Options) -> list[Layers]:
     """The plans, each once, but for the source."""
     return [plan for plan in dict.fromkeys(options.plans or ()) if plan != space.source]
 

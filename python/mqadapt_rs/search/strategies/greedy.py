@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mqadapt_rs.search.core.space import Heads
+    from mqadapt_rs.search.core.space import Layers
     from mqadapt_rs.search.core.study import Options, Study
 
 
-def moves(study: Study, base: Heads) -> list[Heads]:
-    """The plans that take one layer of `base` to its next lower count."""
+def moves(study: Study, base: Layers) -> list[Layers]:
+    """The plans that take one layer of `base` to its next lower choice."""
     found = []
     for layer, own in enumerate(base):
-        lower = [count for count in study.space.choices(layer) if count < own]
+        lower = study.space.lower(layer, own)
         if lower:
             found.append((*base[:layer], lower[-1], *base[layer + 1 :]))
     return found
@@ -34,7 +34,7 @@ def run(study: Study, options: Options) -> None:
         before = current
         current = min(
             (evaluation for evaluation in found if not evaluation.stopped),
-            key=lambda e: ((e.damage.mean - before.damage.mean) / (before.kv_bytes - e.kv_bytes), e.plan),
+            key=lambda e: ((e.damage.mean - before.damage.mean) / (before.kv_bytes - e.kv_bytes), e.rank),
         )
         base = current.plan
         if options.max_damage is not None and current.damage.mean > options.max_damage:

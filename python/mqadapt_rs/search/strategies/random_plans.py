@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mqadapt_rs.search.core.limit import Limit
-    from mqadapt_rs.search.core.space import Heads, Space
+    from mqadapt_rs.search.core.space import Layers, Space
     from mqadapt_rs.search.core.study import Options, Study
 
 TRIALS = 32
 
 
-def draw(space: Space, draws: random.Random, limit: Limit | None) -> Heads:
-    """One plan. With a limit: layers in random order take a random lower count until it is met, then stop."""
+def draw(space: Space, draws: random.Random, limit: Limit | None) -> Layers:
+    """One plan. With a limit: layers in random order take a random lower choice until it is met, then stop."""
     if limit is None:
         return tuple(draws.choice(space.choices(layer)) for layer in range(space.num_hidden_layers))
     plan = list(space.source)
     while not limit.fits(tuple(plan)):
-        layer = draws.choice([idx for idx, own in enumerate(plan) if own > space.choices(idx)[0]])
-        plan[layer] = draws.choice([count for count in space.choices(layer) if count < plan[layer]])
+        layer = draws.choice([idx for idx, own in enumerate(plan) if space.lower(idx, own)])
+        plan[layer] = draws.choice(space.lower(layer, plan[layer]))
     return tuple(plan)
 
 
@@ -29,7 +29,7 @@ def run(study: Study, options: Options) -> None:
     space, trials = study.space, TRIALS if options.trials is None else options.trials
     limit = study.rule.limit
     draws = random.Random(study.seed)
-    plans: dict[Heads, None] = {}
+    plans: dict[Layers, None] = {}
     for _ in range(20 * trials):  # a small space has fewer plans than trials
         plan = draw(space, draws, limit)
         if plan != space.source:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mqadapt_rs.search.core.space import Heads
+    from mqadapt_rs.search.core.space import Layers
     from mqadapt_rs.search.core.study import Options, Study
 
 
-def plans(study: Study) -> list[Heads]:
+def plans(study: Study) -> list[Layers]:
     """All plans that change one layer."""
     space = study.space
     return [
-        space.single(layer, count) for layer in range(space.num_hidden_layers) for count in space.choices(layer)[:-1]
+        space.single(layer, choice) for layer in range(space.num_hidden_layers) for choice in space.choices(layer)[:-1]
     ]
 
 
