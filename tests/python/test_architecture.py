@@ -13,11 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CRATES = {
     "mqadapt-core": set(),
     "mqadapt-checkpoint": {"core"},
-    "mqadapt-merge": {"core"},
+    "mqadapt-compress": {"core"},
     "mqadapt-kernels": set(),
-    "mqadapt-model": {"core", "checkpoint", "merge", "kernels"},
-    "mqadapt-convert": {"core", "checkpoint", "merge", "model"},
-    "mqadapt-py": {"core", "checkpoint", "merge", "kernels", "model", "convert"},
+    "mqadapt-model": {"core", "checkpoint", "compress", "kernels"},
+    "mqadapt-calibrate": {"core", "checkpoint", "compress", "model"},
+    "mqadapt-convert": {"core", "checkpoint", "compress"},
+    "mqadapt-py": {"core", "checkpoint", "compress", "kernels", "model", "calibrate", "convert"},
 }
 
 
