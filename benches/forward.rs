@@ -51,7 +51,7 @@ fn decode(criterion: &mut Criterion, group: &str, plans: &[(usize, String)], mod
     let mut group = criterion.benchmark_group(group);
     for (number, plan) in plans {
         let plan = Plan::parse(plan, checkpoint.config()).unwrap();
-        let planned = model.with_plan(checkpoint, &plan, "mean", &mqadapt_merge::MergeOptions::default()).unwrap();
+        let planned = model.with_plan(checkpoint, &plan, "mean", &mqadapt_compress::MergeOptions::default()).unwrap();
         for depth in DEPTHS {
             group.throughput(Throughput::Bytes(planned.bytes_per_step(depth)));
             group.bench_function(BenchmarkId::new(format!("depth {depth}"), number), |bencher| {

@@ -17,11 +17,12 @@ PACKAGE = SOURCES / "mqadapt_rs"
 CRATES = {
     "mqadapt-core": set(),
     "mqadapt-checkpoint": {"core"},
-    "mqadapt-merge": {"core"},
+    "mqadapt-compress": {"core"},
     "mqadapt-kernels": set(),
-    "mqadapt-model": {"core", "checkpoint", "merge", "kernels"},
-    "mqadapt-convert": {"core", "checkpoint", "merge", "model"},
-    "mqadapt-py": {"core", "checkpoint", "merge", "kernels", "model", "convert"},
+    "mqadapt-model": {"core", "checkpoint", "compress", "kernels"},
+    "mqadapt-calibrate": {"core", "checkpoint", "compress", "model"},
+    "mqadapt-convert": {"core", "checkpoint", "compress"},
+    "mqadapt-py": {"core", "checkpoint", "compress", "kernels", "model", "calibrate", "convert"},
 }
 
 

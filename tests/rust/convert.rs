@@ -5,15 +5,14 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::{bf16, f16};
+use mqadapt_calibrate::{CalibratedLayers, CalibratedMerge, CalibratedMethod, Calibration};
 use mqadapt_checkpoint::Checkpoint;
+use mqadapt_compress::closed_form::ClosedFormOptions;
+use mqadapt_compress::{LayerError, LayerMethod, LayerWeights, MergeOptions, MergedLayer, method};
 use mqadapt_convert::{
-    CalibratedLayers, ConversionReport, ConvertOptions, Error, LayerError, LayerMerge, LayerWeights, MANIFEST_FILE,
-    Manifest, MergedLayer, PARTIAL_SUFFIX, Result, convert, convert_layers,
+    ConversionReport, ConvertOptions, Error, MANIFEST_FILE, Manifest, PARTIAL_SUFFIX, Result, convert, convert_layers,
 };
-use mqadapt_core::{DType, Interrupted, NoProgress, Plan, Progress};
-use mqadapt_merge::closed_form::ClosedFormOptions;
-use mqadapt_merge::{MergeOptions, method};
-use mqadapt_model::{CalibratedMerge, CalibratedMethod, Calibration};
+use mqadapt_core::{DType, Interrupted, LayerCache, NoProgress, Plan, Progress};
 use tempfile::TempDir;
 
 use crate::synthetic::{CONFIG, Synthetic, files, values};
@@ -314,28 +313,28 @@ fn two_conversions_into_one_folder_do_not_meet() {
     convert(&checkpoint, &dst, &plan, &options("mean"), &Second(&second)).unwrap();
 }
 
+/// The first K/V heads and everything else.
+fn first_heads(cache: LayerCache, weights: &LayerWeights) -> LayerWeights {
+    let mut weights = weights.clone();
+    let len = cache.num_key_value_heads() * 10 * 24;
+    weights.k_proj.truncate(len);
+    weights.v_proj.truncate(len);
+    weights
+}
+
 /// Doubles `q_proj` and `o_proj`, keeps the first K/V heads.
 struct Doubling(Vec<usize>);
 
-impl LayerMerge for Doubling {
+impl LayerMethod for Doubling {
     fn merge_layer(
         &mut self,
         layer_idx: usize,
-        heads: usize,
-        weights: LayerWeights,
+        cache: LayerCache,
+        weights: &LayerWeights,
     ) -> std::result::Result<MergedLayer, LayerError> {
         self.0.push(layer_idx);
-        let change = |(name, mut values): (String, Vec<f32>)| {
-            if name.contains("k_proj") || name.contains("v_proj") {
-                values.truncate(heads * 10 * 24);
-            } else {
-                for value in &mut values {
-                    *value *= 2.0;
-                }
-            }
-            (name, values)
-        };
-        let weights = weights.into_iter().map(change).collect();
+        let mut weights = first_heads(cache, weights);
+        weights.q_proj.iter_mut().chain(&mut weights.o_proj).for_each(|value| *value *= 2.0);
         Ok(MergedLayer { weights, relative_error: 0.5, notes: serde_json::json!({ "predicted": layer_idx }) })
     }
 }
@@ -370,15 +369,15 @@ fn a_layer_method_gets_and_gives_whole_layers() {
 /// Stops at the second layer.
 struct Stopping(usize);
 
-impl LayerMerge for Stopping {
+impl LayerMethod for Stopping {
     fn merge_layer(
         &mut self,
         layer_idx: usize,
-        heads: usize,
-        weights: LayerWeights,
+        cache: LayerCache,
+        weights: &LayerWeights,
     ) -> std::result::Result<MergedLayer, LayerError> {
         self.0 += 1;
-        if self.0 == 2 { Err(Interrupted.into()) } else { Keeping.merge_layer(layer_idx, heads, weights) }
+        if self.0 == 2 { Err(Interrupted.into()) } else { Keeping.merge_layer(layer_idx, cache, weights) }
     }
 }
 
@@ -400,7 +399,7 @@ fn a_layer_method_resumes_where_it_was() {
     let checkpoint = Checkpoint::open(source.path()).unwrap();
     let plan = Plan::parse("gqa2:1,3", checkpoint.config()).unwrap();
     let resume = ConvertOptions { resume: true, ..options("mean") };
-    let run = |dst: &Path, method: &mut dyn LayerMerge, progress: &dyn Progress| {
+    let run = |dst: &Path, method: &mut dyn LayerMethod, progress: &dyn Progress| {
         convert_layers(&checkpoint, dst, &plan, &resume, method, progress)
     };
     let stopped = |dst: &Path| run(dst, &mut Doubling(Vec::new()), &StopAt(30_000, AtomicU64::new(0))).unwrap_err();
@@ -503,20 +502,14 @@ fn a_merge_from_text_resumes_where_it_was() {
 /// Keeps the first K/V heads and everything else.
 struct Keeping;
 
-impl LayerMerge for Keeping {
+impl LayerMethod for Keeping {
     fn merge_layer(
         &mut self,
         _: usize,
-        heads: usize,
-        weights: LayerWeights,
+        cache: LayerCache,
+        weights: &LayerWeights,
     ) -> std::result::Result<MergedLayer, LayerError> {
-        let kept = weights.into_iter().map(|(name, mut values)| {
-            if name.contains("k_proj") || name.contains("v_proj") {
-                values.truncate(heads * 10 * 24);
-            }
-            (name, values)
-        });
-        Ok(MergedLayer { weights: kept.collect(), ..MergedLayer::default() })
+        Ok(MergedLayer { weights: first_heads(cache, weights), ..MergedLayer::default() })
     }
 }
 

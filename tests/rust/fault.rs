@@ -9,9 +9,9 @@ use std::thread;
 use std::time::Duration;
 
 use mqadapt_checkpoint::Checkpoint;
+use mqadapt_compress::{MergeOptions, method};
 use mqadapt_convert::{ConvertOptions, Error, PARTIAL_SUFFIX, convert};
 use mqadapt_core::{Interrupted, NoProgress, Plan, Progress};
-use mqadapt_merge::{MergeOptions, method};
 use tempfile::TempDir;
 
 use crate::synthetic::{CONFIG, Synthetic, files};

@@ -7,9 +7,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mqadapt_checkpoint::Checkpoint;
+use mqadapt_compress::{MergeOptions, method};
 use mqadapt_convert::{ConversionReport, ConvertOptions, Error, MANIFEST_FILE, PARTIAL_SUFFIX, convert};
 use mqadapt_core::{Interrupted, NoProgress, Plan, Progress};
-use mqadapt_merge::{MergeOptions, method};
 use tempfile::TempDir;
 
 use crate::synthetic::{Synthetic, files};

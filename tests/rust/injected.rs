@@ -7,9 +7,9 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use mqadapt_checkpoint::Checkpoint;
+use mqadapt_compress::{MergeOptions, method};
 use mqadapt_convert::{ConvertOptions, Error, PARTIAL_SUFFIX, convert};
 use mqadapt_core::{Interrupted, Plan, Progress};
-use mqadapt_merge::{MergeOptions, method};
 use tempfile::TempDir;
 
 use crate::synthetic::{Synthetic, files};

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use mqadapt_checkpoint::{Checkpoint, Error as CheckpointError, ShardHead, ShardSource};
+use mqadapt_compress::{MergeOptions, method};
 use mqadapt_convert::{ConvertOptions, Error, convert};
 use mqadapt_core::{NoProgress, Plan};
-use mqadapt_merge::{MergeOptions, method};
 use tempfile::TempDir;
 
 use crate::synthetic::{Synthetic, files};

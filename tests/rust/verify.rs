@@ -4,9 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use mqadapt_checkpoint::Checkpoint;
+use mqadapt_compress::{MergeOptions, method};
 use mqadapt_convert::{ConvertOptions, Error, MANIFEST_FILE, PARTIAL_SUFFIX, Verification, convert, verify};
 use mqadapt_core::{DType, NoProgress, Plan};
-use mqadapt_merge::{MergeOptions, method};
 use tempfile::TempDir;
 
 use crate::synthetic::Synthetic;

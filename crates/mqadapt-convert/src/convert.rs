@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use mqadapt_checkpoint::{Checkpoint, Content, SideFile, StoredType};
+use mqadapt_compress::LayerMethod;
 use mqadapt_core::{DType, ModelConfig, Plan, Progress, cost};
 use serde_json::{Map, Value, json};
 
@@ -15,7 +16,7 @@ use crate::options::peak_rss_bytes;
 use crate::output::Output;
 use crate::whole_layers::LayerNotes;
 use crate::writer::Writer;
-use crate::{ConversionReport, ConvertOptions, Error, LayerMerge, Result};
+use crate::{ConversionReport, ConvertOptions, Error, Result};
 
 /// The modelling file for Llama; in that of another family, the prefix of its transformers classes replaces `Llama`.
 const LLAMA_MODELING: &str = include_str!("../../../python/mqadapt_rs/modeling/modeling_mqadapt.py");
@@ -52,7 +53,7 @@ pub fn convert_layers(
     dst: &Path,
     plan: &Plan,
     options: &ConvertOptions,
-    layers: &mut dyn LayerMerge,
+    layers: &mut dyn LayerMethod,
     progress: &dyn Progress,
 ) -> Result<ConversionReport> {
     run(checkpoint, dst, plan, options, Some(layers), progress)
@@ -63,7 +64,7 @@ fn run(
     dst: &Path,
     plan: &Plan,
     options: &ConvertOptions,
-    layers: Option<&mut dyn LayerMerge>,
+    layers: Option<&mut dyn LayerMethod>,
     progress: &dyn Progress,
 ) -> Result<ConversionReport> {
     let begun = Instant::now();

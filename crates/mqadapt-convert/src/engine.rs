@@ -6,9 +6,9 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use mqadapt_checkpoint::{Checkpoint, StoredType, TensorInfo, not_finite, store};
+use mqadapt_compress::{ErrorSum, KvMerge};
 use mqadapt_core::family::LayerTensor;
 use mqadapt_core::{Plan, Progress};
-use mqadapt_merge::{ErrorSum, KvMerge};
 
 use crate::cache::Visit;
 use crate::directory::Directory;

@@ -2,10 +2,9 @@
 
 use mqadapt_checkpoint::{Checkpoint, StoredType, TensorInfo};
 use mqadapt_core::family::LayerTensor;
-use mqadapt_core::{ModelConfig, Plan};
+use mqadapt_core::{ModelConfig, Plan, TensorChange};
 use serde_json::{Map, Value, json};
 
-use crate::layers::replaced_by_layer_method;
 use crate::{ConvertOptions, Error, Result};
 
 /// Name of the only file of a checkpoint without an index.
@@ -174,28 +173,19 @@ impl Request<'_> {
     /// How a tensor changes, if the plan changes it.
     fn changed(&self, tensor: &TensorInfo) -> Option<(How, LayerTensor)> {
         let layer = LayerTensor::parse(&tensor.name)?;
-        let config = self.checkpoint.config();
-        let before = *config.num_key_value_heads.get(layer.layer_idx)?;
-        let after = self.plan.layers().get(layer.layer_idx)?.num_key_value_heads();
-        // a bias that the model does not have (transformers would ignore it) stays as it is
-        if after == before || (layer.bias && !config.has_bias(layer.module)) {
-            return None;
-        }
-        if self.whole_layers {
-            return replaced_by_layer_method(layer).then_some((How::Layer(layer), layer));
-        }
-        is_kv(layer).then_some((How::Merge(layer), layer))
+        let how = match self.plan.change(self.checkpoint.config(), layer) {
+            TensorChange::Keep => return None,
+            _ if self.whole_layers => How::Layer(layer),
+            TensorChange::Heads { .. } => How::Merge(layer),
+            TensorChange::Compensate => return None,
+        };
+        Some((how, layer))
     }
 }
 
 /// The name of a tensor in the source's files, and in ours.
 fn stored_name<'a>(checkpoint: &Checkpoint, tensor: &'a TensorInfo) -> &'a str {
     checkpoint.config().stored_name(&tensor.name)
-}
-
-fn is_kv(layer: LayerTensor) -> bool {
-    use mqadapt_core::family::Module::{KProj, VProj};
-    matches!(layer.module, KProj | VProj)
 }
 
 /// The source's own shards.

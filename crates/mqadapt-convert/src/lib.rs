@@ -21,7 +21,7 @@
 //! use mqadapt_checkpoint::Checkpoint;
 //! use mqadapt_convert::{ConvertOptions, convert};
 //! use mqadapt_core::{NoProgress, Plan};
-//! use mqadapt_merge::{MergeOptions, method};
+//! use mqadapt_compress::{MergeOptions, method};
 //!
 //! let checkpoint = Checkpoint::open(&src)?;
 //! let plan = Plan::parse("mqa:all", checkpoint.config())?;
@@ -34,7 +34,6 @@
 //! ```
 
 mod cache;
-mod calibrated;
 mod convert;
 mod directory;
 mod disk;
@@ -42,7 +41,6 @@ mod engine;
 mod error;
 mod finite;
 mod journal;
-mod layers;
 mod layout;
 mod manifest;
 mod options;
@@ -53,10 +51,8 @@ mod verify;
 mod whole_layers;
 mod writer;
 
-pub use calibrated::CalibratedLayers;
 pub use convert::{convert, convert_layers};
 pub use error::{Error, Result};
-pub use layers::{LayerError, LayerMerge, LayerWeights, MergedLayer};
 pub use manifest::{MANIFEST_FILE, Manifest, PlanRecord, ShardRecord, SourceRecord};
 pub use options::{ConversionReport, ConvertOptions};
 pub use output::PARTIAL_SUFFIX;

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use mqadapt_compress::{MergeOptions, Method};
 use mqadapt_core::DType;
-use mqadapt_merge::{MergeOptions, Method};
 use serde::Serialize;
 use serde_json::{Map, Value};
 

@@ -4,9 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use mqadapt_checkpoint::{Checkpoint, StoredType, TensorInfo, not_finite as not_finite_values};
+use mqadapt_compress::{KvMerge, METHODS, MergeOptions, method};
 use mqadapt_core::family::LayerTensor;
-use mqadapt_core::{DType, Plan, Progress, cost};
-use mqadapt_merge::{KvMerge, METHODS, MergeOptions, method};
+use mqadapt_core::{DType, Plan, Progress, TensorChange, cost};
 use serde::Serialize;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -260,21 +260,16 @@ impl Verifier<'_> {
     /// One tensor against its original.
     fn tensor(&mut self, source: &Checkpoint, original: &TensorInfo, tensor: &TensorInfo, plan: &Plan) -> Result<()> {
         let layer = LayerTensor::parse(&tensor.name);
-        let touched = layer.filter(|layer| {
-            let before = source.config().num_key_value_heads.get(layer.layer_idx).copied();
-            before != plan.layers().get(layer.layer_idx).map(|choice| choice.num_key_value_heads())
-        });
+        let change = layer.map_or(TensorChange::Keep, |layer| plan.change(source.config(), layer));
         let options = self.merge_options();
-        let rows = method(&self.manifest.method).and_then(mqadapt_merge::Method::rows);
-        let different = match (touched, rows) {
-            (Some(layer), None) if crate::layers::replaced_by_layer_method(layer) => {
+        let rows = method(&self.manifest.method).and_then(mqadapt_compress::Method::rows);
+        let merge = layer.zip(rows).and_then(|(layer, rows)| KvMerge::of(layer, source.config(), plan, rows, &options));
+        let different = match (change, rows, merge) {
+            (TensorChange::Heads { .. } | TensorChange::Compensate, None, _) => {
                 self.out.not_compared += 1;
                 return self.advance(tensor.bytes);
             }
-            (Some(layer), Some(rows)) => match KvMerge::of(layer, source.config(), plan, rows, &options) {
-                Some(merge) => self.merged(source, original, tensor, &merge)?,
-                None => self.same(source, original, tensor)?,
-            },
+            (_, _, Some(merge)) => self.merged(source, original, tensor, &merge)?,
             _ => self.same(source, original, tensor)?,
         };
         self.out.compared += 1;

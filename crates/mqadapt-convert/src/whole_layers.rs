@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 
 use mqadapt_checkpoint::{Shard, convert_stored, store};
-use mqadapt_core::DType;
+use mqadapt_compress::{LayerError, LayerMethod, LayerWeights, MergedLayer};
+use mqadapt_core::family::LayerTensor;
+use mqadapt_core::{DType, LayerCache};
 use serde_json::{Map, Value};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::directory::partial;
 use crate::engine::{Engine, refuse_overflow};
 use crate::journal::{Journal, LayerLine, Past};
-use crate::layers::{LayerError, LayerMerge, LayerWeights, MergedLayer};
 use crate::layout::{How, Layout, OutputShard, OutputTensor};
 use crate::unfinished::digest;
 use crate::{Error, Result};
@@ -32,7 +33,7 @@ impl Engine<'_> {
         layout: &Layout,
         past: &Past,
         journal: &mut Journal,
-        method: &mut dyn LayerMerge,
+        method: &mut dyn LayerMethod,
     ) -> Result<LayerNotes> {
         let mut out = LayerNotes::default();
         let mut hash = Xxh3::new();
@@ -81,9 +82,9 @@ impl Engine<'_> {
         &mut self,
         line: &LayerLine,
         places: &[(&OutputShard, &OutputTensor)],
-        method: &mut dyn LayerMerge,
+        method: &mut dyn LayerMethod,
     ) -> Result<bool> {
-        let (mut hash, mut weights) = (Xxh3::new(), LayerWeights::new());
+        let (mut hash, mut weights) = (Xxh3::new(), LayerWeights::default());
         for (shard, tensor) in places {
             let complete = self.complete.contains_key(&shard.name);
             let file = self.work.open_file(&if complete { shard.name.clone() } else { partial(&shard.name) })?;
@@ -96,14 +97,23 @@ impl Engine<'_> {
             hash.update(&stored);
             convert_stored(tensor.dtype, &stored, DType::F32, &mut wide);
             let values = wide.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-            weights.insert(self.source(tensor.source)?.name.clone(), values);
+            if let How::Layer(LayerTensor { module, bias, .. }) = tensor.how {
+                weights.insert(module, bias, values);
+            }
         }
         if digest(&hash) != line.layer_xxh3_128 {
             return Ok(false);
         }
-        let heads = self.plan.layers().get(line.layer_idx).map_or(0, |choice| choice.num_key_value_heads());
-        method.resume_layer(line.layer_idx, heads, weights).map_err(|error| self.refused(error))?;
+        method
+            .resume_layer(line.layer_idx, self.cache(line.layer_idx)?, &weights)
+            .map_err(|error| self.refused(error))?;
         Ok(true)
+    }
+
+    /// What the plan asks a layer to cache.
+    fn cache(&self, layer_idx: usize) -> Result<LayerCache> {
+        let none = || self.refused(LayerError::Refused(format!("has no plan for layer {layer_idx}")));
+        self.plan.layers().get(layer_idx).copied().ok_or_else(none)
     }
 
     /// What a method says, as an error of the conversion.
@@ -119,22 +129,24 @@ impl Engine<'_> {
         &mut self,
         layer_idx: usize,
         places: &[(&OutputShard, &OutputTensor)],
-        method: &mut dyn LayerMerge,
+        method: &mut dyn LayerMethod,
     ) -> Result<MergedLayer> {
-        let mut weights = LayerWeights::new();
+        let mut weights = LayerWeights::default();
         for (_, place) in places {
+            let How::Layer(LayerTensor { module, bias, .. }) = place.how else { continue };
             let source = self.source(place.source)?;
             let mut values = vec![0.0; source.len()];
             self.checkpoint.read_finite(source, 0, &mut values)?;
             self.bytes_read += source.bytes;
-            weights.insert(source.name.clone(), values);
+            weights.insert(module, bias, values);
         }
-        let heads = self.plan.layers().get(layer_idx).map_or(0, |choice| choice.num_key_value_heads());
-        let merged = method.merge_layer(layer_idx, heads, weights).map_err(|error| self.refused(error))?;
+        let mut merged =
+            method.merge_layer(layer_idx, self.cache(layer_idx)?, &weights).map_err(|error| self.refused(error))?;
         for (_, place) in places {
+            let How::Layer(LayerTensor { module, bias, .. }) = place.how else { continue };
             let name = &self.source(place.source)?.name;
             let expected = place.shape.iter().product::<usize>();
-            match merged.weights.get(name) {
+            match merged.weights.tensor_mut(module, bias) {
                 Some(values) if values.len() == expected => {}
                 found => {
                     let found = found.map_or_else(|| "nothing".to_owned(), |values| format!("{} values", values.len()));
@@ -156,7 +168,9 @@ impl Engine<'_> {
         hash: &mut Xxh3,
     ) -> Result<()> {
         let name = &self.source(tensor.source)?.name;
-        let (Some(values), Some(width)) = (weights.get_mut(name), tensor.dtype.value_bytes()) else { return Ok(()) };
+        let How::Layer(LayerTensor { module, bias, .. }) = tensor.how else { return Ok(()) };
+        let values = weights.tensor_mut(module, bias);
+        let (Some(values), Some(width)) = (values, tensor.dtype.value_bytes()) else { return Ok(()) };
         let unfinished = partial(&shard.name);
         let path = self.work.path().join(&unfinished);
         let file = if write { Some(self.work.open_or_create(&unfinished)?) } else { None };

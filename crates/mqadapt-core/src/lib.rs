@@ -17,6 +17,8 @@
 //! # Ok::<(), mqadapt_core::Error>(())
 //! ```
 
+mod attention;
+mod cache;
 pub mod config;
 pub mod cost;
 mod error;
@@ -25,9 +27,11 @@ mod plan;
 mod progress;
 mod readable;
 
+pub use attention::AttentionShape;
+pub use cache::{CacheForm, CacheStorage, LayerCache, LayerShape};
 pub use config::{Activation, DType, ModelConfig, Rope, RopeScaling};
 pub use error::{Error, Result};
 pub use family::{FAMILIES, Family};
-pub use plan::{KvChoice, Plan};
+pub use plan::{Plan, TensorChange};
 pub use progress::{Interrupted, NoProgress, Progress, Progressing};
 pub use readable::readable;

@@ -18,7 +18,7 @@ pub struct Spill {
 }
 
 /// Rows of `width` values for every token of some sequences.
-pub(crate) struct Activations {
+pub struct Activations {
     lengths: Vec<usize>,
     width: usize,
     store: Store,
@@ -33,7 +33,10 @@ enum Store {
 
 impl Activations {
     /// Zeros; in a file of `folder` where there is one.
-    pub(crate) fn new(lengths: Vec<usize>, width: usize, folder: Option<&Path>) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the file cannot be written.
+    pub fn new(lengths: Vec<usize>, width: usize, folder: Option<&Path>) -> Result<Self> {
         let store = match folder {
             None => Store::Memory(lengths.iter().map(|length| vec![0.0; length * width]).collect()),
             Some(folder) => {
@@ -47,12 +50,16 @@ impl Activations {
     }
 
     /// Tokens of each sequence.
-    pub(crate) fn lengths(&self) -> &[usize] {
+    #[must_use]
+    pub fn lengths(&self) -> &[usize] {
         &self.lengths
     }
 
     /// The rows of a sequence, `[tokens, width]`.
-    pub(crate) fn read(&self, sequence: usize) -> Result<Cow<'_, [f32]>> {
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn read(&self, sequence: usize) -> Result<Cow<'_, [f32]>> {
         match &self.store {
             Store::Memory(rows) => Ok(Cow::Borrowed(rows.get(sequence).map_or(&[], Vec::as_slice))),
             Store::File { file, folder } => {
@@ -64,8 +71,11 @@ impl Activations {
         }
     }
 
-    /// Takes the rows of a sequence.
-    pub(crate) fn write(&mut self, sequence: usize, values: Vec<f32>) -> Result<()> {
+    /// Takes the rows of a sequence, `[tokens, width]`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for another number of values, [`Error::Io`].
+    pub fn write(&mut self, sequence: usize, values: Vec<f32>) -> Result<()> {
         if values.len() != self.values(sequence) {
             let detail = format!("of sequence {sequence} must be {}, found {}", self.values(sequence), values.len());
             return Err(Error::Argument { name: "activations", detail });
@@ -81,7 +91,10 @@ impl Activations {
     }
 
     /// Zeros of another width, in the same kind of place.
-    pub(crate) fn like(&self, width: usize) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn like(&self, width: usize) -> Result<Self> {
         let folder = match &self.store {
             Store::Memory(_) => None,
             Store::File { folder, .. } => Some(folder.as_path()),
@@ -90,7 +103,10 @@ impl Activations {
     }
 
     /// The same once more.
-    pub(crate) fn duplicate(&self) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn duplicate(&self) -> Result<Self> {
         let mut copy = self.like(self.width)?;
         for sequence in 0..self.lengths.len() {
             copy.write(sequence, self.read(sequence)?.into_owned())?;

@@ -2,11 +2,11 @@
 
 use std::fs;
 
-/// Gives the memory of freed allocations back to the system.
+/// Returns the memory of freed allocations to the system.
 ///
 /// A layer's merge goes through phases with large buffers of different sizes. The GNU allocator keeps what one phase has
 /// freed (a third of the peak of a large model); elsewhere this does nothing.
-pub(crate) fn give_back() {
+pub fn return_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: it may be called at any time, from any thread.
     unsafe {

@@ -4,16 +4,16 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use mqadapt_core::{Activation, ModelConfig};
+use mqadapt_core::{Activation, AttentionShape, ModelConfig};
 
-use crate::backend::{Backend, Heads, Linear};
+use crate::backend::{Backend, Linear};
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::rope::RopeTable;
 
 /// Grouped attention with rotary embedding.
 pub(crate) struct Attention<B: Backend> {
-    pub heads: Heads,
+    pub shape: AttentionShape,
     pub q_proj: Linear<B>,
     pub k_proj: Linear<B>,
     pub v_proj: Linear<B>,
@@ -132,10 +132,10 @@ impl<B: Backend> Attention<B> {
         cache: &mut B::Cache,
         ws: &mut Workspace<B>,
     ) -> Result<()> {
-        backend.rope(&mut ws.q, self.heads.head_dim, rope, batch)?;
-        backend.rope(&mut ws.k, self.heads.head_dim, rope, batch)?;
-        backend.store(&ws.k, &ws.v, &self.heads, batch, cache)?;
-        backend.attend(&ws.q, &self.heads, batch, cache, &mut ws.attention)
+        backend.rope(&mut ws.q, self.shape.head_dim, rope, batch)?;
+        backend.rope(&mut ws.k, self.shape.head_dim, rope, batch)?;
+        backend.store(&ws.k, &ws.v, &self.shape, batch, cache)?;
+        backend.attend(&ws.q, &self.shape, batch, cache, &mut ws.attention)
     }
 }
 

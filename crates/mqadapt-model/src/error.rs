@@ -94,22 +94,6 @@ pub enum Error {
         /// Why not, and what to do.
         detail: String,
     },
-    /// A layer cannot be merged.
-    #[error("layer {layer_idx}: {source}")]
-    Merge {
-        /// The layer.
-        layer_idx: usize,
-        /// Why not.
-        source: mqadapt_merge::Error,
-    },
-    /// A statistics file that is none, or of another model.
-    #[error("statistics in {path}: {detail}", path = path.display())]
-    Statistics {
-        /// The file.
-        path: PathBuf,
-        /// What was expected and what was found.
-        detail: String,
-    },
     /// A file cannot be read or written.
     #[error("{path}: {source}", path = path.display())]
     Io {
@@ -124,14 +108,4 @@ pub enum Error {
     /// The user asked to stop.
     #[error(transparent)]
     Interrupted(#[from] Interrupted),
-}
-
-impl Error {
-    /// What a layer's merge says, as an error of the layer; for `map_err`.
-    pub(crate) fn merge(layer_idx: usize) -> impl Fn(mqadapt_merge::Error) -> Self + Copy {
-        move |source| match source {
-            mqadapt_merge::Error::Interrupted(interrupted) => Self::Interrupted(interrupted),
-            source => Self::Merge { layer_idx, source },
-        }
-    }
 }

@@ -39,7 +39,6 @@ mod aligned;
 mod allocator;
 mod backend;
 mod batch;
-mod calibrate;
 mod decoder;
 mod divergence;
 mod error;
@@ -50,31 +49,25 @@ mod measure;
 mod model;
 mod options;
 mod overlay;
-mod predicted;
 mod rope;
 mod sample;
 mod score;
 mod session;
 mod slots;
 mod states;
-mod statistics_file;
 mod stream;
 mod trace;
 
-pub use activations::Spill;
-pub use calibrate::{
-    CalibratedLayer, CalibratedMerge, CalibratedMethod, Calibration, LayerSample, attention_weights, layer_geometry,
-    layer_weights,
-};
+pub use activations::{Activations, Spill};
+pub use allocator::return_freed_memory;
 pub use error::{Error, Result};
 pub use model::Model;
 pub use mqadapt_kernels::Precision;
 pub use options::{Device, GenerateOptions, LoadOptions, MOST_TOKENS_IN_FLIGHT, Perplexity, WeightFormat};
-pub use overlay::AttentionWeights;
-pub use predicted::predicted_errors;
 pub use score::{Likelihood, RequestStates};
 pub use states::{HiddenStates, LayerTrace};
-pub use statistics_file::{StatisticsFile, collect_statistics};
+pub use stream::{CALIBRATE, StreamedLayer, embed};
+pub use trace::Visitor;
 
 #[cfg(test)]
 mod tests;

@@ -7,12 +7,12 @@ use std::thread;
 use std::time::Duration;
 
 use mqadapt_checkpoint::{Checkpoint, TensorInfo};
+use mqadapt_compress::{KvMerge, METHODS, MergeOptions, Method, RowMerge, merge_tensor, method};
 use mqadapt_core::family::{EMBED_TOKENS, LM_HEAD, LayerTensor, Module, NORM};
-use mqadapt_core::{DType, ModelConfig, Plan, Progress};
-use mqadapt_merge::{KvTensor, METHODS, MergeOptions, Method, RowMerge, merge_tensor, method};
+use mqadapt_core::{AttentionShape, DType, ModelConfig, Plan, Progress};
 
 use crate::aligned::Floats;
-use crate::backend::{Backend, Heads, HostMatrix, Linear};
+use crate::backend::{Backend, HostMatrix, Linear};
 use crate::decoder::{Attention, Block, Decoder, Mlp};
 use crate::error::{Error, Result};
 
@@ -41,13 +41,18 @@ impl<'a> Overlay<'a> {
         })?;
         Ok(Self { plan, rows, options })
     }
+
+    /// How a tensor of the checkpoint is merged, where the plan changes it.
+    fn merge_of(&self, name: &str, source: &ModelConfig) -> Option<KvMerge<'_>> {
+        KvMerge::of(LayerTensor::parse(name)?, source, self.plan, self.rows, &self.options)
+    }
 }
 
 /// What one tensor becomes.
 struct Wanted<'a> {
     info: &'a TensorInfo,
-    /// The source's K/V heads and the tensor's place, where it is merged.
-    merge: Option<(usize, KvTensor)>,
+    /// How it is merged, where the plan changes it.
+    merge: Option<KvMerge<'a>>,
     floats: Floats,
 }
 
@@ -64,13 +69,8 @@ pub(crate) fn read(
     for name in names {
         let info = checkpoint.tensor(name).ok_or_else(|| Error::Missing { tensor: name.clone() })?;
         let dtype = dtype.or(info.dtype.computed()).unwrap_or(checkpoint.dtype());
-        let merge = overlay.and_then(|overlay| merged(name, overlay.plan));
-        let len = match (merge, overlay) {
-            (Some((heads, tensor)), Some(overlay)) => {
-                info.len() / heads * overlay.plan.layers()[tensor.layer_idx].num_key_value_heads()
-            }
-            _ => info.len(),
-        };
+        let merge = overlay.and_then(|overlay| overlay.merge_of(name, checkpoint.config()));
+        let len = merge.as_ref().map_or(info.len(), |merge| info.len() / merge.source_heads * merge.heads);
         sources.push((info, merge));
         sizes.push((len, dtype));
     }
@@ -78,20 +78,8 @@ pub(crate) fn read(
         .map_err(|nth| Error::Weights { tensor: names[nth].clone(), values: sizes[nth].0 })?;
     let mut wanted: Vec<_> =
         sources.into_iter().zip(places).map(|((info, merge), floats)| Wanted { info, merge, floats }).collect();
-    fill(checkpoint, &mut wanted, overlay, progress)?;
+    fill(checkpoint, &mut wanted, progress)?;
     Ok(names.iter().cloned().zip(wanted.into_iter().map(|wanted| wanted.floats)).collect())
-}
-
-/// The place of a tensor that a plan merges, and the heads it has in the source.
-fn merged(name: &str, plan: &Plan) -> Option<(usize, KvTensor)> {
-    let LayerTensor { layer_idx, module, bias } = LayerTensor::parse(name)?;
-    let value = match module {
-        Module::KProj => false,
-        Module::VProj => true,
-        _ => return None,
-    };
-    let heads = *plan.source_num_key_value_heads().get(layer_idx)?;
-    plan.changes(layer_idx).then_some((heads, KvTensor { layer_idx, value, bias }))
 }
 
 /// A piece of work for a reader.
@@ -99,19 +87,14 @@ enum Task<'a> {
     /// Values from the first on, as they are.
     Read { info: &'a TensorInfo, dtype: DType, first: usize, out: &'a mut [u8] },
     /// A whole tensor, merged.
-    Merge { info: &'a TensorInfo, heads: usize, tensor: KvTensor, out: &'a mut Floats },
+    Merge { info: &'a TensorInfo, merge: &'a KvMerge<'a>, out: &'a mut Floats },
 }
 
-fn fill(
-    checkpoint: &Checkpoint,
-    wanted: &mut [Wanted<'_>],
-    overlay: Option<&Overlay<'_>>,
-    progress: &dyn Progress,
-) -> Result<()> {
+fn fill(checkpoint: &Checkpoint, wanted: &mut [Wanted<'_>], progress: &dyn Progress) -> Result<()> {
     let mut tasks = Vec::new();
     for Wanted { info, merge, floats } in wanted {
-        if let Some((heads, tensor)) = *merge {
-            tasks.push(Task::Merge { info, heads, tensor, out: floats });
+        if let Some(merge) = merge {
+            tasks.push(Task::Merge { info, merge, out: floats });
             continue;
         }
         let dtype = floats.dtype();
@@ -138,7 +121,7 @@ fn fill(
                     let taken = task.lock().unwrap_or_else(PoisonError::into_inner).take();
                     let Some(task) = taken else { continue };
                     let size = bytes(&task);
-                    let result = perform(checkpoint, task, overlay);
+                    let result = perform(checkpoint, task);
                     done.fetch_add(size, Ordering::Relaxed);
                     let failed = result.is_err();
                     if sender.send(result).is_err() || failed {
@@ -166,18 +149,16 @@ fn fill(
     })
 }
 
-fn perform(checkpoint: &Checkpoint, task: Task<'_>, overlay: Option<&Overlay<'_>>) -> Result<()> {
-    match (task, overlay) {
-        (Task::Read { info, dtype, first, out }, _) => checkpoint.read_as(info, dtype, first, out).map(drop)?,
-        (Task::Merge { info, heads, tensor, out }, Some(overlay)) => {
+fn perform(checkpoint: &Checkpoint, task: Task<'_>) -> Result<()> {
+    match task {
+        Task::Read { info, dtype, first, out } => checkpoint.read_as(info, dtype, first, out).map(drop)?,
+        Task::Merge { info, merge, out } => {
             let mut source = vec![0.0; info.len()];
             checkpoint.read_finite(info, 0, &mut source)?;
-            let target = overlay.plan.layers().get(tensor.layer_idx).map_or(heads, |c| c.num_key_value_heads());
-            let mut values = vec![0.0; info.len() / heads * target];
-            merge_tensor(overlay.rows, &overlay.options, tensor, &source, heads, &mut values);
+            let mut values = vec![0.0; info.len() / merge.source_heads * merge.heads];
+            merge_tensor(merge.method, merge.options, merge.tensor, &source, merge.source_heads, &mut values);
             out.fill_from_f32(&values);
         }
-        (Task::Merge { .. }, None) => {}
     }
     Ok(())
 }
@@ -232,7 +213,7 @@ impl<B: Backend> Weights<'_, B> {
         Ok(Block {
             input_layernorm: norm(self, Module::InputLayernorm)?,
             self_attn: Attention {
-                heads: heads(self.config, layer_idx),
+                shape: attention(self.config, layer_idx)?,
                 q_proj: self.linear(layer_idx, Module::QProj)?,
                 k_proj: self.linear(layer_idx, Module::KProj)?,
                 v_proj: self.linear(layer_idx, Module::VProj)?,
@@ -251,15 +232,12 @@ impl<B: Backend> Weights<'_, B> {
     }
 }
 
-/// The heads of a layer.
-pub(crate) fn heads(config: &ModelConfig, layer_idx: usize) -> Heads {
-    Heads {
-        num_attention_heads: config.num_attention_heads,
-        num_key_value_heads: config.num_key_value_heads.get(layer_idx).copied().unwrap_or(1),
-        head_dim: config.head_dim,
-        scaling: (config.head_dim as f64).powf(-0.5) as f32,
-        sliding_window: config.sliding_window.get(layer_idx).copied().flatten(),
-    }
+/// The attention of a layer that the model has.
+pub(crate) fn attention(config: &ModelConfig, layer_idx: usize) -> Result<AttentionShape> {
+    config.attention(layer_idx).ok_or_else(|| Error::Argument {
+        name: "layer_idx",
+        detail: format!("must be below {}; found {layer_idx}", config.num_hidden_layers),
+    })
 }
 
 /// Factor on the embeddings, rounded to their dtype as transformers does.

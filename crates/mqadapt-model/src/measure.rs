@@ -22,9 +22,9 @@ impl<B: Backend> Runner<B> {
             let (attn, mlp) = (&block.self_attn, &block.mlp);
             let weights =
                 [&attn.q_proj, &attn.k_proj, &attn.v_proj, &attn.o_proj, &mlp.gate_proj, &mlp.up_proj, &mlp.down_proj];
-            let seen = attn.heads.sliding_window.unwrap_or(depth).min(depth);
-            let token = 2 * attn.heads.num_key_value_heads * attn.heads.head_dim * kv_dtype.bytes();
-            weights.map(linear).iter().sum::<u64>() + (token as u64).saturating_mul(seen as u64)
+            let seen = attn.shape.sliding_window.unwrap_or(depth).min(depth);
+            let token = attn.shape.cache().values_per_token() * kv_dtype.bytes() as u64;
+            weights.map(linear).iter().sum::<u64>() + token.saturating_mul(seen as u64)
         });
         layers.fold(0, u64::saturating_add) + decoder.backend.matrix_bytes(&decoder.lm_head)
     }
@@ -96,8 +96,8 @@ impl<B: Backend> Runner<B> {
         let Session { caches, batch, ws, .. } = session;
         let backend = &self.decoder.backend;
         for (block, cache) in self.decoder.layers.iter().zip(caches) {
-            let heads = &block.self_attn.heads;
-            let width = heads.num_key_value_heads * heads.head_dim;
+            let shape = &block.self_attn.shape;
+            let width = shape.num_key_value_heads * shape.head_dim;
             let values: Vec<f32> = (0..ROWS * width).map(|i| (i % 61) as f32 / 30.0 - 1.0).collect();
             for first in (0..slots).step_by(ROWS) {
                 let rows = ROWS.min(slots - first);
@@ -105,7 +105,7 @@ impl<B: Backend> Runner<B> {
                 batch.push_rows(rows, [], first);
                 backend.upload(&values[..rows * width], width, &mut ws.k)?;
                 backend.upload(&values[..rows * width], width, &mut ws.v)?;
-                backend.store(&ws.k, &ws.v, heads, batch, cache)?;
+                backend.store(&ws.k, &ws.v, shape, batch, cache)?;
             }
         }
         Ok(())

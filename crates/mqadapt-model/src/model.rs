@@ -1,14 +1,14 @@
 //! The model as its users see it: which backend runs it is decided here and nowhere else.
 
 use mqadapt_checkpoint::Checkpoint;
-use mqadapt_core::{DType, KvChoice, ModelConfig, NoProgress, Plan, Progress};
-use mqadapt_merge::MergeOptions;
+use mqadapt_compress::{LayerWeights, MergeOptions};
+use mqadapt_core::{DType, LayerCache, ModelConfig, NoProgress, Plan, Progress, cost};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::backend::{Backend, Kernels, Stock};
 use crate::decoder::Decoder;
 use crate::load::{self, Overlay};
-use crate::overlay::{self, AttentionWeights};
+use crate::overlay;
 use crate::session::Runner;
 use crate::{Device, Error, LoadOptions, MOST_TOKENS_IN_FLIGHT, Result, WeightFormat};
 
@@ -118,16 +118,17 @@ impl Model {
         Ok(Self { engine, plan: plan.clone(), fingerprint, dtype: self.dtype, options, replaced: Vec::new() })
     }
 
-    /// The same model with one layer's attention replaced; everything else is shared.
+    /// The same model with one layer's attention replaced; everything else is shared. Values are rounded once to the dtype of
+    /// the weights that they replace; a bias that is not given stays.
     ///
     /// # Errors
     /// [`Error::Argument`] where a length does not fit.
-    pub fn with_layer(&self, layer_idx: usize, weights: &AttentionWeights) -> Result<Self> {
+    pub fn with_layer(&self, layer_idx: usize, cache: LayerCache, weights: &LayerWeights) -> Result<Self> {
         let mut heads = self.config().num_key_value_heads.clone();
         let wrong = |detail: String| Error::Argument { name: "weights", detail };
         let own =
             heads.get_mut(layer_idx).ok_or_else(|| wrong(format!("are for layer {layer_idx}, which is not there")))?;
-        *own = weights.num_key_value_heads;
+        *own = cache.num_key_value_heads();
         let mut source = self.config().clone();
         source.num_key_value_heads = self.plan.source_num_key_value_heads().to_vec();
         let plan = Plan::from_heads(&heads, &source)?;
@@ -135,7 +136,7 @@ impl Model {
         let engine = on_backend!(&self.engine, runner => runner
             .with(overlay::with_layer(&runner.decoder, &config, layer_idx, weights, self.dtype)?)
             .into());
-        let fingerprint = name_of(&[&self.fingerprint, &layer_idx.to_string(), &weights.fingerprint()]);
+        let fingerprint = name_of(&[&self.fingerprint, &layer_idx.to_string(), &overlay::fingerprint(weights)]);
         let mut replaced = self.replaced.clone();
         replaced.push(layer_idx);
         Ok(Self { engine, plan, fingerprint, dtype: self.dtype, options: self.options.clone(), replaced })
@@ -226,8 +227,7 @@ impl Model {
     #[must_use]
     pub fn kv_bytes_per_token(&self) -> u64 {
         let value_bytes = on_backend!(&self.engine, runner => runner.kv_dtype).bytes();
-        let values = |choice: &KvChoice| 2 * choice.num_key_value_heads() * self.config().head_dim; // a key and a value
-        self.plan.layers().iter().map(|choice| (values(choice) * value_bytes) as u64).sum()
+        cost::kv_bytes_per_token(self.config(), &self.plan, value_bytes)
     }
 
     /// Bytes that one decode step of one sequence reads with `depth` tokens cached: the weights of the layers and of

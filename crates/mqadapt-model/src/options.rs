@@ -1,8 +1,8 @@
 //! How a model is loaded and how it generates.
 
+use mqadapt_compress::MergeOptions;
 use mqadapt_core::{DType, Plan};
 use mqadapt_kernels::Precision;
-use mqadapt_merge::MergeOptions;
 
 use crate::{Error, Result};
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use mqadapt_checkpoint::Checkpoint;
+use mqadapt_compress::LayerWeights;
 use mqadapt_core::family::{LayerTensor, Module};
 use mqadapt_core::{DType, ModelConfig, Progress};
 use xxhash_rust::xxh3::Xxh3;
@@ -13,39 +14,16 @@ use crate::decoder::{Attention, Block, Decoder};
 use crate::error::{Error, Result};
 use crate::load::{self, Overlay, Weights};
 
-/// New attention weights of one layer, row-major f32; rounded once to the dtype of the weights that they replace.
-#[derive(Debug, Clone, PartialEq)]
-pub struct AttentionWeights {
-    /// K/V heads; divides `num_attention_heads`.
-    pub num_key_value_heads: usize,
-    /// `[num_attention_heads * head_dim, hidden_size]`; `None`: unchanged.
-    pub q_proj: Option<Vec<f32>>,
-    /// `[num_key_value_heads * head_dim, hidden_size]`.
-    pub k_proj: Vec<f32>,
-    /// `[num_key_value_heads * head_dim, hidden_size]`.
-    pub v_proj: Vec<f32>,
-    /// `[hidden_size, num_attention_heads * head_dim]`; `None`: unchanged.
-    pub o_proj: Option<Vec<f32>>,
-    /// `[num_attention_heads * head_dim]`; `None`: unchanged.
-    pub q_proj_bias: Option<Vec<f32>>,
-    /// `[num_key_value_heads * head_dim]`, where the layer has one.
-    pub k_proj_bias: Option<Vec<f32>>,
-    /// `[num_key_value_heads * head_dim]`, where the layer has one.
-    pub v_proj_bias: Option<Vec<f32>>,
-}
-
-impl AttentionWeights {
-    /// A name for these values.
-    pub(crate) fn fingerprint(&self) -> String {
-        let mut hash = Xxh3::new();
-        let (k_proj, v_proj) = (Some(&self.k_proj), Some(&self.v_proj));
-        let biases = [self.q_proj_bias.as_ref(), self.k_proj_bias.as_ref(), self.v_proj_bias.as_ref()];
-        for values in [self.q_proj.as_ref(), k_proj, v_proj, self.o_proj.as_ref()].into_iter().chain(biases) {
-            hash.update(&values.map_or(0, Vec::len).to_le_bytes());
-            values.into_iter().flatten().for_each(|value| hash.update(&value.to_le_bytes()));
-        }
-        format!("{:016x}", hash.digest())
+/// A name for these values.
+pub(crate) fn fingerprint(weights: &LayerWeights) -> String {
+    let mut hash = Xxh3::new();
+    let LayerWeights { q_proj, k_proj, v_proj, o_proj, q_proj_bias, k_proj_bias, v_proj_bias } = weights;
+    let biases = [q_proj_bias, k_proj_bias, v_proj_bias].map(Option::as_ref);
+    for values in [q_proj, k_proj, v_proj, o_proj].map(Some).into_iter().chain(biases) {
+        hash.update(&values.map_or(0, Vec::len).to_le_bytes());
+        values.into_iter().flatten().for_each(|value| hash.update(&value.to_le_bytes()));
     }
+    format!("{:016x}", hash.digest())
 }
 
 impl<B: Backend> Linear<B> {
@@ -90,7 +68,7 @@ pub(crate) fn with_plan<B: Backend>(
 ) -> Result<Decoder<B>> {
     let mut names = Vec::new();
     for &layer_idx in layers {
-        for module in [Module::KProj, Module::VProj] {
+        for module in Module::ALL.into_iter().filter(|module| module.is_key_value()) {
             names.push(LayerTensor::weight(layer_idx, module).name());
             if config.has_bias(module) {
                 names.push(LayerTensor::bias(layer_idx, module).name());
@@ -104,7 +82,7 @@ pub(crate) fn with_plan<B: Backend>(
         let Some(layer) = decoder.layers.get(layer_idx) else { continue };
         let old = &layer.self_attn;
         let self_attn = Attention {
-            heads: load::heads(config, layer_idx),
+            shape: load::attention(config, layer_idx)?,
             q_proj: old.q_proj.shared(),
             k_proj: weights.linear(layer_idx, Module::KProj)?,
             v_proj: weights.linear(layer_idx, Module::VProj)?,
@@ -139,7 +117,7 @@ pub(crate) fn with_layer<B: Backend>(
     decoder: &Decoder<B>,
     config: &ModelConfig,
     layer_idx: usize,
-    new: &AttentionWeights,
+    new: &LayerWeights,
     dtype: DType,
 ) -> Result<Decoder<B>> {
     let layers = decoder.layers.len();
@@ -152,30 +130,27 @@ pub(crate) fn with_layer<B: Backend>(
         let detail = format!("need {len} values for '{}'; found {}", tensor.name(), values.len());
         if values.len() == len { Ok(()) } else { Err(Error::Argument { name: "weights", detail }) }
     };
-    let linear = |module, weight: Option<&Vec<f32>>, bias: Option<&Vec<f32>>, old: &Linear<B>| -> Result<Linear<B>> {
+    let linear = |module: Module, weight: &[f32], bias: Option<&Vec<f32>>, old: &Linear<B>| -> Result<Linear<B>> {
         let shape = config.weight_shape(layer_idx, module).unwrap_or_default();
         let &[out_features, in_features] = shape.as_slice() else { return Ok(old.shared()) };
         let mut linear = old.shared();
-        if let Some(weight) = weight {
-            check(LayerTensor::weight(layer_idx, module), weight, out_features * in_features)?;
-            let values = Floats::from_f32(weight, dtype);
-            linear.weight = Arc::new(decoder.backend.matrix(HostMatrix { values, out_features, in_features })?);
-        }
-        let heads_change = matches!(module, Module::KProj | Module::VProj);
+        check(LayerTensor::weight(layer_idx, module), weight, out_features * in_features)?;
+        let values = Floats::from_f32(weight, dtype);
+        linear.weight = Arc::new(decoder.backend.matrix(HostMatrix { values, out_features, in_features })?);
         if let Some(bias) = bias {
             check(LayerTensor::bias(layer_idx, module), bias, out_features)?;
             linear.bias = Some(Arc::new(decoder.backend.vector(Floats::from_f32(bias, dtype).to_f32())?));
-        } else if heads_change && linear.bias.is_some() {
+        } else if module.is_key_value() && linear.bias.is_some() {
             check(LayerTensor::bias(layer_idx, module), &[], out_features)?;
         }
         Ok(linear)
     };
     let self_attn = Attention {
-        heads: load::heads(config, layer_idx),
-        q_proj: linear(Module::QProj, new.q_proj.as_ref(), new.q_proj_bias.as_ref(), &old.q_proj)?,
-        k_proj: linear(Module::KProj, Some(&new.k_proj), new.k_proj_bias.as_ref(), &old.k_proj)?,
-        v_proj: linear(Module::VProj, Some(&new.v_proj), new.v_proj_bias.as_ref(), &old.v_proj)?,
-        o_proj: linear(Module::OProj, new.o_proj.as_ref(), None, &old.o_proj)?,
+        shape: load::attention(config, layer_idx)?,
+        q_proj: linear(Module::QProj, &new.q_proj, new.q_proj_bias.as_ref(), &old.q_proj)?,
+        k_proj: linear(Module::KProj, &new.k_proj, new.k_proj_bias.as_ref(), &old.k_proj)?,
+        v_proj: linear(Module::VProj, &new.v_proj, new.v_proj_bias.as_ref(), &old.v_proj)?,
+        o_proj: linear(Module::OProj, &new.o_proj, None, &old.o_proj)?,
         q_norm: old.q_norm.clone(),
         k_norm: old.k_norm.clone(),
     };

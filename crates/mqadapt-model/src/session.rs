@@ -3,10 +3,10 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mqadapt_core::{DType, Progressing};
+use mqadapt_core::{AttentionShape, DType, LayerShape, Progressing};
 
 use crate::allocator;
-use crate::backend::{Backend, Heads};
+use crate::backend::Backend;
 use crate::batch::Batch;
 use crate::decoder::{Decoder, Moment, Workspace};
 use crate::error::{Error, Result};
@@ -35,8 +35,8 @@ type Spare<B> = Arc<Mutex<Option<Session<B>>>>;
 /// What a pass works with. Kept between calls, so that memory is allocated for the largest only.
 pub(crate) struct Session<B: Backend> {
     pub caches: Vec<B::Cache>,
-    /// K/V heads of each cache.
-    heads: Vec<usize>,
+    /// The shape of each cache.
+    shapes: Vec<LayerShape>,
     pub slots: Slots,
     capacity: usize,
     pub rope: RopeTable,
@@ -78,9 +78,9 @@ impl<B: Backend> Runner<B> {
             if !self.has_room(capacity) {
                 return Err(Error::Cache { tokens: slots });
             }
-            let caches: Result<Vec<_>> = self.layer_heads().map(|heads| self.cache(heads, capacity)).collect();
+            let caches: Result<Vec<_>> = self.attentions().map(|shape| self.cache(shape, capacity)).collect();
             session.caches = caches?;
-            session.heads = self.layer_heads().map(|heads| heads.num_key_value_heads).collect();
+            session.shapes = self.attentions().map(AttentionShape::cache).collect();
             session.capacity = capacity;
         }
         // the same slots whatever the session was used for before, so that the same call always runs the same passes
@@ -89,37 +89,36 @@ impl<B: Backend> Runner<B> {
         Ok(session)
     }
 
-    fn layer_heads(&self) -> impl Iterator<Item = &Heads> {
-        self.decoder.layers.iter().map(|block| &block.self_attn.heads)
+    fn attentions(&self) -> impl Iterator<Item = &AttentionShape> {
+        self.decoder.layers.iter().map(|block| &block.self_attn.shape)
     }
 
     /// Whether positions count so far, and main memory may hold a cache of this many slots.
     fn has_room(&self, capacity: usize) -> bool {
-        let values = |heads: &Heads| 2 * heads.num_key_value_heads * heads.head_dim; // a key and a value
-        let slot: usize = self.layer_heads().map(values).sum::<usize>() * self.kv_dtype.bytes();
-        let bytes = (slot as u64).saturating_mul(capacity as u64);
+        let values: u64 = self.attentions().map(|shape| shape.cache().values_per_token()).sum();
+        let bytes = (values * self.kv_dtype.bytes() as u64).saturating_mul(capacity as u64);
         u32::try_from(capacity).is_ok() && (!self.decoder.backend.in_main_memory() || allocator::may_take(bytes))
     }
 
-    fn cache(&self, heads: &Heads, capacity: usize) -> Result<B::Cache> {
-        self.decoder.backend.cache(heads, capacity, self.kv_dtype)
+    fn cache(&self, shape: &AttentionShape, capacity: usize) -> Result<B::Cache> {
+        self.decoder.backend.cache(shape, capacity, self.kv_dtype)
     }
 
-    /// Takes over the spare session: its activations, and where it has as many slots its caches, new ones for layers with
-    /// other heads.
+    /// Takes over the spare session: its activations, and where it has as many slots its caches, new ones for layers
+    /// whose cache has another shape.
     fn inherit(&self, session: &mut Session<B>, slots: usize) -> Result<()> {
         let Some(mut spare) = self.spare.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
         session.ws = std::mem::take(&mut spare.ws);
         if spare.capacity < slots || spare.caches.len() != self.decoder.layers.len() {
             return Ok(());
         }
-        for ((heads, cache), own) in self.layer_heads().zip(&mut spare.caches).zip(&mut spare.heads) {
-            if *own != heads.num_key_value_heads {
-                *own = heads.num_key_value_heads;
-                *cache = self.cache(heads, spare.capacity)?;
+        for ((shape, cache), own) in self.attentions().zip(&mut spare.caches).zip(&mut spare.shapes) {
+            if *own != shape.cache() {
+                *own = shape.cache();
+                *cache = self.cache(shape, spare.capacity)?;
             }
         }
-        (session.caches, session.heads, session.capacity) = (spare.caches, spare.heads, spare.capacity);
+        (session.caches, session.shapes, session.capacity) = (spare.caches, spare.shapes, spare.capacity);
         Ok(())
     }
 
@@ -157,7 +156,7 @@ impl<B: Backend> Session<B> {
     fn new(decoder: &Decoder<B>) -> Self {
         Self {
             caches: Vec::new(),
-            heads: Vec::new(),
+            shapes: Vec::new(),
             slots: Slots::default(),
             capacity: 0,
             rope: RopeTable::new(&decoder.config.rope),

@@ -7,8 +7,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use mqadapt_checkpoint::{Checkpoint, StoredType, first_not_finite, not_finite};
+use mqadapt_compress::LayerWeights;
 use mqadapt_core::family::{EMBED_TOKENS, LayerTensor, Module};
-use mqadapt_core::{DType, ModelConfig, Progress, Progressing};
+use mqadapt_core::{DType, LayerCache, ModelConfig, Progress, Progressing};
 use mqadapt_kernels::Precision;
 
 use crate::activations::Activations;
@@ -16,7 +17,7 @@ use crate::aligned::Floats;
 use crate::backend::{Backend, HostMatrix, Kernels};
 use crate::decoder::Decoder;
 use crate::load::{self, Weights};
-use crate::overlay::{self, AttentionWeights};
+use crate::overlay;
 use crate::session::Runner;
 use crate::states::{HiddenStates, LayerTrace};
 use crate::trace::Visitor;
@@ -26,7 +27,7 @@ use crate::{Error, Result, WeightFormat};
 ///
 /// # Errors
 /// [`Error::Token`], [`Error::Missing`], [`Error::Checkpoint`].
-pub(crate) fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>], folder: Option<&Path>) -> Result<Activations> {
+pub fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>], folder: Option<&Path>) -> Result<Activations> {
     let config = checkpoint.config();
     let (width, vocab_size) = (config.hidden_size, config.vocab_size);
     let table = checkpoint.tensor(EMBED_TOKENS).ok_or_else(|| Error::Missing { tensor: EMBED_TOKENS.to_owned() })?;
@@ -55,10 +56,10 @@ pub(crate) fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>], folder: Opt
 }
 
 /// Phase of the progress: layers of the model.
-pub(crate) const CALIBRATE: &str = "calibrate";
+pub const CALIBRATE: &str = "calibrate";
 
 /// One layer of a checkpoint, ready to run.
-pub(crate) struct StreamedLayer {
+pub struct StreamedLayer {
     layer_idx: usize,
     /// Layers of the model.
     of_layers: usize,
@@ -69,7 +70,10 @@ pub(crate) struct StreamedLayer {
 impl StreamedLayer {
     /// Reads a layer, to run as a model runs that is loaded without options: with bf16 weights, activations are rounded
     /// to bf16 where a product begins, and so are cached keys and values.
-    pub(crate) fn load(checkpoint: &Checkpoint, layer_idx: usize, progress: &dyn Progress) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`], [`Error::Missing`], [`Error::Interrupted`].
+    pub fn load(checkpoint: &Checkpoint, layer_idx: usize, progress: &dyn Progress) -> Result<Self> {
         let config = checkpoint.config();
         let of_layer = |name: &String| LayerTensor::parse(name).is_some_and(|tensor| tensor.layer_idx == layer_idx);
         let names: Vec<String> = config.tensors().into_iter().map(|tensor| tensor.name).filter(of_layer).collect();
@@ -105,12 +109,16 @@ impl StreamedLayer {
     }
 
     /// Its index in the model.
-    pub(crate) fn layer_idx(&self) -> usize {
+    #[must_use]
+    pub fn layer_idx(&self) -> usize {
         self.layer_idx
     }
 
     /// `o_proj.weight` as the checkpoint has it, `[hidden_size, num_attention_heads * head_dim]`.
-    pub(crate) fn o_proj(&self, checkpoint: &Checkpoint) -> Result<Vec<f32>> {
+    ///
+    /// # Errors
+    /// [`Error::Missing`], [`Error::Checkpoint`].
+    pub fn o_proj(&self, checkpoint: &Checkpoint) -> Result<Vec<f32>> {
         let name = LayerTensor::weight(self.layer_idx, Module::OProj).name();
         let info = checkpoint.tensor(&name).ok_or(Error::Missing { tensor: name })?;
         let mut values = vec![0.0; info.len()];
@@ -119,46 +127,65 @@ impl StreamedLayer {
     }
 
     /// The layer with other attention weights, rounded to `dtype` as they will be written.
-    pub(crate) fn with_attention(&self, weights: &AttentionWeights, dtype: DType) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where a length does not fit.
+    pub fn with_attention(&self, cache: LayerCache, weights: &LayerWeights, dtype: DType) -> Result<Self> {
         let mut config = self.runner.decoder.config.clone();
-        config.num_key_value_heads = vec![weights.num_key_value_heads];
+        config.num_key_value_heads = vec![cache.num_key_value_heads()];
         let decoder = overlay::with_layer(&self.runner.decoder, &config, 0, weights, dtype)?;
         Ok(Self { layer_idx: self.layer_idx, of_layers: self.of_layers, runner: self.runner.with(decoder) })
     }
 
-    /// Takes all sequences through the layer; shows what it saw of each, where somebody wants to know.
-    pub(crate) fn run(
+    /// Takes all sequences through the layer.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Interrupted`].
+    pub fn run(&self, stream: &mut Activations, progress: &dyn Progress) -> Result<()> {
+        for sequence in 0..stream.lengths().len() {
+            let behind = self.through::<Error>(stream, sequence, true, None, progress)?;
+            stream.write(sequence, behind)?;
+        }
+        Ok(())
+    }
+
+    /// Takes all sequences through the layer and shows what it saw of each.
+    ///
+    /// # Errors
+    /// As [`Self::run`]; what the visitor returns.
+    pub fn run_observed<E: From<Error>>(
         &self,
         stream: &mut Activations,
-        mut visitor: Option<&mut Visitor<'_, Error>>,
+        visitor: &mut Visitor<'_, E>,
         progress: &dyn Progress,
-    ) -> Result<()> {
+    ) -> std::result::Result<(), E> {
         for sequence in 0..stream.lengths().len() {
-            let behind = self.through(stream, sequence, true, visitor.as_deref_mut(), progress)?;
+            let behind = self.through(stream, sequence, true, Some(&mut *visitor), progress)?;
             stream.write(sequence, behind)?;
         }
         Ok(())
     }
 
     /// Shows what the layer sees up to its `o_proj`; the stream stays where it is.
-    pub(crate) fn look(
+    ///
+    /// # Errors
+    /// As [`Self::run_observed`].
+    pub fn look<E: From<Error>>(
         &self,
         stream: &Activations,
-        visitor: &mut Visitor<'_, Error>,
+        visitor: &mut Visitor<'_, E>,
         progress: &dyn Progress,
-    ) -> Result<()> {
+    ) -> std::result::Result<(), E> {
         (0..stream.lengths().len()).try_for_each(|sequence| {
             self.through(stream, sequence, false, Some(&mut *visitor), progress).map(|_same| ())
         })
     }
 
     /// Takes all sequences from what `o_proj` reads of them to behind the layer.
-    pub(crate) fn leave(
-        &self,
-        stream: &mut Activations,
-        attention: &Activations,
-        progress: &dyn Progress,
-    ) -> Result<()> {
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn leave(&self, stream: &mut Activations, attention: &Activations, progress: &dyn Progress) -> Result<()> {
         let progressing = self.progressing(progress);
         for sequence in 0..stream.lengths().len() {
             let mut values = stream.read(sequence)?.into_owned();
@@ -169,20 +196,21 @@ impl StreamedLayer {
     }
 
     /// For the checks within the layer.
-    pub(crate) fn progressing<'a>(&self, progress: &'a dyn Progress) -> Progressing<'a> {
+    #[must_use]
+    pub fn progressing<'a>(&self, progress: &'a dyn Progress) -> Progressing<'a> {
         let (done, total) = (self.layer_idx as u64, self.of_layers as u64);
         Progressing { progress, phase: CALIBRATE, done, total }
     }
 
     /// The residual stream of one sequence, `behind` the layer or as it was.
-    fn through(
+    fn through<E: From<Error>>(
         &self,
         stream: &Activations,
         sequence: usize,
         behind: bool,
-        visitor: Option<&mut Visitor<'_, Error>>,
+        visitor: Option<&mut Visitor<'_, E>>,
         progress: &dyn Progress,
-    ) -> Result<Vec<f32>> {
+    ) -> std::result::Result<Vec<f32>, E> {
         let progressing = self.progressing(progress);
         let values = stream.read(sequence)?.into_owned();
         let lengths = stream.lengths().get(sequence).copied().into_iter().collect();
@@ -193,7 +221,7 @@ impl StreamedLayer {
                 let mut named = |trace: &LayerTrace<'_>| visitor(&LayerTrace { sequence, ..*trace });
                 self.runner.trace_layer(at, layer_idx, &mut one, behind, Some(&mut named), &progressing)?;
             }
-            None => self.runner.trace_layer::<Error>(at, layer_idx, &mut one, behind, None, &progressing)?,
+            None => self.runner.trace_layer::<E>(at, layer_idx, &mut one, behind, None, &progressing)?,
         }
         Ok(one.values)
     }

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::session::{Runner, Session};
 use crate::states::HiddenStates;
 
-pub(crate) use layers::Visitor;
+pub use layers::Visitor;
 
 /// Rows whose logits are held at a time.
 const LOGIT_ROWS: usize = 32;

@@ -6,8 +6,8 @@
 use std::ops::{Deref, RangeInclusive};
 use std::path::{Path, PathBuf};
 
+use mqadapt_compress::{METHODS, MergeOptions, Method};
 use mqadapt_core::DType;
-use mqadapt_merge::{METHODS, MergeOptions, Method};
 use pyo3::exceptions::{PyOverflowError, PyUnicodeError};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
@@ -173,7 +173,7 @@ pub(crate) fn dtype(name: Option<&str>) -> PyResult<Option<DType>> {
 
 /// A merge method by its name.
 pub(crate) fn method(name: &str) -> PyResult<&'static Method> {
-    mqadapt_merge::method(name).ok_or_else(|| {
+    mqadapt_compress::method(name).ok_or_else(|| {
         let known: Vec<_> = METHODS.iter().map(|method| method.name).collect();
         argument(format!("method '{name}' is not one of {}", known.join(", ")))
     })

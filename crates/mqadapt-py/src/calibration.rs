@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
-use mqadapt_checkpoint::Checkpoint;
-use mqadapt_core::{DType, Progress};
-use mqadapt_merge::closed_form::{ClosedFormOptions, Cut};
-use mqadapt_merge::{Method, RefineOptions};
-use mqadapt_model::{
-    CalibratedMerge, CalibratedMethod, Error, Spill, StatisticsFile, collect_statistics, predicted_errors,
+use mqadapt_calibrate::{
+    CalibratedMerge, CalibratedMethod, Error, StatisticsFile, collect_statistics, predicted_errors,
 };
+use mqadapt_checkpoint::Checkpoint;
+use mqadapt_compress::closed_form::{ClosedFormOptions, Cut};
+use mqadapt_compress::{Method, RefineOptions};
+use mqadapt_core::{DType, Progress};
+use mqadapt_model::Spill;
 use pyo3::prelude::*;
 use serde_json::{Map, Value, json};
 
@@ -26,7 +27,7 @@ const MOST_STEPS: u64 = 1 << 20;
 #[pyclass(module = "mqadapt_rs", frozen)]
 pub(crate) struct Calibration {
     /// Without target contexts where none were named and only the statistics know the windows.
-    text: mqadapt_model::Calibration,
+    text: mqadapt_calibrate::Calibration,
     stats: Option<PathBuf>,
     sequential: bool,
     refine: Option<RefineOptions>,
@@ -62,10 +63,10 @@ impl Calibration {
         let refine = refine.within("refine", 0..=MOST_STEPS)?;
         let fast_pairs = fast_pairs.map(|pairs| pairs.count("fast_pairs")).transpose()?;
         let stats = stats.map(|stats| stats.0);
-        let mut text = mqadapt_model::Calibration { sequences, target_contexts };
+        let mut text = mqadapt_calibrate::Calibration { sequences, target_contexts };
         let lengths = text.lengths();
         if let (Some(longest), true) = (lengths.last(), text.target_contexts.is_empty()) {
-            text.target_contexts = mqadapt_model::Calibration::usual_contexts(*longest);
+            text.target_contexts = mqadapt_calibrate::Calibration::usual_contexts(*longest);
         }
         text.check_target_contexts(&lengths).or_raise()?;
         let cut = fast_pairs.map_or(Cut::Measured, Cut::Pairs);
@@ -225,11 +226,11 @@ impl Calibration {
     }
 
     /// The text, with the target contexts that follow from the windows where none were named.
-    fn text_for(&self, saved: Option<&StatisticsFile>) -> mqadapt_model::Calibration {
+    fn text_for(&self, saved: Option<&StatisticsFile>) -> mqadapt_calibrate::Calibration {
         let mut text = self.text.clone();
         if text.target_contexts.is_empty() {
             let longest = self.windows(saved).last().copied().unwrap_or(usize::MAX);
-            text.target_contexts = mqadapt_model::Calibration::usual_contexts(longest);
+            text.target_contexts = mqadapt_calibrate::Calibration::usual_contexts(longest);
         }
         text
     }

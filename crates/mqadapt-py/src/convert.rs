@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
+use mqadapt_calibrate::CalibratedLayers;
 use mqadapt_checkpoint::Checkpoint;
-use mqadapt_convert::{CalibratedLayers, ConvertOptions};
+use mqadapt_convert::ConvertOptions;
 use mqadapt_core::Progress;
 use mqadapt_model::Spill;
 use pyo3::exceptions::PyUserWarning;
@@ -151,7 +152,8 @@ pub(crate) fn convert(
             return mqadapt_convert::convert(&checkpoint, &dst, &plan, &options, progress).map_err(Failed::Convert);
         };
         let spill = Spill { max_memory, folder: folder_of(&dst) };
-        let merge = calibration.merge(&checkpoint, method, written, Some(spill), progress).map_err(Failed::Model)?;
+        let merge =
+            calibration.merge(&checkpoint, method, written, Some(spill), progress).map_err(Failed::Calibrate)?;
         let mut layers = CalibratedLayers::new(merge, progress);
         mqadapt_convert::convert_layers(&checkpoint, &dst, &plan, &options, &mut layers, progress)
             .map_err(Failed::Convert)
@@ -193,14 +195,14 @@ fn folder_of(dst: &Path) -> PathBuf {
 
 /// A conversion that began with statistics can fail in either.
 enum Failed {
-    Model(mqadapt_model::Error),
+    Calibrate(mqadapt_calibrate::Error),
     Convert(mqadapt_convert::Error),
 }
 
 impl IntoPyErr for Failed {
     fn into_py_err(self) -> PyErr {
         match self {
-            Self::Model(error) => error.into_py_err(),
+            Self::Calibrate(error) => error.into_py_err(),
             Self::Convert(error) => error.into_py_err(),
         }
     }

@@ -114,6 +114,21 @@ impl IntoPyErr for mqadapt_model::Error {
     }
 }
 
+impl IntoPyErr for mqadapt_calibrate::Error {
+    fn into_py_err(self) -> PyErr {
+        use mqadapt_calibrate::Error;
+        let message = self.to_string();
+        match self {
+            Error::Checkpoint(error) => error.into_py_err(),
+            Error::Model(error) => error.into_py_err(),
+            Error::Io { source, .. } => io(&message, &source),
+            Error::Argument { .. } => argument(message),
+            Error::Interrupted(interrupted) => interrupted.into_py_err(),
+            _ => failure(message),
+        }
+    }
+}
+
 impl IntoPyErr for mqadapt_core::Interrupted {
     fn into_py_err(self) -> PyErr {
         PyKeyboardInterrupt::new_err(self.to_string())

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use mqadapt_calibrate::{load_calibrated, with_merged_layers};
 use mqadapt_checkpoint::{Checkpoint, Content, MAX_CONFIG_BYTES, read_small};
 use mqadapt_kernels::Precision;
 use mqadapt_model::{Device, GenerateOptions, Likelihood, LoadOptions, MOST_TOKENS_IN_FLIGHT, WeightFormat};
@@ -131,12 +132,14 @@ impl Model {
             max_tokens_in_flight,
             precision,
         };
-        let inner = work::run(py, progress, |progress| match calibration {
-            None => mqadapt_model::Model::load(&checkpoint, &options, progress),
-            Some(calibration) => {
-                let dtype = dtype.unwrap_or(checkpoint.dtype());
-                let mut merge = calibration.merge(&checkpoint, parsed, dtype, None, progress)?;
-                mqadapt_model::Model::load_calibrated(&checkpoint, &options, &mut merge, progress)
+        let inner = work::run(py, progress, |progress| -> Result<_, mqadapt_calibrate::Error> {
+            match calibration {
+                None => Ok(mqadapt_model::Model::load(&checkpoint, &options, progress)?),
+                Some(calibration) => {
+                    let dtype = dtype.unwrap_or(checkpoint.dtype());
+                    let mut merge = calibration.merge(&checkpoint, parsed, dtype, None, progress)?;
+                    load_calibrated(&checkpoint, &options, &mut merge, progress)
+                }
             }
         })?;
         let stop_tokens = stop_tokens(&checkpoint)?;
@@ -163,12 +166,14 @@ impl Model {
         let plan = plan::read(plan, config)?;
         let merge = merge_options(seed, config);
         let calibration = if plan.is_keep() { None } else { calibration::needed(method, calibration)? };
-        let inner = work::run(py, progress, |progress| match calibration {
-            None if plan.is_keep() => self.inner.with_plan(&self.checkpoint, &plan, "mean", &merge),
-            None => self.inner.with_plan(&self.checkpoint, &plan, method.name, &merge),
-            Some(calibration) => {
-                let mut layers = calibration.merge(&self.checkpoint, method, self.dtype, None, progress)?;
-                self.inner.with_merged_layers(&self.checkpoint, &plan, &mut layers, progress)
+        let inner = work::run(py, progress, |progress| -> Result<_, mqadapt_calibrate::Error> {
+            match calibration {
+                None if plan.is_keep() => Ok(self.inner.with_plan(&self.checkpoint, &plan, "mean", &merge)?),
+                None => Ok(self.inner.with_plan(&self.checkpoint, &plan, method.name, &merge)?),
+                Some(calibration) => {
+                    let mut layers = calibration.merge(&self.checkpoint, method, self.dtype, None, progress)?;
+                    with_merged_layers(&self.inner, &self.checkpoint, &plan, &mut layers, progress)
+                }
             }
         })?;
         let (checkpoint, stop_tokens) = (Arc::clone(&self.checkpoint), self.stop_tokens.clone());

@@ -107,6 +107,12 @@ impl Module {
         Self::DownProj,
     ];
 
+    /// Whether its rows belong to K/V heads.
+    #[must_use]
+    pub fn is_key_value(self) -> bool {
+        matches!(self, Self::KProj | Self::VProj)
+    }
+
     /// Its name in a checkpoint, below `model.layers.N.`.
     #[must_use]
     pub fn name(self) -> &'static str {

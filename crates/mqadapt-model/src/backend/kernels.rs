@@ -2,13 +2,13 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use mqadapt_core::{Activation, DType};
+use mqadapt_core::{Activation, AttentionShape, DType};
 use mqadapt_kernels::{
     AttentionParams, Cpu, DivergenceHead, KvMut, KvRef, Linear as LinearRef, MatmulOut, Precision, RopeTables,
     RowScore, ScoreHead, Segment, Store, WeightsRef,
 };
 
-use super::{Backend, Heads, HostMatrix, Linear, Scored, Wanted};
+use super::{Backend, HostMatrix, Linear, Scored, Wanted};
 use crate::aligned::Floats;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
@@ -126,8 +126,8 @@ impl Backend for Kernels {
         true
     }
 
-    fn cache(&self, heads: &Heads, slots: usize, dtype: DType) -> Result<KernelCache> {
-        let len = (heads.num_key_value_heads * heads.head_dim).saturating_mul(slots);
+    fn cache(&self, shape: &AttentionShape, slots: usize, dtype: DType) -> Result<KernelCache> {
+        let len = (shape.num_key_value_heads * shape.head_dim).saturating_mul(slots);
         let zeros = || Floats::try_zeros(len, dtype).ok_or(Error::Cache { tokens: slots });
         Ok(KernelCache { k: zeros()?, v: zeros()?, slots })
     }
@@ -222,8 +222,15 @@ impl Backend for Kernels {
         Ok(())
     }
 
-    fn store(&self, k: &Vec<f32>, v: &Vec<f32>, heads: &Heads, batch: &Batch, cache: &mut KernelCache) -> Result<()> {
-        let (kv, head_dim) = (heads.num_key_value_heads, heads.head_dim);
+    fn store(
+        &self,
+        k: &Vec<f32>,
+        v: &Vec<f32>,
+        shape: &AttentionShape,
+        batch: &Batch,
+        cache: &mut KernelCache,
+    ) -> Result<()> {
+        let (kv, head_dim) = (shape.num_key_value_heads, shape.head_dim);
         let width = kv * head_dim;
         for (new, stored) in [(k, &mut cache.k), (v, &mut cache.v)] {
             let data = stored.as_mut();
@@ -239,21 +246,21 @@ impl Backend for Kernels {
     fn attend(
         &self,
         q: &Vec<f32>,
-        heads: &Heads,
+        shape: &AttentionShape,
         batch: &Batch,
         cache: &KernelCache,
         out: &mut Vec<f32>,
     ) -> Result<()> {
         out.resize(q.len(), 0.0);
         let params = AttentionParams {
-            num_attention_heads: heads.num_attention_heads,
-            num_key_value_heads: heads.num_key_value_heads,
-            scale: heads.scaling,
-            softcap: None,
-            sliding_window: heads.sliding_window,
+            num_attention_heads: shape.num_attention_heads,
+            num_key_value_heads: shape.num_key_value_heads,
+            scale: shape.scaling as f32,
+            softcap: shape.attn_logit_softcapping.map(|cap| cap as f32),
+            sliding_window: shape.sliding_window,
             precision: self.precision,
         };
-        let head_dim = heads.head_dim;
+        let head_dim = shape.head_dim;
         let view = |floats| KvRef { data: floats, head_stride: cache.slots * head_dim, row_stride: head_dim, head_dim };
         let mut lists = self.lists();
         let mut segments: Vec<Segment<'_>> = std::mem::take(&mut lists.segments);

@@ -9,7 +9,7 @@ mod stock;
 
 use std::sync::Arc;
 
-use mqadapt_core::{Activation, DType};
+use mqadapt_core::{Activation, AttentionShape, DType};
 
 use crate::aligned::Floats;
 use crate::batch::Batch;
@@ -32,19 +32,6 @@ pub(crate) struct Linear<B: Backend> {
     pub weight: Arc<B::Matrix>,
     /// `[out_features]`
     pub bias: Option<Arc<B::Vector>>,
-}
-
-/// Heads of an attention layer.
-#[derive(Debug, Clone, Copy, PartialEq)]
-#[allow(clippy::struct_field_names)] // the names of config.json
-pub(crate) struct Heads {
-    pub num_attention_heads: usize,
-    pub num_key_value_heads: usize,
-    pub head_dim: usize,
-    /// Factor on `q . k`.
-    pub scaling: f32,
-    /// A token sees this many tokens, itself included; `None`: all before it.
-    pub sliding_window: Option<usize>,
 }
 
 /// The log-likelihood of a token is wanted: of which of the scored rows, and of which token.
@@ -81,7 +68,7 @@ pub(crate) trait Backend: Sized + Send + Sync + 'static {
     fn vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
     /// Whether caches are in main memory, not in that of a device.
     fn in_main_memory(&self) -> bool;
-    fn cache(&self, heads: &Heads, slots: usize, dtype: DType) -> Result<Self::Cache>;
+    fn cache(&self, shape: &AttentionShape, slots: usize, dtype: DType) -> Result<Self::Cache>;
     /// Bytes allocated for it.
     fn cache_bytes(&self, cache: &Self::Cache) -> u64;
     fn upload(&self, values: &[f32], width: usize, out: &mut Self::Buffer) -> Result<()>;
@@ -112,7 +99,7 @@ pub(crate) trait Backend: Sized + Send + Sync + 'static {
         &self,
         k: &Self::Buffer,
         v: &Self::Buffer,
-        heads: &Heads,
+        shape: &AttentionShape,
         batch: &Batch,
         cache: &mut Self::Cache,
     ) -> Result<()>;
@@ -120,7 +107,7 @@ pub(crate) trait Backend: Sized + Send + Sync + 'static {
     fn attend(
         &self,
         q: &Self::Buffer,
-        heads: &Heads,
+        shape: &AttentionShape,
         batch: &Batch,
         cache: &Self::Cache,
         out: &mut Self::Buffer,

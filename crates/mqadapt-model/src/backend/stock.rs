@@ -3,11 +3,11 @@
 //! are rounded to their type.
 
 use candle_core::{D, DType as CandleDType, Device, Tensor};
-use mqadapt_core::{Activation, DType};
+use mqadapt_core::{Activation, AttentionShape, DType};
 
 use mqadapt_kernels::{FloatsRef, Span};
 
-use super::{Backend, Heads, HostMatrix, Linear, Scored, Wanted};
+use super::{Backend, HostMatrix, Linear, Scored, Wanted};
 use crate::batch::{Batch, Segment};
 use crate::divergence::divergence;
 use crate::error::{Error, Result};
@@ -87,13 +87,20 @@ impl Stock {
 
     /// Attention of some rows of a piece. `q`: `[rows, num_attention_heads * head_dim]`, `k`, `v`:
     /// `[num_key_value_heads, tokens, head_dim]`; `position`: that of the first row.
-    fn attend_rows(&self, q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads, position: usize) -> Result<Tensor> {
-        let (rows, d) = (q.dim(0)?, heads.head_dim);
-        let (kv, groups) = (heads.num_key_value_heads, heads.num_attention_heads / heads.num_key_value_heads);
+    fn attend_rows(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        shape: &AttentionShape,
+        position: usize,
+    ) -> Result<Tensor> {
+        let (rows, d) = (q.dim(0)?, shape.head_dim);
+        let (kv, groups) = (shape.num_key_value_heads, shape.num_attention_heads / shape.num_key_value_heads);
         let tokens = k.dim(1)?;
         let visible = |row: usize, token: usize| {
             let here = position + row;
-            token <= here && heads.sliding_window.is_none_or(|window| here - token < window)
+            token <= here && shape.sliding_window.is_none_or(|window| here - token < window)
         };
         let mask: Vec<f32> =
             (0..rows * tokens).map(|i| if visible(i / tokens, i % tokens) { 0.0 } else { f32::NEG_INFINITY }).collect();
@@ -101,13 +108,16 @@ impl Stock {
         // [num_key_value_heads, groups * rows, head_dim]: the query heads of a K/V head are its rows
         let q =
             q.reshape((rows, kv, groups, d))?.permute((1, 2, 0, 3))?.contiguous()?.reshape((kv, groups * rows, d))?;
-        let scores = (q.matmul(&k.t()?.contiguous()?)? * f64::from(heads.scaling))?;
+        let mut scores = (q.matmul(&k.t()?.contiguous()?)? * shape.scaling)?;
+        if let Some(cap) = shape.attn_logit_softcapping {
+            scores = ((scores / cap)?.tanh()? * cap)?;
+        }
         let scores = scores.reshape((kv, groups, rows, tokens))?.broadcast_add(&mask)?;
         let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
         let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
         let out = weights.reshape((kv, groups * rows, tokens))?.matmul(v)?;
         let out = out.reshape((kv, groups, rows, d))?.permute((2, 0, 1, 3))?.contiguous()?;
-        Ok(out.reshape((rows, heads.num_attention_heads * d))?)
+        Ok(out.reshape((rows, shape.num_attention_heads * d))?)
     }
 
     /// Runs over the logits of a few rows at a time: `[count, vocab_size]` from row `first` on.
@@ -155,9 +165,9 @@ impl Backend for Stock {
         self.device.is_cpu()
     }
 
-    fn cache(&self, heads: &Heads, slots: usize, dtype: DType) -> Result<StockCache> {
-        let shape = (heads.num_key_value_heads, slots, heads.head_dim);
-        let zeros = || Tensor::zeros(shape, candle_dtype(dtype), &self.device);
+    fn cache(&self, shape: &AttentionShape, slots: usize, dtype: DType) -> Result<StockCache> {
+        let dims = (shape.num_key_value_heads, slots, shape.head_dim);
+        let zeros = || Tensor::zeros(dims, candle_dtype(dtype), &self.device);
         Ok(StockCache { k: zeros()?, v: zeros()? })
     }
 
@@ -243,9 +253,16 @@ impl Backend for Stock {
         Ok(())
     }
 
-    fn store(&self, k: &Buffer, v: &Buffer, heads: &Heads, batch: &Batch, cache: &mut StockCache) -> Result<()> {
+    fn store(
+        &self,
+        k: &Buffer,
+        v: &Buffer,
+        shape: &AttentionShape,
+        batch: &Batch,
+        cache: &mut StockCache,
+    ) -> Result<()> {
         for (new, stored) in [(k, &cache.k), (v, &cache.v)] {
-            let new = held(new)?.reshape(((), heads.num_key_value_heads, heads.head_dim))?;
+            let new = held(new)?.reshape(((), shape.num_key_value_heads, shape.head_dim))?;
             for segment in &batch.segments {
                 let rows = new.narrow(0, segment.row, segment.rows)?.transpose(0, 1)?.to_dtype(stored.dtype())?;
                 stored.slice_set(&rows.contiguous()?, 1, segment.slot)?;
@@ -254,7 +271,14 @@ impl Backend for Stock {
         Ok(())
     }
 
-    fn attend(&self, q: &Buffer, heads: &Heads, batch: &Batch, cache: &StockCache, out: &mut Buffer) -> Result<()> {
+    fn attend(
+        &self,
+        q: &Buffer,
+        shape: &AttentionShape,
+        batch: &Batch,
+        cache: &StockCache,
+        out: &mut Buffer,
+    ) -> Result<()> {
         let q = held(q)?;
         let mut parts = Vec::new();
         for segment in &batch.segments {
@@ -262,7 +286,7 @@ impl Backend for Stock {
             let v = Self::cached(&cache.v, batch, segment)?;
             for first in (0..segment.rows).step_by(QUERY_ROWS) {
                 let rows = q.narrow(0, segment.row + first, QUERY_ROWS.min(segment.rows - first))?;
-                parts.push(self.attend_rows(&rows.contiguous()?, &k, &v, heads, segment.position + first)?);
+                parts.push(self.attend_rows(&rows.contiguous()?, &k, &v, shape, segment.position + first)?);
             }
         }
         *out = Some(Tensor::cat(&parts, 0)?);

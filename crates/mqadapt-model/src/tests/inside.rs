@@ -1,10 +1,11 @@
 //! Residual streams, what layers see, divergences.
 
+use mqadapt_compress::MergeOptions;
 use mqadapt_core::{DType, NoProgress, Plan};
-use mqadapt_merge::MergeOptions;
 use serde_json::json;
 
-use super::fixtures::{Tiny, config, difference, ids, shapes};
+use super::fixtures::{Tiny, config, difference, ids};
+use super::variants::shapes;
 use crate::{Device, Error, HiddenStates, Model};
 
 fn sequences() -> Vec<Vec<u32>> {

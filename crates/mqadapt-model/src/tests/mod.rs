@@ -1,9 +1,11 @@
 //! Tests of the whole model on tiny random checkpoints of every family. Parity with transformers is tested from Python.
 
-mod calibration;
 mod fixtures;
 mod generation;
 mod inside;
 mod overlays;
 mod parity;
 mod scoring;
+mod variants;
+
+use crate::{LoadOptions, Model};

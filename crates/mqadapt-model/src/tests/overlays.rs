@@ -1,11 +1,12 @@
 //! A plan in memory against the converted checkpoint.
 
-use mqadapt_core::{DType, ModelConfig, NoProgress, Plan};
-use mqadapt_merge::{KvTensor, MergeOptions, merge_tensor, method};
+use mqadapt_compress::{LayerWeights, MergeOptions, merge_tensor, method};
+use mqadapt_core::family::LayerTensor;
+use mqadapt_core::{DType, LayerCache, ModelConfig, NoProgress, Plan};
 use serde_json::{Value, json};
 
 use super::fixtures::{Tiny, config, ids};
-use crate::{AttentionWeights, Device, Error, LoadOptions, Model};
+use crate::{Device, Error, LoadOptions, Model};
 
 const FAMILIES: [&str; 5] = ["llama", "gemma", "mistral", "qwen2", "qwen3"];
 
@@ -32,11 +33,10 @@ fn converted(tiny: &Tiny, plan: &Plan, name: &str, options: &MergeOptions, dtype
         if from.len() == len {
             return (tensor.name, tensor.shape, from);
         }
-        let layer_idx = tensor.name.split('.').nth(2).unwrap().parse().unwrap();
-        let place = KvTensor { layer_idx, value: tensor.name.contains("v_proj"), bias: tensor.name.ends_with("bias") };
+        let place = LayerTensor::parse(&tensor.name).unwrap();
         let mut merged = vec![0.0; len];
         let rows = method(name).unwrap().rows().unwrap();
-        merge_tensor(rows, options, place, &from, source.num_key_value_heads[layer_idx], &mut merged);
+        merge_tensor(rows, options, place, &from, source.num_key_value_heads[place.layer_idx], &mut merged);
         (tensor.name, tensor.shape, merged)
     });
     Tiny::of(&json, dtype, tensors.collect())
@@ -88,18 +88,18 @@ fn a_replaced_layer_equals_the_plan_that_made_it() {
             let name = format!("model.layers.1.self_attn.{name}");
             merged.checkpoint.tensor(&name).is_some().then(|| values(&merged, &name))
         };
-        let weights = AttentionWeights {
-            num_key_value_heads: 3,
-            q_proj: read("q_proj.weight"),
+        let weights = LayerWeights {
+            q_proj: read("q_proj.weight").unwrap(),
             k_proj: read("k_proj.weight").unwrap(),
             v_proj: read("v_proj.weight").unwrap(),
-            o_proj: None,
+            o_proj: read("o_proj.weight").unwrap(),
             q_proj_bias: None,
             k_proj_bias: read("k_proj.bias"),
             v_proj_bias: read("v_proj.bias"),
         };
+        let cache = LayerCache::heads(3);
         let base = tiny.on(Device::Cpu);
-        let replaced = base.with_layer(1, &weights).unwrap();
+        let replaced = base.with_layer(1, cache, &weights).unwrap();
         assert_eq!(logits(&replaced), logits(&merged.on(Device::Cpu)), "{model_type}");
         assert_eq!(replaced.plan(), &plan);
         assert!(replaced.fingerprint() != base.fingerprint());
@@ -108,13 +108,13 @@ fn a_replaced_layer_equals_the_plan_that_made_it() {
         let back = replaced.with_plan(&tiny.checkpoint, &keep, "mean", &MergeOptions::default()).unwrap();
         assert_eq!(logits(&back), logits(&base));
 
-        let short = AttentionWeights { k_proj: vec![0.0; 5], ..weights.clone() };
-        assert!(base.with_layer(1, &short).err().unwrap().to_string().contains("k_proj"));
-        assert!(base.with_layer(3, &weights).is_err());
-        assert!(base.with_layer(1, &AttentionWeights { num_key_value_heads: 4, ..weights.clone() }).is_err());
+        let short = LayerWeights { k_proj: vec![0.0; 5], ..weights.clone() };
+        assert!(base.with_layer(1, cache, &short).err().unwrap().to_string().contains("k_proj"));
+        assert!(base.with_layer(3, cache, &weights).is_err());
+        assert!(base.with_layer(1, LayerCache::heads(4), &weights).is_err());
         if weights.k_proj_bias.is_some() {
-            let bare = AttentionWeights { k_proj_bias: None, ..weights };
-            assert!(base.with_layer(1, &bare).err().unwrap().to_string().contains("k_proj.bias"));
+            let bare = LayerWeights { k_proj_bias: None, ..weights };
+            assert!(base.with_layer(1, cache, &bare).err().unwrap().to_string().contains("k_proj.bias"));
         }
     }
 }

@@ -3,7 +3,8 @@
 use mqadapt_core::{DType, NoProgress};
 use serde_json::json;
 
-use super::fixtures::{Tiny, config, difference, ids, shapes};
+use super::fixtures::{Tiny, config, difference, ids};
+use super::variants::shapes;
 use crate::{Device, LoadOptions, Precision, WeightFormat};
 
 /// f32: both sum the same products in another order; 2e-5 is some fifty roundings of the largest value after three layers.

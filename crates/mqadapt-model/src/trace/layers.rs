@@ -13,7 +13,7 @@ use crate::states::{HiddenStates, LayerTrace};
 const TRACED_ROWS: usize = 512;
 
 /// Is shown what a layer saw of each sequence.
-pub(crate) type Visitor<'a, E> = dyn FnMut(&LayerTrace<'_>) -> std::result::Result<(), E> + 'a;
+pub type Visitor<'a, E> = dyn FnMut(&LayerTrace<'_>) -> std::result::Result<(), E> + 'a;
 
 /// What a layer saw of one sequence, piece after piece, in the order of [`LayerTrace`].
 #[derive(Default)]
@@ -126,7 +126,7 @@ impl<B: Backend> Runner<B> {
         let Some(block) = self.decoder.layers.get(at) else { return Ok(()) };
         let (hidden, features) = (
             self.decoder.config.hidden_size,
-            block.self_attn.heads.num_attention_heads * block.self_attn.heads.head_dim,
+            block.self_attn.shape.num_attention_heads * block.self_attn.shape.head_dim,
         );
         let mut session = self.session();
         for (stream, attention) in stream.chunks_mut(TRACED_ROWS * hidden).zip(attention.chunks(TRACED_ROWS * features))

@@ -1,0 +1,121 @@
+//! Local gradient steps: the projections of a merged layer moved until its attention output on the converted stream is
+//! nearer to the original one. What the closed form takes to second order, the steps see as it is.
+//!
+//! Data in: a merged layer and sequences of inputs and wanted outputs. Data out: the layer, moved.
+
+mod gradient;
+#[cfg(test)]
+mod tests;
+
+pub use gradient::Target;
+use gradient::gradient;
+use mqadapt_core::Progressing;
+
+use crate::Error;
+use crate::layer::{LayerWeights, check_len};
+use mqadapt_core::AttentionShape;
+
+/// Decay of the first and the second moment of Adam.
+const BETA: (f32, f32) = (0.9, 0.98);
+/// Steps of the linear start of the rate, which then falls as a cosine.
+const WARM_UP: usize = 5;
+
+/// How far and how often.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RefineOptions {
+    /// Steps of Adam, one sequence each.
+    pub steps: usize,
+    /// The highest rate, as a part of the root mean square of each projection.
+    pub rate: f32,
+}
+
+impl Default for RefineOptions {
+    fn default() -> Self {
+        Self { steps: 96, rate: 0.002 }
+    }
+}
+
+/// Adam on the projections of a layer with `heads` K/V heads; `target(step)` gives the sequence of a step.
+///
+/// # Errors
+/// What `target` gives; [`Error::Shape`]; [`Error::Option`] for a layer with q/k norm or soft-capping, which the
+/// gradient does not cover; [`Error::NotFinite`]; [`Error::Interrupted`].
+pub fn refine<E: From<Error>>(
+    weights: &LayerWeights,
+    geometry: &AttentionShape,
+    heads: usize,
+    options: &RefineOptions,
+    progress: &Progressing<'_>,
+    mut target: impl FnMut(usize) -> Result<Target, E>,
+) -> Result<LayerWeights, E> {
+    weights.validate(geometry, heads)?;
+    if geometry.qk_norm || geometry.attn_logit_softcapping.is_some() {
+        return Err(Error::Option("gradient steps need a layer without q/k norm and soft-capping".into()).into());
+    }
+    let mut moved = weights.clone();
+    let mut adam: Vec<Adam> = tensors(&mut moved).into_iter().map(|w| Adam::new(w, options.rate)).collect();
+    for step in 0..options.steps {
+        let target = target(step)?;
+        let tokens = target.x.len() / geometry.hidden_size;
+        check_len("x", target.x.len(), tokens * geometry.hidden_size)?;
+        check_len("y", target.y.len(), target.x.len())?;
+        let mut found = gradient(&moved, geometry, heads, &target, progress)?;
+        if !found.error.is_finite() {
+            return Err(Error::NotFinite.into());
+        }
+        if found.energy <= 0.0 {
+            continue;
+        }
+        let factor = schedule(step, options.steps);
+        let scale = (1.0 / found.energy) as f32;
+        for ((weights, by), adam) in tensors(&mut moved).into_iter().zip(tensors(&mut found.by)).zip(&mut adam) {
+            adam.step(weights, by, scale, factor);
+        }
+    }
+    if tensors(&mut moved).iter().any(|t| t.iter().any(|v| !v.is_finite())) {
+        return Err(Error::NotFinite.into());
+    }
+    Ok(moved)
+}
+
+/// Linear at first, then a cosine to nothing.
+fn schedule(step: usize, steps: usize) -> f32 {
+    let part = |n: usize, of: usize| n as f32 / of as f32;
+    part(step + 1, WARM_UP).min(1.0) * 0.5 * (1.0 + (std::f32::consts::PI * part(step, steps)).cos())
+}
+
+fn tensors(weights: &mut LayerWeights) -> Vec<&mut Vec<f32>> {
+    let LayerWeights { q_proj, k_proj, v_proj, o_proj, q_proj_bias, k_proj_bias, v_proj_bias } = weights;
+    let mut out = vec![q_proj, k_proj, v_proj, o_proj];
+    out.extend([q_proj_bias, k_proj_bias, v_proj_bias].into_iter().flatten());
+    out
+}
+
+/// The state of one tensor.
+struct Adam {
+    rate: f32,
+    first: Vec<f32>,
+    second: Vec<f32>,
+    /// `1 - beta^t`, both.
+    seen: (f32, f32),
+}
+
+impl Adam {
+    fn new(weights: &[f32], rate: f32) -> Self {
+        let energy: f64 = weights.iter().map(|w| f64::from(*w) * f64::from(*w)).sum();
+        let rms = crate::layer::round((energy / crate::algebra::count(weights.len().max(1))).sqrt());
+        Self { rate: rate * rms, first: vec![0.0; weights.len()], second: vec![0.0; weights.len()], seen: (0.0, 0.0) }
+    }
+
+    fn step(&mut self, weights: &mut [f32], by: &[f32], scale: f32, factor: f32) {
+        self.seen = (BETA.0 * self.seen.0 + (1.0 - BETA.0), BETA.1 * self.seen.1 + (1.0 - BETA.1));
+        let moments = self.first.iter_mut().zip(&mut self.second);
+        for ((weight, by), (first, second)) in weights.iter_mut().zip(by).zip(moments) {
+            let by = by * scale;
+            *first = BETA.0 * *first + (1.0 - BETA.0) * by;
+            *second = BETA.1 * *second + (1.0 - BETA.1) * by * by;
+            let direction = (*first / self.seen.0) / ((*second / self.seen.1).sqrt() + 1e-8);
+            *weight -= self.rate * factor * direction;
+        }
+    }
+}

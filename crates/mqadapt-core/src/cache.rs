@@ -1,0 +1,83 @@
+//! What a layer caches. In: a form and how its values are stored; out: its bytes. Nothing else counts the bytes of a cache.
+
+/// What a layer caches of every token: what a plan asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LayerCache {
+    /// What is cached.
+    pub form: CacheForm,
+    /// How its values are stored.
+    pub storage: CacheStorage,
+}
+
+/// The form of what is cached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CacheForm {
+    /// A key and a value of this many K/V heads, each of the attention's `head_dim`.
+    Heads(usize),
+}
+
+/// How the values of a cache are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CacheStorage {
+    /// In the dtype that the model computes its cache in.
+    AsComputed,
+}
+
+/// The attention cache of a layer as a method made it: its answer to a [`LayerCache`]. Configuration, manifest and forward pass
+/// read it; caches of two layers of equal shape are interchangeable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum LayerShape {
+    /// K/V heads.
+    Heads {
+        /// Their number.
+        num_key_value_heads: usize,
+        /// Values per head.
+        head_dim: usize,
+    },
+}
+
+impl LayerCache {
+    /// K/V heads, stored as computed.
+    #[must_use]
+    pub fn heads(num_key_value_heads: usize) -> Self {
+        Self { form: CacheForm::Heads(num_key_value_heads), storage: CacheStorage::AsComputed }
+    }
+
+    /// K/V heads of the layer.
+    #[must_use]
+    pub fn num_key_value_heads(self) -> usize {
+        match self.form {
+            CacheForm::Heads(heads) => heads,
+        }
+    }
+
+    /// The shape of the cache in an attention with heads of `head_dim` values.
+    #[must_use]
+    pub fn shape(self, head_dim: usize) -> LayerShape {
+        match self.form {
+            CacheForm::Heads(num_key_value_heads) => LayerShape::Heads { num_key_value_heads, head_dim },
+        }
+    }
+
+    /// Bytes that one token adds to the cache in an attention with heads of `head_dim` values, where a value is computed in
+    /// `value_bytes` bytes.
+    #[must_use]
+    pub fn bytes_per_token(self, head_dim: usize, value_bytes: usize) -> u64 {
+        match self.storage {
+            CacheStorage::AsComputed => self.shape(head_dim).values_per_token() * value_bytes as u64,
+        }
+    }
+}
+
+impl LayerShape {
+    /// Values that one token adds to the cache.
+    #[must_use]
+    pub fn values_per_token(self) -> u64 {
+        match self {
+            Self::Heads { num_key_value_heads, head_dim } => 2 * (num_key_value_heads * head_dim) as u64, // a key, a value
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! What a plan asks of every attention. In: text, a file or counts, and the model's configuration; out: one legal
+//! [`LayerCache`] for each layer, and what that makes of every tensor.
+
+mod change;
+mod document;
+mod grammar;
+
+use crate::attention::divisors;
+use crate::{Error, LayerCache, ModelConfig, Result};
+pub use change::TensorChange;
+
+/// One [`LayerCache`] per layer, legal for the model that the plan was built for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Plan {
+    layers: Vec<LayerCache>,
+    source: Vec<usize>,
+}
+
+impl Plan {
+    /// The plan that changes nothing.
+    #[must_use]
+    pub fn keep(config: &ModelConfig) -> Self {
+        let source = config.num_key_value_heads.clone();
+        Self { layers: source.iter().map(|&heads| LayerCache::heads(heads)).collect(), source }
+    }
+
+    /// A plan from one K/V-head count per layer.
+    ///
+    /// # Errors
+    /// [`Error::PlanLength`], or [`Error::PlanHeads`] for a count that does not divide the layer's.
+    pub fn from_heads(heads: &[usize], config: &ModelConfig) -> Result<Self> {
+        let source = config.num_key_value_heads.clone();
+        if heads.len() != source.len() {
+            return Err(Error::PlanLength { expected: source.len(), found: heads.len() });
+        }
+        for (layer, (&own, &source_heads)) in heads.iter().zip(&source).enumerate() {
+            if own == 0 || !source_heads.is_multiple_of(own) {
+                let legal = in_words(&divisors(source_heads));
+                return Err(Error::PlanHeads { layer, found: own, source_heads, legal });
+            }
+        }
+        Ok(Self { layers: heads.iter().map(|&own| LayerCache::heads(own)).collect(), source })
+    }
+
+    /// What each layer caches.
+    #[must_use]
+    pub fn layers(&self) -> &[LayerCache] {
+        &self.layers
+    }
+
+    /// K/V heads of each layer.
+    #[must_use]
+    pub fn num_key_value_heads(&self) -> Vec<usize> {
+        self.layers.iter().map(|cache| cache.num_key_value_heads()).collect()
+    }
+
+    /// K/V heads of each layer of the model that the plan was built for.
+    #[must_use]
+    pub fn source_num_key_value_heads(&self) -> &[usize] {
+        &self.source
+    }
+
+    /// Whether the plan changes this layer.
+    #[must_use]
+    pub fn changes(&self, layer_idx: usize) -> bool {
+        let source = self.source.get(layer_idx).map(|&heads| LayerCache::heads(heads));
+        self.layers.get(layer_idx).copied() != source
+    }
+
+    /// The layers that the plan changes, ascending.
+    #[must_use]
+    pub fn changed_layers(&self) -> Vec<usize> {
+        (0..self.layers.len()).filter(|&idx| self.changes(idx)).collect()
+    }
+
+    /// Whether it changes nothing.
+    #[must_use]
+    pub fn is_keep(&self) -> bool {
+        self.changed_layers().is_empty()
+    }
+}
+
+fn in_words(counts: &[usize]) -> String {
+    let words: Vec<_> = counts.iter().map(ToString::to_string).collect();
+    match words.split_last() {
+        Some((last, rest)) if !rest.is_empty() => format!("{} and {last}", rest.join(", ")),
+        _ => words.concat(),
+    }
+}
+
+#[cfg(test)]
+mod tests;
