@@ -1,4 +1,4 @@
-"""Gives every layer of a pretrained transformer its own number of K/V heads, and says what that costs."""
+"""Shrink the K/V cache of a pretrained transformer layer by layer, and measure what that costs."""
 
 from mqadapt_rs._core import (
     Calibration,

@@ -17,6 +17,7 @@ __all__ = [
     "ConversionReport",
     "HiddenStates",
     "LayerCache",
+    "Method",
     "Model",
     "ModelConfig",
     "Plan",
@@ -26,6 +27,7 @@ __all__ = [
     "convert",
     "gguf_files",
     "inspect",
+    "methods",
     "verify",
 ]
 __version__: Final[str]
@@ -155,6 +157,25 @@ class Plan:
     def __eq__(self, other: object, /) -> bool: ...
     def __ne__(self, other: object, /) -> bool: ...
     def __hash__(self, /) -> int: ...
+
+@final
+class Method:
+    """A merge method."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def summary(self) -> str:
+        """What the method does, in a line."""
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method merges from calibration text."""
+    @property
+    def options(self) -> list[str]:
+        """Names of the options of a calibration that the method uses, such as `sequential`."""
+
+def methods() -> list[Method]:
+    """The merge methods."""
 
 @final
 class Calibration:

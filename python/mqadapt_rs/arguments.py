@@ -1,4 +1,4 @@
-"""Numbers that callers give. In: whatever they gave. Out: the number, or an error that names the argument and its range."""
+"""Validation of numeric arguments. In: a value. Out: a number in its range, or an error that names the argument and the range."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import SupportsFloat, SupportsIndex, overload
 from mqadapt_rs.errors import ArgumentError
 
 LARGEST = 2**63 - 1
-"""Most of anything."""
+"""Largest count."""
 LARGEST_SEED = 2**64 - 1
 
 
@@ -18,11 +18,11 @@ def whole(name: str, value: SupportsIndex, least: int = 0, most: int = LARGEST) 
 @overload
 def whole(name: str, value: SupportsIndex | None, least: int = 0, most: int = LARGEST) -> int | None: ...
 def whole(name: str, value: SupportsIndex | None, least: int = 0, most: int = LARGEST) -> int | None:
-    """A whole number from `least` to `most`, or the `None` that was given.
+    """Return a whole number from `least` to `most`, or `None` for `None`.
 
     Raises:
-        ArgumentError: it is outside.
-        TypeError: it is no whole number.
+        ArgumentError: the number is out of range.
+        TypeError: the value is not a whole number.
     """
     if value is None:
         return None
@@ -37,17 +37,17 @@ def whole(name: str, value: SupportsIndex | None, least: int = 0, most: int = LA
 
 
 def real(name: str, value: SupportsFloat, least: float = 0.0, most: float = math.inf) -> float:
-    """A finite number from `least` to `most`.
+    """Return a finite number from `least` to `most`.
 
     Raises:
-        ArgumentError: it is outside, infinite or no number (NaN).
-        TypeError: it is of another type.
+        ArgumentError: the number is out of range, infinite or NaN.
+        TypeError: the value is not a number.
     """
     try:
         number = float(value)
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # a whole number larger than every float
         number = math.inf
-    except ValueError:  # a text
+    except ValueError:  # a string
         raise TypeError(f"{name} must be a number; found {type(value).__name__}") from None
     if not (math.isfinite(number) and least <= number <= most):
         upper = "" if most == math.inf else f" to {most:g}"

@@ -1,8 +1,8 @@
-"""How fast a model is on this machine, under plans.
+"""Benchmark of plans on this machine.
 
-In: a source and plans. Out: the time of a prompt and of a decoded token at given depths, and the K/V bytes that the plans
-differ in. Which weights a merged head gets changes no time, so that all plans are overlays of one loaded model. The plans take
-turns in every round, and the best round counts: other programs only ever add time.
+In: a source and plans. Out: the throughput of prompts, the latency of decoded tokens at given depths, and the K/V bytes of each
+plan. All plans are overlays of one loaded model, since the values of merged weights do not change the time. The plans take turns
+in every round, and the fastest round counts: other programs only add time.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def bench(
     weights: str = "stored",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measures a model, and the same under plans.
+    """Measure a model, and the same model under plans.
 
     Args:
         src: a folder, a `.gguf` file or a hub id.
-        plans: plans as in `Plan.parse`; the source itself always comes first.
-        groups: numbers of K/V heads, each a plan that gives all layers as many.
-        depths: tokens in the K/V cache when decoding begins.
-        prompts: lengths in tokens.
-        steps: tokens decoded in a round; their median counts.
-        rounds: how often everything is measured; the best counts.
-        dtype: of the weights; as stored where not given.
+        plans: plans as in `Plan.parse`; the source is always measured first.
+        groups: numbers of K/V heads; each stands for the plan that gives all layers this number.
+        depths: numbers of cached tokens when decoding begins.
+        prompts: prompt lengths in tokens.
+        steps: tokens decoded per round; the median counts.
+        rounds: number of rounds; the fastest counts.
+        dtype: dtype of the weights; by default as stored.
         weights: `stored` or `int8`, as `Model.load` takes it.
-        progress: called as everywhere, with the rounds done.
+        progress: called with the number of finished rounds.
 
     Returns:
         `plans`: name, `num_key_value_heads` of each layer, `kv_bytes_per_token`. `prefill`: for every plan and length
@@ -54,7 +54,7 @@ def bench(
         `speedup` against the source, and `num_key_value_heads`, the mean over the layers.
 
     Raises:
-        ArgumentError: an illegal plan, nothing to measure.
+        ArgumentError: a plan is illegal, or there is nothing to measure.
         MqadaptError, OSError: the model cannot be loaded.
     """
     steps, rounds = whole("steps", steps, 1), whole("rounds", rounds, 1)
@@ -68,7 +68,7 @@ def bench(
     parsed = [Plan.parse(name, src) for name in names]
     source = Model.load(src, dtype=dtype, weights=weights)
     models = [source.with_plan(plan, "first") if plan.changed_layers else source for plan in parsed]
-    # one list of times for each plan and each kind of work
+    # one list of times per plan and measurement
     prefill: dict[tuple[int, int], list[float]] = {(i, n): [] for n in prompts for i in range(len(models))}
     decode: dict[tuple[int, int], list[float]] = {(i, n): [] for n in depths for i in range(len(models))}
     for round_ in range(rounds):

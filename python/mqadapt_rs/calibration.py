@@ -1,7 +1,7 @@
-"""Calibration text for the merge methods that need it: windows of tokens, drawn from a file or a data set of the hub.
+"""Calibration of merge methods: its options, and windows of tokens drawn from a file or a data set of the hub.
 
-Windows of several lengths, so that one calibration serves short and long contexts: what a head does at the start of its
-context is another thing than far from it, and a merge follows what it was shown.
+In: options, a model and its text. Out: a `Calibration`. Windows have several lengths, so that one calibration serves short and
+long contexts: a head attends differently at the start of its context, and a merge fits the contexts that it was shown.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from dataclasses import field as dataclass_field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mqadapt_rs._core import Calibration
+from mqadapt_rs._core import Calibration, methods
 from mqadapt_rs.arguments import LARGEST_SEED, whole
 from mqadapt_rs.errors import ArgumentError
 
@@ -25,19 +27,138 @@ if TYPE_CHECKING:
     from mqadapt_rs.sources.hub import Source
 
 TOKENS = 16384
-"""Drawn by default."""
+"""Default number of drawn tokens."""
 CONTEXT = (512, 2048)
-"""Tokens of the windows that are drawn by default: half of the tokens in windows of each length."""
+"""Default window lengths in tokens; each length gets half of the tokens."""
 ENOUGH_TOKENS = 8192
-"""Below this many, the merge visibly follows its own calibration text (see docs/merge-methods.md)."""
+"""With fewer tokens, a merge visibly overfits its calibration text (see docs/merge-methods.md)."""
 
 _CHARACTERS_PER_TOKEN = 5
 _CHOICE = 8
-"""Of a data set, this many times the tokens are read, for the seed to choose from."""
+"""A data set is read up to this multiple of the drawn tokens, from which the seed chooses."""
 _CHOICE_OF_FILE = 256
-"""The same of a file, which is here already."""
+"""The same multiple for a file, which needs no download."""
 _WHOLE = 16 << 20
-"""A file of no more characters is read whole in any case."""
+"""A file of at most this many characters is always read completely."""
+
+
+def _methods(option: str | None = None) -> str:
+    """The names of the methods that need a calibration, or that use one of its options."""
+    return " and ".join(m.name for m in methods() if (option in m.options if option else m.needs_calibration))
+
+
+def _option(name: str, default: Any, text: str, kind: type, least: int | None = None) -> Any:
+    """A field of `CalibrationOptions`.
+
+    Args:
+        name: of the option: keyword argument of `search`, and with dashes the option of commands.
+        default: its default.
+        text: the help text.
+        kind: the type of its value; `tuple` stands for lengths, separated by commas on a command line.
+        least: its smallest value.
+    """
+    bounds = {} if least is None else {"least": least}
+    return dataclass_field(default=default, metadata={"name": name, "help": text, "type": kind, **bounds})
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The options of a calibration.
+
+    The options of the commands and the commands in reports are derived from this type; `load_calibration` and `search` take
+    the same ones.
+    """
+
+    text: str | None = _option(
+        "calibration",
+        None,
+        f"Calibration text for {_methods()}: a plain text file, .jsonl\\[.gz], or a data set of the hub, "
+        "org/name\\[@revision]\\[:folder or file].",
+        str,
+    )
+    field: str = _option("calibration_field", "text", "Name of the text field in a record.", str)
+    tokens: int = _option("calibration_tokens", TOKENS, "Number of tokens drawn from the text.", int, 1)
+    context: tuple[int, ...] = _option(
+        "calibration_context",
+        CONTEXT,
+        "Window lengths in tokens, separated by commas; each length gets an equal part of the tokens.",
+        tuple,
+        2,
+    )
+    target_context: tuple[int, ...] | None = _option(
+        "target_context",
+        None,
+        "Context lengths in tokens that the result is optimised for, separated by commas; by default those of 512,2048 that "
+        "the windows reach.",
+        tuple,
+        1,
+    )
+    stats: str | None = _option(
+        "stats", None, "Statistics file: read if it exists, written if not, so that text is processed once.", Path
+    )
+    sequential: bool = _option(
+        "sequential", False, f"{_methods('sequential')}: refit o_proj layer by layer on the converted model.", bool
+    )
+    refine: int = _option(
+        "refine",
+        0,
+        f"{_methods('refine')}: number of gradient steps on every merged layer before the refit; 96 is a good number.",
+        int,
+        0,
+    )
+
+    @classmethod
+    def from_keywords(cls, keywords: dict[str, Any]) -> CalibrationOptions:
+        """The options from keyword arguments of their names."""
+        given = {one.name: keywords[one.metadata["name"]] for one in fields(cls) if one.metadata["name"] in keywords}
+        for name in ("text", "stats"):
+            given[name] = None if given.get(name) is None else str(given[name])
+        return cls(**given)
+
+    def keywords(self) -> dict[str, Any]:
+        """The options as keyword arguments of their names."""
+        return {one.metadata["name"]: getattr(self, one.name) for one in fields(self)}
+
+    @property
+    def refits(self) -> bool:
+        """Whether the result for a layer depends on the layers before it."""
+        return self.sequential or self.refine > 0
+
+    def load(self, src: Source, seed: int) -> Calibration | None:
+        """The calibration of a model; `None` if the options name neither a text nor statistics.
+
+        Raises:
+            ArgumentError: `sequential` or `refine` without a text or statistics.
+            OSError, MqadaptError: as `load_calibration`.
+        """
+        if self.text is None and self.stats is None:
+            if self.refits:
+                raise ArgumentError(
+                    f"--sequential and --refine need --method {_methods('sequential')} and a --calibration"
+                )
+            return None
+        return load_calibration(
+            src,
+            self.text,
+            field=self.field,
+            tokens=self.tokens,
+            context=self.context,
+            seed=seed,
+            target_context=self.target_context,
+            stats=self.stats,
+            sequential=self.sequential,
+            refine=self.refine,
+        )
+
+    def command_line(self) -> dict[str, Any]:
+        """The options of a command line that differ from the defaults, by their names there."""
+        found = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value != one.default and not (one.name == "field" and self.text is None):
+                words = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                found[one.metadata["name"].replace("_", "-")] = words
+        return found
 
 
 def load_calibration(
@@ -53,29 +174,30 @@ def load_calibration(
     sequential: bool = False,
     refine: int = 0,
 ) -> Calibration:
-    """Calibration from a text file, a `.jsonl`, a `.jsonl.gz` or a data set of the hub, tokenised as the model does.
+    """Load a calibration from a text file, a `.jsonl`, a `.jsonl.gz` or a data set of the hub, with the model's tokenizer.
 
-    The documents are concatenated, so that a window may begin or end within one, and windows of `context` tokens are
-    drawn from all over them, as many as make `tokens`; a text with no more than that is taken whole. Of several lengths
-    each gets an equal part of the tokens; a length that the text is too short for is left out with a warning. Of a
-    file no more than some hundred times `tokens` are read, of a data set (`org/name[@revision][:folder or file]`) no more
-    than some times. Without a text, `stats` names saved statistics.
+    The documents are concatenated, so that a window may begin or end within a document. Windows of `context` tokens are drawn
+    from the whole text until they hold `tokens` tokens; a shorter text is used completely. Each of several lengths gets an
+    equal part of the tokens; a length that exceeds the text is left out with a warning. At most some hundred times `tokens`
+    are read from a file, and some times `tokens` from a data set (`org/name[@revision][:folder or file]`). Without a text,
+    `stats` names saved statistics.
 
     Args:
-        src: the model, whose tokenizer is used.
+        src: the model; its tokenizer is used.
         text: a file or a data set.
-        field: the field of a record that holds the text.
-        tokens: drawn in all; at least one window of each length.
-        context: tokens of a drawn window, one length or several.
+        field: name of the text field in a record.
+        tokens: number of drawn tokens; at least one window of each length is drawn.
+        context: window lengths in tokens, one or several.
         seed: chooses the windows.
-        target_context: contexts that the result is for; 512 and 2048 where the windows are that long, else the longest.
-        stats: a file of statistics, used where it exists, written where not.
-        sequential: refit of `closed-form`.
-        refine: its gradient steps.
+        target_context: context lengths that the result is optimised for; by default those of 512 and 2048 that the windows reach,
+            else the longest window.
+        stats: statistics file; it is read if it exists and written if not.
+        sequential: refit layer by layer on the converted model, for the methods that have this option.
+        refine: number of gradient steps before the refit.
 
     Raises:
-        ArgumentError: the text is shorter than every window, a target context is longer than every window, or there is
-            neither text nor statistics.
+        ArgumentError: the text is shorter than every window, a target context exceeds every window, or there is neither a text
+            nor statistics.
         OSError, MqadaptError: the text or the tokenizer cannot be read.
     """
     tokens, seed = whole("tokens", tokens, 1), whole("seed", seed, 0, LARGEST_SEED)
@@ -94,25 +216,24 @@ def load_calibration(
     left_out = [length for length in lengths_of(context) if length not in drawn]
     if left_out:
         warnings.warn(
-            f"the calibration text has {len(ids)} tokens, too few for windows of {_listed(left_out)}; windows of "
-            f"{_listed(sorted(drawn))} are drawn alone",
+            f"the calibration text has {len(ids)} tokens, too few for windows of {_listed(left_out)}; only windows "
+            f"of {_listed(sorted(drawn))} are drawn",
             stacklevel=2,
         )
     found = sum(map(len, windows))
     if found < ENOUGH_TOKENS:
         warnings.warn(
-            f"{found} tokens of calibration text are few: the merge fits them more than the language; "
-            f"{ENOUGH_TOKENS} or more would do",
+            f"{found} tokens of calibration text are few: the merge overfits them; use {ENOUGH_TOKENS} or more",
             stacklevel=2,
         )
     return calibration(windows)
 
 
 def documents(text: str | os.PathLike[str], field: str, tokens: int) -> Iterator[str]:
-    """The documents of a file, or of a data set of the hub no more than some times `tokens` needs.
+    """Yield the documents of a file or of a data set of the hub, up to a multiple of `tokens`.
 
     Raises:
-        OSError, MqadaptError: they cannot be read.
+        OSError, MqadaptError: the text cannot be read.
     """
     from mqadapt_rs import text as texts
     from mqadapt_rs.sources import dataset
@@ -123,7 +244,7 @@ def documents(text: str | os.PathLike[str], field: str, tokens: int) -> Iterator
         return
     characters = 0
     for document in dataset.documents(named, field):
-        # rows of a data set often come without the line that separates them
+        # rows of a data set often lack the line break that separates them
         yield document if document.endswith("\n") else document + "\n"
         characters += len(document)
         if characters > _CHARACTERS_PER_TOKEN * _CHOICE * tokens:
@@ -131,10 +252,10 @@ def documents(text: str | os.PathLike[str], field: str, tokens: int) -> Iterator
 
 
 def lengths_of(context: int | Sequence[int]) -> list[int]:
-    """The lengths of windows, ascending, each once.
+    """Return the window lengths in ascending order without repetition.
 
     Raises:
-        ArgumentError: there is none, or one that is less than 1.
+        ArgumentError: there is no length, or one is less than 1.
     """
     given = context if isinstance(context, Iterable) else [context]
     lengths = sorted({whole("calibration_context", length, 1) for length in given})
@@ -144,11 +265,11 @@ def lengths_of(context: int | Sequence[int]) -> list[int]:
 
 
 def draw_windows(ids: Sequence[int], *, tokens: int, context: int | Sequence[int], seed: int) -> list[list[int]]:
-    """Windows of ids that do not overlap, `tokens` in all, in the order of the text.
+    """Draw windows that do not overlap, with `tokens` ids in total, in the order of the text.
 
-    Of several lengths in `context` each gets an equal part of the tokens and at least one window. The longest are drawn
-    first; those of a length are spread evenly over what is left of the text, one from each of as many stretches. A length
-    that no room is left for has none.
+    Each length in `context` gets an equal part of the tokens and at least one window. The longest windows are drawn first. The
+    windows of one length are spread evenly over the rest of the text, one in each of equally long stretches. A length for
+    which no room is left gets no window.
 
     Raises:
         ArgumentError: the text is shorter than every window.
@@ -167,7 +288,7 @@ def draw_windows(ids: Sequence[int], *, tokens: int, context: int | Sequence[int
         places = [start + nth * length for start, end in free for nth in range((end - start) // length)]
         count = min(max(1, wanted // left // length), len(places))
         if len(fitting) == 1:
-            # as it always was, so that statistics saved of these windows remain those of them
+            # this draw must not change: saved statistics belong to its windows
             chosen = sorted(chance.sample(places, count))
         else:
             edges = [nth * len(places) // count for nth in range(count + 1)] if count else []
@@ -179,7 +300,7 @@ def draw_windows(ids: Sequence[int], *, tokens: int, context: int | Sequence[int
 
 
 def _gaps(windows: list[tuple[int, int]], end: int) -> list[tuple[int, int]]:
-    """What is left of a text of `end` ids between windows in its order."""
+    """The ranges of a text of `end` ids that the windows leave free."""
     edges = [0, *(edge for window in windows for edge in window), end]
     return list(zip(edges[::2], edges[1::2], strict=True))
 

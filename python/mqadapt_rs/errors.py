@@ -1,12 +1,12 @@
-"""What this package raises. I/O errors stay `OSError` with their usual subclasses; Ctrl-C stays `KeyboardInterrupt`."""
+"""The exceptions of this package. I/O errors stay `OSError` with their subclasses; Ctrl-C stays `KeyboardInterrupt`."""
 
 from mqadapt_rs.readable import readable
 
 
 class MqadaptError(Exception):
-    """A file with wrong content, or work that cannot be done. The root of this package's own errors.
+    """The root of the errors of this package: a file has invalid content, or an operation failed.
 
-    Its text is in one line, without control characters and shortened, whatever names it quotes.
+    The message is one line of bounded length without control characters.
     """
 
     def __str__(self) -> str:
@@ -15,4 +15,4 @@ class MqadaptError(Exception):
 
 
 class ArgumentError(MqadaptError, ValueError):
-    """An argument that cannot be: an illegal plan, an unknown method or dtype, a token id outside the vocabulary."""
+    """An argument is invalid: an illegal plan, an unknown method or dtype, a token id outside the vocabulary."""

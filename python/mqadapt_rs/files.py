@@ -1,7 +1,7 @@
-"""Files that a user or a model names: regular ones only, opened without waiting, read up to a bound.
+"""Bounded reads of regular files.
 
-In: a path. Out: an open file, or its content. A pipe would wait for its writer and a device may never end, so neither is read;
-what is longer than any real file of its kind is refused before it fills the memory.
+In: a path. Out: an open file, or its content. Pipes and devices are refused, since a pipe would block and a device may not end.
+A file that is longer than any real file of its kind is refused before it fills the memory.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MAX_INDEX_BYTES = 100_000_000
-"""Longest `model.safetensors.index.json`, as in Rust."""
+"""Largest `model.safetensors.index.json`, as in Rust."""
 MAX_TOKENIZER_BYTES = 256 << 20
-"""Longest file of a tokenizer; the largest real ones have 40 MB."""
+"""Largest file of a tokenizer; the largest real ones have 40 MB."""
 MAX_RECORD_BYTES = 64 << 20
-"""Longest file of facts about a model, a search or a measurement."""
+"""Largest JSON file of a model, a search or a measurement."""
 MAX_JOURNAL_BYTES = 1 << 30
-"""Longest journal of a search: a line of 20 bytes a document for every evaluation."""
+"""Largest journal of a search; an evaluation takes 20 bytes per document."""
 
 
 class NotJsonError(MqadaptError, ValueError):
-    """The content of a file is not JSON, or not even text."""
+    """The content of a file is not JSON or not UTF-8."""
 
 
 _KINDS = {
@@ -42,18 +42,18 @@ _KINDS = {
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a regular file, or a link to one, for reading.
+    """Open a regular file, or a link to one, for reading.
 
     Raises:
-        MqadaptError: a pipe, a device, a socket or a folder.
-        OSError: it cannot be opened.
+        MqadaptError: the path is a pipe, a device, a socket or a folder.
+        OSError: the file cannot be opened.
     """
     path = Path(path)
-    # asked before opening, because opening a device can do something; and after, because the path can change in between
+    # checked before opening, because opening a device can have effects, and after, because the path can change in between
     try:
         if path.exists():
             _refuse_special(path, path.stat().st_mode)
-        # a pipe would wait for its writer
+        # O_NONBLOCK: opening a pipe would wait for its writer
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except ValueError as error:  # half of a surrogate pair, or a null byte
         raise MqadaptError(f"{path}: expected the name of a file; found one that cannot be ({error})") from error
@@ -74,11 +74,11 @@ def _refuse_special(path: str | os.PathLike[str], mode: int) -> None:
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
-    """The content of a file of at most `limit` bytes.
+    """Read a file of at most `limit` bytes.
 
     Raises:
-        MqadaptError: it is longer, or not a regular file.
-        OSError: it cannot be read.
+        MqadaptError: the file is longer, or not regular.
+        OSError: the file cannot be read.
     """
     with open_regular(path) as file:
         content = file.read(limit + 1)
@@ -90,7 +90,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def read_text(path: str | os.PathLike[str], limit: int) -> str:
-    """As `read_bytes`, of a file in UTF-8.
+    """Read a UTF-8 file of at most `limit` bytes.
 
     Raises:
         MqadaptError, OSError: as `read_bytes`; the content is not UTF-8.
@@ -102,7 +102,7 @@ def read_text(path: str | os.PathLike[str], limit: int) -> str:
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_RECORD_BYTES) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
         MqadaptError, OSError: as `read_text`; the content is not JSON.
@@ -114,10 +114,10 @@ def read_json(path: str | os.PathLike[str], limit: int = MAX_RECORD_BYTES) -> An
 
 
 def refuse_special(folder: Path, patterns: Iterable[str], limit: int = MAX_TOKENIZER_BYTES) -> None:
-    """Checks the files of a folder that a library will read by itself: regular ones, and no longer than `limit` bytes.
+    """Check that the files of a folder that a library will read are regular and have at most `limit` bytes.
 
     Raises:
-        MqadaptError: one is not.
+        MqadaptError: a file is not.
     """
     patterns = list(patterns)
     for path in sorted(folder.iterdir()):
@@ -125,7 +125,7 @@ def refuse_special(folder: Path, patterns: Iterable[str], limit: int = MAX_TOKEN
             continue
         try:
             status = path.stat()
-        except FileNotFoundError:  # a link that leads nowhere is none of the tokenizer's files
+        except FileNotFoundError:  # a dangling link is not a file of the tokenizer
             continue
         _refuse_special(path, status.st_mode)
         if status.st_size > limit:

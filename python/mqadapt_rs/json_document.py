@@ -1,4 +1,4 @@
-"""JSON that a stranger may have written. In: its text. Out: its content, or a `ValueError` whatever is wrong with it."""
+"""JSON from untrusted files. In: its text. Out: its content, or a `ValueError` for any defect."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def loads(text: str | bytes) -> Any:
-    """As `json.loads`.
+    """Parse JSON as `json.loads` does.
 
     Raises:
         ValueError: the text is not JSON, not UTF-8, or nested deeper than Python's stack.

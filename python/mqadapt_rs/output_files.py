@@ -1,7 +1,7 @@
-"""Files of results: written whole or not at all, never through a link, never into another user's.
+"""Atomic writes of result files, which follow no link and touch no file of another user.
 
-In: a path and what belongs there. Out: a file that took its name when it was complete, or one that is open and ours. Names
-of unfinished files are random, and made exclusively: what lies there already is neither followed nor emptied.
+In: a path and its content. Out: a file that gets its name when it is complete, or an open file that belongs to this user.
+Unfinished files have random names and are created exclusively, so that no existing file is followed or truncated.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _NEW = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CL
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or not at all. A link under its name is replaced, not followed.
+    """Write a file atomically. A link of its name is replaced, not followed.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     descriptor = os.open(partial, os.O_WRONLY | _NEW, 0o666)
@@ -42,16 +42,16 @@ def write(path: Path, content: bytes) -> None:
 
 
 def open_own(path: Path) -> BinaryIO:
-    """Opens a file for reading and for adding to its end; makes it if it is not there.
+    """Open a file for reading and appending; create it if it does not exist.
 
     Raises:
-        ArgumentError: a link, another user's file, or none that is regular.
-        OSError: it cannot be opened.
+        ArgumentError: the path is a link, not a regular file, or belongs to another user.
+        OSError: the file cannot be opened.
     """
     flags = os.O_RDWR | os.O_APPEND
     with contextlib.suppress(FileExistsError):
         return os.fdopen(os.open(path, flags | _NEW, 0o666), "a+b")
-    # a link to nowhere exists as well; a pipe must not be waited for
+    # a dangling link exists as well; O_NONBLOCK: opening a pipe would block
     _refuse(path, path.lstat())
     descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
@@ -63,11 +63,11 @@ def open_own(path: Path) -> BinaryIO:
 
 
 def make_folder(path: Path, mode: int = 0o777) -> bool:
-    """Makes a folder that was not there; returns whether it did. One that is there must be this user's, and no link.
+    """Create a folder, and return whether it did not exist. An existing one must belong to this user and not be a link.
 
     Raises:
-        ArgumentError: it is a link, a file or another user's.
-        OSError: it cannot be made.
+        ArgumentError: the path is a link or a file, or belongs to another user.
+        OSError: the folder cannot be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -84,7 +84,7 @@ def make_folder(path: Path, mode: int = 0o777) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the disk knows which files are in a folder."""
+    """Flush the entries of a folder to disk."""
     with contextlib.suppress(OSError):  # not every file system can
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -108,7 +108,7 @@ def _refuse(path: Path, about: os.stat_result) -> None:
 
 
 def _is_own(folder: Path, owner: int) -> bool:
-    """Whether files that this process makes in a folder get this owner: a server may map users."""
+    """Whether files that this process creates in a folder get this owner: a file server may map users."""
     if not hasattr(os, "geteuid") or owner == os.geteuid():
         return True
     probe = folder / f".{secrets.token_hex(8)}.owner"

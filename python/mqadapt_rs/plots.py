@@ -1,8 +1,7 @@
 """Figures of searches, for screen and print.
 
-In: folders of searches (several are drawn into the same figures, to compare methods). Out: PNG and SVG files, one figure
-for each question that the evaluations answer. Colours are Okabe and Ito's, and nothing is told by colour alone: methods
-and counts differ by hatching, marker and line as well.
+In: folders of searches (several share the same figures, to compare methods). Out: PNG and SVG files, one figure for each question
+that the evaluations answer. The colours are those of Okabe and Ito; methods and counts also differ by hatch, marker and line.
 """
 
 from __future__ import annotations
@@ -42,40 +41,40 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
     "svg.fonttype": "path",
-    "svg.hashsalt": "mqadapt",  # the same search gives the same bytes
+    "svg.hashsalt": "mqadapt",  # fixed, so that the same search gives the same bytes
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
-    "text.parse_math": False,  # a dollar in a name begins no formula
+    "text.parse_math": False,  # a dollar sign in a name does not start a formula
 }
 
 
 def plot(
     *folders: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, latency: Path | None = None
 ) -> list[Path]:
-    """Draws all figures that the searches have data for.
+    """Plot all figures for which the searches have data.
 
     Args:
         folders: folders of searches.
-        out: where the files go; `plots` in the first folder by default.
-        latency: a file that `mqadapt bench --json` wrote, for the figure of latency against K/V heads.
+        out: output folder; by default `plots` in the first folder.
+        latency: output of `mqadapt bench --json`, for the figure of latency against K/V heads.
 
     Returns:
-        The PNG files; an SVG file of the same name lies beside each.
+        The PNG files; each has an SVG file of the same name beside it.
 
     Raises:
-        ArgumentError: nothing to draw, a folder without a search, or searches of different metrics.
+        ArgumentError: there is nothing to plot, a folder holds no search, or the searches have different metrics.
         ImportError: matplotlib is not installed (extra `plot`).
     """
     import matplotlib as mpl
 
     if not folders:
-        raise ArgumentError("nothing to draw: expected the folder of a search")
+        raise ArgumentError("nothing to plot: expected the folder of a search")
     results = [Results.load(Path(folder)) for folder in folders]
     metrics = {result.metric for result in results}
     if len(metrics) > 1:
         names = ", ".join(sorted(metric.name for metric in metrics))
-        raise ArgumentError(f"searches of different metrics do not fit into one figure: {names}")
+        raise ArgumentError(f"searches of different metrics cannot share a figure: {names}")
     if out is not None:
         target = Path(out)
         target.mkdir(parents=True, exist_ok=True)
@@ -92,7 +91,7 @@ def plot(
                 output_files.write(target / f"{name}.{ending}", picture.getvalue())
             written.append(target / f"{name}.png")
     if not written:
-        raise ArgumentError(f"nothing to draw yet: {results[0].folder} holds the source's evaluation only")
+        raise ArgumentError(f"nothing to plot yet: {results[0].folder} holds only the evaluation of the source")
     return written
 
 
@@ -123,13 +122,13 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _series(results: Sequence[Results]) -> list[str]:
-    """What tells the searches apart: the method, or the folder where methods repeat."""
+    """The labels of the searches: the method, or the folder if methods repeat."""
     methods = [_label(result.header["method"]) for result in results]
     return methods if len(set(methods)) == len(methods) else [_label(result.folder.name) for result in results]
 
 
 def _label(text: object) -> str:
-    """A name in a figure, which has little room."""
+    """Shorten a name for a figure."""
     name = readable(text)
     return name if len(name) <= 48 else f"{name[:30]} ... {name[-13:]}"
 
@@ -147,16 +146,16 @@ def _titled(axes: Axes, question: str, results: Sequence[Results]) -> None:
     axes.set_title(question, loc="left", fontsize=11, fontweight="bold", pad=22)
     words = " | ".join(part for part in parts if part)
     below = axes.text(0, 1.03, words, transform=axes.transAxes, fontsize=8, color="#444444")
-    below.set_in_layout(False)  # a long line must not squeeze the axes
+    below.set_in_layout(False)  # a long line must not shrink the axes
 
 
 def _damage_axis(axes: Axes, results: Sequence[Results], shown: Sequence[Evaluation]) -> None:
-    """Labels the axis of damage; on a symmetric logarithmic scale where a few values would hide all others."""
+    """Label the axis of damage; its scale is symmetric logarithmic if a few values would hide all others."""
     metric = results[0].metric
     sizes = sorted(abs(evaluation.damage.mean) for evaluation in shown if evaluation.damage.mean)
     errors = any(evaluation.damage.standard_error for evaluation in shown)
     change = "loss" if metric.scale == "negative" else "increase"
-    # a line each: units are long, figures are not
+    # one line each, since units are long
     label = f"damage: {metric.name} {change}\n[{metric.damage_unit}]" + ("\n95 % interval" if errors else "")
     if len(sizes) > 3 and sizes[-1] > 12 * sizes[len(sizes) // 2]:
         axes.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(sizes[len(sizes) // 4])), linscale=0.5)
@@ -166,7 +165,7 @@ def _damage_axis(axes: Axes, results: Sequence[Results], shown: Sequence[Evaluat
 
 
 def _errors(evaluations: Sequence[Evaluation]) -> Any:
-    """Lengths of error bars below and above, or `None` where there are none."""
+    """Lengths of the error bars below and above, or `None` if there are none."""
     if any(evaluation.damage.low is None for evaluation in evaluations):
         return None
     below = [e.damage.mean - (e.damage.low or 0.0) for e in evaluations]
@@ -179,7 +178,7 @@ def _heads(choice: LayerCache) -> str:
 
 
 def sensitivity(results: Sequence[Results]) -> Figure:
-    """Bars: the damage of each layer alone."""
+    """Plot the damage of each layer alone as bars."""
     named = zip(_series(results), results, strict=True)
     series = [(name, choice, layers) for name, result in named for choice, layers in result.singles().items()]
     number = results[0].space.num_hidden_layers
@@ -209,7 +208,7 @@ def sensitivity(results: Sequence[Results]) -> Figure:
 
 
 def curve(results: Sequence[Results], pattern: str, words: str) -> Figure:
-    """Damage against the number of layers that follow a pattern."""
+    """Plot damage against the number of layers that follow a pattern."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure(6, 3.8)
@@ -237,7 +236,7 @@ def curve(results: Sequence[Results], pattern: str, words: str) -> Figure:
 
 
 def pareto(results: Sequence[Results]) -> Figure:
-    """K/V bytes against damage: every plan, the front, the winner."""
+    """Plot K/V bytes against damage: every plan, the front, the winner."""
     figure, axes = _figure(6, 4.2)
     shown: list[Evaluation] = []
     for index, (name, result) in enumerate(zip(_series(results), results, strict=True)):
@@ -281,7 +280,7 @@ def pareto(results: Sequence[Results]) -> Figure:
     _titled(axes, "What K/V memory costs in quality", results)
     _damage_axis(axes, results, shown)
     axes.set_xlabel(f"K/V bytes per token [% of the source's {size:,}]")
-    if len(results) > 2:  # a long legend would lie over the plans
+    if len(results) > 2:  # a long legend would hide the plans
         figure.set_figheight(5.2)
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     else:
@@ -290,11 +289,11 @@ def pareto(results: Sequence[Results]) -> Figure:
 
 
 def strip(results: Sequence[Results]) -> Figure:
-    """The winner's K/V heads, layer by layer."""
+    """Plot the K/V heads of the winner, layer by layer."""
     rows = [(name, r, r.winner) for name, r in zip(_series(results), results, strict=True) if r.winner is not None]
     number = results[0].space.num_hidden_layers
     figure, axes = _figure(max(6.0, 0.27 * number + 2), 1.3 + 0.42 * len(rows))
-    greys = (1.0, 0.28)  # few heads are light, all heads dark
+    greys = (1.0, 0.28)  # fewer bytes are lighter
     for row, (_, result, winner) in enumerate(rows):
         for layer, own in enumerate(winner.plan):
             sizes = result.space.layer_bytes[layer]
@@ -330,7 +329,7 @@ def _box(layer: int, row: int, colour: tuple[float, float, float]) -> Any:
 
 
 def latency_against_groups(file: Path) -> Figure:
-    """Time of a decoded token against the K/V heads of all layers, one curve for each depth."""
+    """Plot the latency of a decoded token against the K/V heads of all layers, one curve per depth."""
     try:
         return _latency(files.read_json(file))
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as problem:
@@ -338,7 +337,7 @@ def latency_against_groups(file: Path) -> Figure:
 
 
 def plot_latency(report: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
-    """Draws what `bench` returned; the file's ending (`.png`, `.svg`, `.pdf`) says as what.
+    """Plot the latencies that `bench` returned; the suffix of the file (`.png`, `.svg`, `.pdf`) is its format.
 
     Raises:
         ImportError: matplotlib is not installed (extra `plot`).
@@ -381,7 +380,7 @@ def _latency(report: Mapping[str, Any]) -> Figure:
 
 
 def caption(result: Results) -> str:
-    """What the figures show, in words, for those who do not see them."""
+    """The alternative text of the figures."""
     winner = result.winner
     if winner is None:
         return f"{len(result.evaluations)} plans of {result.title}."

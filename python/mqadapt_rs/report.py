@@ -1,7 +1,7 @@
-"""One page about a search: what was found, how sure that is, and how to do it again.
+"""The report of a search: its result, the uncertainty of the result, and the commands to reproduce it.
 
-In: the folder of a search. Out: `report.html`, self-contained, and its Markdown twin `report.md`, whose front matter and
-text are those of a model card for the checkpoint that `convert` makes from the winning plan.
+In: the folder of a search. Out: `report.html`, self-contained, and `report.md` with the same content and front matter, which is a
+model card for the checkpoint that `convert` writes from the winning plan.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROWS = 12
 """Plans in the table of the best."""
 SETTINGS = ("name", "model", "weights", "text", "method", "calibration", "metric", "strategy", "options", "seed",
             "documents", "version")  # fmt: skip
-"""What the figures depend on, as the journal calls it."""
+"""The fields of the journal that the figures depend on."""
 HEADINGS = {
     "sensitivity": "Each layer alone",
     "from-end": "From the end",
@@ -42,10 +42,10 @@ HEADINGS = {
 
 
 def report(folder: str | os.PathLike[str], *, latency: Path | None = None) -> tuple[Path, Path]:
-    """Writes `report.html` and `report.md` into the folder of a search, and the figures into its `plots`.
+    """Write `report.html` and `report.md` into the folder of a search, and the figures into its `plots`.
 
     Raises:
-        ArgumentError: no search in the folder.
+        ArgumentError: the folder holds no search.
         ImportError: matplotlib is not installed (extra `plot`).
     """
     place = Path(folder)
@@ -62,7 +62,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 class Page:
-    """The content of a report, written as HTML or as Markdown."""
+    """The content of a report, as HTML or as Markdown."""
 
     def __init__(self, result: Results, pictures: Sequence[Path]) -> None:
         self.result = result
@@ -70,7 +70,7 @@ class Page:
         self.title = f"{result.header.get('name', 'Model')}: {result.header['strategy']} search by {result.metric.name}"
 
     def verdict(self) -> str:
-        """The finding, in words."""
+        """The verdict, in words."""
         if self.result.summary is None:
             return f"The search has not ended: {len(self.result.evaluations)} plans are evaluated so far."
         return str(self.result.summary["verdict"])
@@ -90,7 +90,7 @@ class Page:
         return ["", "source", "winner"], [[str(cell) for cell in row if cell is not None] for row in rows]
 
     def best(self) -> Table:
-        """The best plans by the search's rule; of a search without one, those of the front first."""
+        """The best plans by the rule of the search; without a rule, those of the front come first."""
         result = self.result
         rule = result.rule
         front = result.front()
@@ -110,7 +110,7 @@ class Page:
         return ["plan", "K/V bytes", metric.name, f"damage [{metric.damage_unit}]", "95 % interval"], rows
 
     def settings(self) -> Table:
-        """What the figures depend on."""
+        """The settings that the figures depend on."""
         result = self.result
         header, summary = result.header, result.summary or {}
         rows = [[name, str(header[name])] for name in SETTINGS if header.get(name) not in (None, "", {})]
@@ -126,7 +126,7 @@ class Page:
         return ["setting", "value"], rows
 
     def commands(self) -> list[str]:
-        """How to do it again, and what to do with it."""
+        """The commands that reproduce the search and convert the winner."""
         summary, header = self.result.summary or {}, self.result.header
         source, method = shlex.quote(str(summary.get("source_argument", "SRC"))), shlex.quote(str(header["method"]))
         found = [str(summary["command"])] if summary.get("command") else []
@@ -137,16 +137,16 @@ class Page:
         return [as_shell_again(command) for command in found]
 
     def notes(self) -> list[str]:
-        """What a reader must know to read the figures."""
+        """Explanations of the figures."""
         metric = self.result.metric
         notes = [
             (
                 "Damage is the mean difference of losses to the source's on the same documents; its standard error and "
-                "95 % interval (Student's t) take documents as the unit of chance."
+                "95 % interval (Student's t) treat documents as the sampling unit."
             ),
             (
-                "The winner was chosen by the same documents that it is reported on, so its damage is flattered a little; "
-                "evaluate it on other text before relying on the last digit."
+                "The winner was selected on the same documents that it is reported on, so its damage is slightly "
+                "underestimated; evaluate it on other text before relying on the last digit."
             ),
         ]
         if not self.result.header["documents"]:
@@ -154,14 +154,14 @@ class Page:
         return notes
 
     def html(self) -> str:
-        """The page."""
+        """The HTML page."""
         e = as_html
         figures = "".join(
             f'<section><h2>{e(HEADINGS[p.stem])}</h2><figure role="img" aria-label="{e(caption(self.result))}">'
             f"{_inline(p.with_suffix('.svg'))}</figure></section>"
             for p in self.pictures
         )
-        # a command is as long as it is
+        # commands are not shortened
         commands = "".join(f"<pre><code>{html.escape(command)}</code></pre>" for command in self.commands())
         notes = "".join(f"<li>{e(note)}</li>" for note in self.notes())
         return (
@@ -171,7 +171,7 @@ class Page:
             f'<p class="verdict">{e(self.verdict())}</p>{_table(self.facts())}{figures}'
             f"<section><h2>Plans</h2>{_table(self.best())}</section>"
             f"<section><h2>How to read this</h2><ul>{notes}</ul></section>"
-            f"<section><h2>How to do it again</h2>{commands}{_table(self.settings())}</section>"
+            f"<section><h2>How to reproduce this</h2>{commands}{_table(self.settings())}</section>"
             "</main></body></html>\n"
         )
 
@@ -192,7 +192,7 @@ class Page:
             *(f"## {HEADINGS[p.stem]}\n\n![{e(caption(self.result))}](plots/{p.name})" for p in self.pictures),
             "## Plans\n\n" + _markdown_table(self.best()),
             "## How to read this\n\n" + "\n".join(f"- {e(note)}" for note in self.notes()),
-            "## How to do it again\n\n" + "\n\n".join(map(as_code_block, self.commands())),
+            "## How to reproduce this\n\n" + "\n\n".join(map(as_code_block, self.commands())),
             _markdown_table(self.settings()),
         ]
         return "\n\n".join(parts) + "\n"
@@ -203,7 +203,7 @@ class Page:
 
 
 def value(evaluation: Evaluation) -> str:
-    """The metric's value with its standard error."""
+    """The value of the metric with its standard error."""
     if not evaluation.standard_error:
         return f"{evaluation.value:.4g}"
     return f"{evaluation.value:.4g} ± {evaluation.standard_error:.2g}"
@@ -216,7 +216,7 @@ def interval(evaluation: Evaluation) -> str:
 
 
 def options(result: Results) -> str:
-    """What the strategy was told, in words."""
+    """The options of the strategy, in words."""
     said = []
     for name, given in result.header["options"].items():
         values = given if isinstance(given, list) else [given]
@@ -228,12 +228,12 @@ def options(result: Results) -> str:
 
 
 def changed(evaluation: Evaluation, result: Results) -> int:
-    """Layers that a plan changes."""
+    """The number of layers that a plan changes."""
     return sum(own != full for own, full in zip(evaluation.plan, result.space.source, strict=True))
 
 
 def _inline(svg: Path) -> str:
-    """The SVG without its XML prologue, its size left to the page, its ids its own."""
+    """Read an SVG without its XML prologue and size, with unique ids."""
     text = svg.read_text(encoding="utf-8")
     text = text[text.index("<svg") :]
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1, flags=re.S)
@@ -263,7 +263,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def _in_yaml(value: object) -> str:
-    """A word of the front matter: as it is, or quoted where YAML could take it for something else."""
+    """Format a word of the front matter: quoted if YAML could interpret it."""
     text = readable(value)
     if re.fullmatch(r"[A-Za-z][\w./-]*", text, re.ASCII):
         return text

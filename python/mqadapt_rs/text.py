@@ -1,4 +1,4 @@
-"""Text for the model: reading documents, and tokenising as the model's own tokenizer does by default."""
+"""Text and tokens. In: documents and a model. Out: texts, and token ids by the default settings of the tokenizer."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     from mqadapt_rs.sources.hub import Source
 
 ANOTHER_FIELD = "--field names another, of a calibration text --calibration-field"
-"""What to do where a record has no such field."""
+"""Advice of errors about a record without the field."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 MAX_CHARACTERS = 256 << 20
-"""Longest text that is taken whole: its tokens alone take tens of gigabytes."""
+"""Longest text that is read completely; its tokens take tens of gigabytes."""
 MAX_LINE = 64 << 20
-"""Longest line of a file of records, in characters."""
+"""Longest line of a record file, in characters."""
 
 _MARGIN = 1024
-"""Tokens behind those that are wanted: where a text is cut, its last ones may be others."""
+"""Extra tokens that are encoded: where a text is cut, its last tokens may differ."""
 
 
 def read_documents(file: str | os.PathLike[str], field: str = "text", characters: int | None = None) -> Iterator[str]:
-    """The documents of a file: a plain text is one; `.jsonl` and `.jsonl.gz` hold one a line, in `field`.
+    """Yield the documents of a file: a plain text is one; `.jsonl` and `.jsonl.gz` hold one per line, in `field`.
 
-    No more than about `characters` are read, where they are given: a plain text ends there, of records the last one is whole.
+    With `characters`, reading stops after about that many: a plain text is cut there, and the last record is complete.
 
     Raises:
         OSError: the file cannot be read.
-        MqadaptError: a line is not an object with that field, the file is not UTF-8 or not a regular file, or more than
-            `MAX_CHARACTERS` would have to be read.
+        MqadaptError: a line is not an object with that field, the file is not UTF-8 or not regular, or it exceeds
+            `MAX_CHARACTERS`.
     """
     path = Path(file)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -60,7 +60,7 @@ def read_documents(file: str | os.PathLike[str], field: str = "text", characters
 
 
 def read_plain(path: Path, gzipped: bool, characters: int | None = None) -> str:
-    """A plain text, or its first `characters`, as one document.
+    """Read a plain text, or its first `characters`, as one document.
 
     Raises:
         OSError, MqadaptError: as `read_documents`.
@@ -76,13 +76,13 @@ def read_plain(path: Path, gzipped: bool, characters: int | None = None) -> str:
 
 def _too_long(path: Path) -> MqadaptError:
     return MqadaptError(
-        f"{path}: expected a text of at most {MAX_CHARACTERS} characters, found more; take a part of it, or ask for fewer "
+        f"{path}: expected a text of at most {MAX_CHARACTERS} characters, found more; use a part of it, or fewer "
         "windows or tokens"
     )
 
 
 def read_records(path: Path, field: str, gzipped: bool) -> Iterator[str]:
-    """The texts of a file that holds a record a line.
+    """Yield the texts of a file that holds one record per line.
 
     Raises:
         OSError, MqadaptError: as `read_documents`.
@@ -131,11 +131,11 @@ def _document(line: str, field: str, where: str) -> str:
 
 
 def load_tokenizer(src: Source) -> Tokenizer:
-    """The tokenizer of a model: its `tokenizer.json`, without the truncation and padding that may be stored in it.
+    """Load the `tokenizer.json` of a model, without its stored truncation and padding.
 
     Raises:
         FileNotFoundError: the model has no `tokenizer.json`.
-        MqadaptError: the file is not one that the tokenizers library reads, or not a regular file.
+        MqadaptError: the tokenizers library cannot read the file, or it is not regular.
     """
     from tokenizers import Tokenizer
 
@@ -155,7 +155,7 @@ def load_tokenizer(src: Source) -> Tokenizer:
 
 
 def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text, with the special tokens that the tokenizer adds by default.
+    """Encode a text, with the special tokens that the tokenizer adds by default.
 
     Raises:
         ArgumentError: the text holds half of a surrogate pair (an argument that is not UTF-8, for instance).
@@ -167,7 +167,7 @@ def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def read_ids(tokenizer: Tokenizer, file: str | os.PathLike[str], field: str, tokens: int | None) -> list[int]:
-    """The ids of the documents of a file, concatenated; of its beginning, with the first `tokens` in it, where they are given.
+    """Encode the concatenated documents of a file; with `tokens`, a beginning that holds at least that many.
 
     Raises:
         OSError, MqadaptError: as `read_documents`.
@@ -184,10 +184,10 @@ def read_ids(tokenizer: Tokenizer, file: str | os.PathLike[str], field: str, tok
 
 
 def first_windows(ids: list[int], context: int, windows: int | None) -> list[int]:
-    """The ids of the first `windows` whole windows of `context` tokens; all whole windows where it is `None`.
+    """Return the ids of the first `windows` complete windows of `context` tokens, or of all if it is `None`.
 
     Raises:
-        ArgumentError: there are fewer.
+        ArgumentError: the text has fewer windows.
     """
     context, windows = whole("context", context, 1), whole("windows", windows, 1)
     available = len(ids) // context

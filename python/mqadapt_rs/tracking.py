@@ -1,4 +1,4 @@
-"""Weights & Biases: searches and evaluations as runs. In: results; out: a run, online or (`WANDB_MODE=offline`) on disk."""
+"""Logging to Weights & Biases. In: results of searches and evaluations. Out: a run, online or (`WANDB_MODE=offline`) on disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a stored value, by dtype."""
 
 PATIENCE = 240
-"""Seconds that Weights & Biases may take to start."""
+"""Timeout of the start of Weights & Biases in seconds."""
 
 
 class Run:
@@ -32,7 +32,7 @@ class Run:
         self._run = run
 
     def evaluation(self, evaluation: Evaluation, metric: str) -> None:
-        """One evaluated plan."""
+        """Log one evaluated plan."""
         self._run.log({
             metric: evaluation.value,
             f"{metric}_standard_error": evaluation.standard_error,
@@ -45,11 +45,11 @@ class Run:
         })  # fmt: skip
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Final values: results, plan, K/V bytes, size on disk."""
+        """Set the summary values of the run."""
         self._run.summary.update(dict(values))
 
     def results(self, results: Mapping[str, Mapping[str, Any]], model: Model) -> None:
-        """The metrics of lm-eval's tasks (`task/metric`), and what the model costs."""
+        """Log the metrics of lm-eval tasks (`task/metric`), and the sizes of the model."""
         values = {
             f"{task}/{key.partition(',')[0]}": value
             for task, metrics in results.items()
@@ -66,13 +66,13 @@ class Run:
         })  # fmt: skip
 
     def files(self, folder: Path, names: list[str]) -> None:
-        """Keeps files with the run."""
+        """Save files with the run."""
         for name in names:
             if (folder / name).exists():
                 self._run.save(str(folder / name), base_path=str(folder), policy="now")
 
     def result(self, result: SearchResult, bytes_on_disk: int | None) -> None:
-        """What a search found. `bytes_on_disk`: of the winner, converted."""
+        """Log the result of a search. `bytes_on_disk`: size of the converted winner."""
         winner = result.winner
         self.summary({
             "verdict": result.verdict,
@@ -89,7 +89,7 @@ class Run:
 def tracked(
     project: str | None, *, name: str, config: Mapping[str, Any], folder: Path | None = None
 ) -> Iterator[Run | None]:
-    """A run in a project; `None` without one.
+    """Open a run in a project; yields `None` if there is no project.
 
     Raises:
         ArgumentError: wandb is not installed (extra `wandb`).
@@ -101,9 +101,9 @@ def tracked(
         import wandb
     except ImportError:
         raise ArgumentError("--wandb needs Weights & Biases: pip install 'mqadapt-rs[wandb]'") from None
-    # as wandb itself decides, but each time anew: it keeps what it found when it was first used
+    # read each time: wandb caches the value of its first use
     place = os.environ.get("WANDB_DIR") or "." if folder is None else str(folder)
-    # its own process starts slowly where all cores are at work, and hours of a search should not end with that
+    # its service starts slowly when all cores are busy; a timeout would end the search
     os.environ.setdefault("WANDB__SERVICE_WAIT", str(PATIENCE))
     settings = wandb.Settings(init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", PATIENCE)))
     run = wandb.init(project=project, name=name, config=dict(config), dir=place, settings=settings)

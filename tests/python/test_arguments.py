@@ -246,7 +246,7 @@ def test_a_number_of_threads_that_cannot_be(lookalike: Path, threads: str) -> No
         (["--groups", "9" * 30], 2, ""),
         (["--steps", "9" * 18], 1, "no memory"),
         (["--rounds", "9" * 30], 2, "rounds must be"),
-        (["--prompt", "9" * 5000], 2, "is not numbers joined by commas"),
+        (["--prompt", "9" * 5000], 2, "is not a list of numbers separated by commas"),
     ],
 )
 def test_numbers_on_the_command_line(lookalike: Path, options: list[str], code: int, words: str) -> None:

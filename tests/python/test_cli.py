@@ -178,7 +178,7 @@ def ids_of(src: Path, string: str) -> list[int]:
         (["frobnicate"], 2, "No such command"),
         (["convert"], 2, "Missing argument"),
         (["search", "SRC", "--strategy", "sensitivity", "--text", "no.txt", "--out", "o"], 1, "no.txt: No such file"),
-        (["search", "SRC", "--strategy", "sensitivity", "--sequential", "--out", "o"], 2, "knows no refit"),
+        (["search", "SRC", "--strategy", "sensitivity", "--sequential", "--out", "o"], 2, "has no refit"),
         (["generate", "SRC", "--prompt", "x", "--weights", "int2"], 2, "int2"),
         (["convert", "SRC", "DST", "--plan", "gqa2:0"], 2, "1 and 3 are possible"),
         (["convert", "SRC", "DST", "--plan", "mqa:last99"], 2, "lastN takes N from 1 to 30"),

@@ -176,7 +176,7 @@ def test_the_command_line_refuses_contexts_that_cannot_be(tmp_path: Path) -> Non
     message = refusal("--calibration-context", "24,40", "--target-context", "2048")
     assert "2048 tokens" in message
     assert "--calibration-context" in message
-    assert "numbers joined by commas" in refusal("--calibration-context", "24;40")
+    assert "numbers separated by commas" in refusal("--calibration-context", "24;40")
     assert "at least 2" in refusal("--calibration-context", "24,1")
     assert "less than one window of 5000" in refusal("--calibration-context", "5000")
     assert not (tmp_path / "dst").exists()
@@ -203,8 +203,8 @@ def test_a_method_refuses_what_it_does_nothing_with(tmp_path: Path) -> None:
     tiny.save(tmp_path / "src", "llama")
     cases = [
         ("mean", Calibration(TEXT), "method 'mean' reads no text"),
-        ("prune", Calibration(TEXT, sequential=True), "belong to closed-form"),
-        ("prune", Calibration(TEXT, refine=3), "belong to closed-form"),
+        ("prune", Calibration(TEXT, sequential=True), "is for closed-form"),
+        ("prune", Calibration(TEXT, refine=3), "is for closed-form"),
     ]
     for method, calibration, message in cases:
         with pytest.raises(ArgumentError, match=message):

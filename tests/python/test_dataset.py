@@ -144,7 +144,7 @@ def test_a_search_takes_what_a_conversion_takes(hub: FakeHub, tmp_path: Path, mo
         for name in ("a", "b")
     ]
     assert values[0] == values[1]
-    with pytest.raises(ArgumentError, match="the method mean knows no refit"):
+    with pytest.raises(ArgumentError, match="the method mean has no refit"):
         run("c", "--sequential")
     assert not (tmp_path / "c").exists()
     with pytest.raises(ArgumentError, match="target-context"):

@@ -283,10 +283,10 @@ def test_the_command_line(checkpoint: Path, text: Path, tasks: Path, tmp_path: P
             "200%",
         ),
         ({"strategy": "given", "text": "TEXT", "plans": ["keep"]}, "other than 'keep'"),
-        ({"sequential": True, "text": "TEXT"}, "method mean knows no refit"),
+        ({"sequential": True, "text": "TEXT"}, "method mean has no refit"),
         (
             {"refine": 2, "metric": "predicted", "method": "closed-form", "calibration": "TEXT"},
-            "predicted knows no refit",
+            "predicted has no refit",
         ),
         ({"weights": "int2", "text": "TEXT"}, "int2"),
         ({"method": "closed-form", "text": "TEXT"}, "--calibration FILE or --stats FILE"),

@@ -173,7 +173,7 @@ def test_folders_without_a_search(searched: Path, tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_bytes(numbered({"journal": 2}, 0))
     with pytest.raises(ArgumentError, match="not the journal of a search"):
         plot(tmp_path)
-    with pytest.raises(ArgumentError, match="nothing to draw"):
+    with pytest.raises(ArgumentError, match="nothing to plot"):
         plot()
     header = (searched / "journal.jsonl").read_bytes().splitlines(keepends=True)[0]
     (tmp_path / "journal.jsonl").write_bytes(header)
@@ -204,7 +204,7 @@ def test_names_are_no_markup_of_a_page(title: str, tmp_path: Path) -> None:
     for text in (page, card):
         assert "<script" not in text and "<img" not in text
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
-    prose = card.split("\n---\n", 1)[1].split("## How to do it again")[0]
+    prose = card.split("\n---\n", 1)[1].split("## How to reproduce this")[0]
     assert not re.search(r"(?<!\\)\]\(javascript:", prose) and "\n# [a]" not in prose and "```" not in prose
     # front matter is YAML in which a name is a name
     front = card.split("---\n")[1]

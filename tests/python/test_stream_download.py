@@ -41,7 +41,7 @@ def sharded(lookalike: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "PATIENCE", 0.01)
+    monkeypatch.setattr(stream, "DELAY", 0.01)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -144,7 +144,7 @@ def test_a_folder_that_is_not_of_downloads_is_left_alone(hub: FakeHub, sharded: 
     scratch.unlink()
     scratch.mkdir()
     (scratch / "notes.txt").write_text("mine")
-    with pytest.raises(OSError, match="is not a folder of our downloads"):
+    with pytest.raises(OSError, match="is not a download folder of mqadapt"):
         stream_convert(tmp_path)
     assert [path.name for path in (*victim.iterdir(), *scratch.iterdir())] == ["thesis.txt", "notes.txt"]
     (scratch / "notes.txt").unlink()
@@ -177,7 +177,7 @@ def test_ctrl_c_ends_a_download(hub: FakeHub, sharded: Path, tmp_path: Path) -> 
 
 
 def test_a_local_model_is_refused(sharded: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="is on this machine already"):
+    with pytest.raises(ArgumentError, match="is a local path"):
         mq.convert(sharded, tmp_path / "out", stream_download=True)
     assert list(tmp_path.iterdir()) == []
 

@@ -6,17 +6,34 @@ use crate::{first::First, mean::Mean, random::Random};
 
 /// Every merge method. A new one is a file and a line here.
 pub static METHODS: &[&Method] = &[
-    &Method { name: "mean", summary: "mean of the group's heads (GQA paper, section 2.1)", rows: Some(&Mean) },
-    &Method { name: "first", summary: "first head of the group (the GQA paper's ablation)", rows: Some(&First) },
-    &Method { name: "random", summary: "freshly initialised, seeded (the GQA paper's ablation)", rows: Some(&Random) },
+    &Method {
+        name: "mean",
+        summary: "mean of the group's heads (GQA paper, section 2.1)",
+        options: &[],
+        rows: Some(&Mean),
+    },
+    &Method {
+        name: "first",
+        summary: "first head of the group (the GQA paper's ablation)",
+        options: &[],
+        rows: Some(&First),
+    },
+    &Method {
+        name: "random",
+        summary: "freshly initialised, seeded (the GQA paper's ablation)",
+        options: &[],
+        rows: Some(&Random),
+    },
     &Method {
         name: "closed-form",
         summary: "second-order solution from calibration text; q_proj and o_proj compensated",
+        options: &["sequential", "refine", "fast_pairs", "regroup"],
         rows: None,
     },
     &Method {
         name: "prune",
         summary: "strongest head of the group by calibration text, the others silenced (NVIDIA Puzzle's default)",
+        options: &[],
         rows: None,
     },
 ];
@@ -27,10 +44,18 @@ pub struct Method {
     pub name: &'static str,
     /// What it does, in a line.
     pub summary: &'static str,
+    /// Options of a calibration that it uses, beside the text.
+    pub options: &'static [&'static str],
     rows: Option<&'static dyn RowMerge>,
 }
 
 impl Method {
+    /// Whether it merges from calibration text.
+    #[must_use]
+    pub fn needs_calibration(&self) -> bool {
+        self.rows.is_none()
+    }
+
     /// The method as one that merges K/V rows independently of each other and of every other tensor, if it is such a one.
     #[must_use]
     pub fn rows(&self) -> Option<&'static dyn RowMerge> {

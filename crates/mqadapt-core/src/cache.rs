@@ -1,5 +1,9 @@
 //! What a layer caches. In: a form and how its values are stored; out: its bytes. Nothing else counts the bytes of a cache.
 
+use std::fmt;
+
+use crate::attention::divisors;
+
 /// What a layer caches of every token: what a plan asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LayerCache {
@@ -54,6 +58,16 @@ impl LayerCache {
         }
     }
 
+    /// What a layer that caches this can be reduced to, ascending by bytes; the last is this.
+    #[must_use]
+    pub fn reductions(self) -> Vec<Self> {
+        match self.form {
+            CacheForm::Heads(heads) => {
+                divisors(heads).into_iter().map(|heads| Self { form: CacheForm::Heads(heads), ..self }).collect()
+            }
+        }
+    }
+
     /// The shape of the cache in an attention with heads of `head_dim` values.
     #[must_use]
     pub fn shape(self, head_dim: usize) -> LayerShape {
@@ -68,6 +82,16 @@ impl LayerCache {
     pub fn bytes_per_token(self, head_dim: usize, value_bytes: usize) -> u64 {
         match self.storage {
             CacheStorage::AsComputed => self.shape(head_dim).values_per_token() * value_bytes as u64,
+        }
+    }
+}
+
+/// Its name in the text of a plan: `mqa`, `gqa2`.
+impl fmt::Display for LayerCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.form {
+            CacheForm::Heads(1) => f.write_str("mqa"),
+            CacheForm::Heads(heads) => write!(f, "gqa{heads}"),
         }
     }
 }

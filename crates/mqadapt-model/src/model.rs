@@ -226,8 +226,13 @@ impl Model {
     /// Bytes that one token takes in the K/V cache.
     #[must_use]
     pub fn kv_bytes_per_token(&self) -> u64 {
-        let value_bytes = on_backend!(&self.engine, runner => runner.kv_dtype).bytes();
-        cost::kv_bytes_per_token(self.config(), &self.plan, value_bytes)
+        cost::kv_bytes_per_token(self.config(), &self.plan, self.kv_value_bytes())
+    }
+
+    /// Bytes of one value in the K/V cache.
+    #[must_use]
+    pub fn kv_value_bytes(&self) -> usize {
+        on_backend!(&self.engine, runner => runner.kv_dtype).bytes()
     }
 
     /// Bytes that one decode step of one sequence reads with `depth` tokens cached: the weights of the layers and of

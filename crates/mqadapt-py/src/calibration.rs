@@ -7,7 +7,7 @@ use mqadapt_calibrate::{
 };
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_compress::closed_form::{ClosedFormOptions, Cut};
-use mqadapt_compress::{Method, RefineOptions};
+use mqadapt_compress::{METHODS, Method, RefineOptions};
 use mqadapt_core::{DType, Progress};
 use mqadapt_model::Spill;
 use pyo3::prelude::*;
@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 
 use crate::arguments::{self, Place, Text, Whole};
 use crate::errors::{OrRaise, argument};
+use crate::plan::LayerCache;
 use crate::source::local_path;
 use crate::work;
 
@@ -105,12 +106,18 @@ impl Calibration {
         &self,
         src: &Bound<'_, PyAny>,
         method: Text,
-        layers: Vec<(Whole, Whole)>,
+        layers: Vec<(Whole, Bound<'_, PyAny>)>,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Vec<f64>> {
         let layers: PyResult<Vec<(usize, usize)>> = layers
             .iter()
-            .map(|(layer, heads)| Ok((layer.count("a layer of layers")?, heads.count("a head count of layers")?)))
+            .map(|(layer, choice)| {
+                let heads = match choice.extract::<LayerCache>() {
+                    Ok(cache) => cache.0.num_key_value_heads(),
+                    Err(_) => choice.extract::<Whole>()?.count("a head count of layers")?,
+                };
+                Ok((layer.count("a layer of layers")?, heads))
+            })
             .collect();
         let layers = layers?;
         let (py, path) = (src.py(), local_path(src, false)?);
@@ -142,15 +149,21 @@ pub(crate) fn needed<'a>(
         (Some(_), Some(_)) => {
             let name = method.name;
             Err(argument(format!(
-                "method '{name}' reads no text: leave the calibration out, or choose closed-form or prune"
+                "method '{name}' reads no text: leave the calibration out, or choose {}",
+                METHODS.iter().filter(|m| m.needs_calibration()).map(|m| m.name).collect::<Vec<_>>().join(" or ")
             )))
         }
         (None, Some(calibration)) => {
             let calibration = calibration.get();
-            if method.name == "prune" && (calibration.sequential || calibration.refine.is_some()) {
-                return Err(argument(
-                    "sequential and refine belong to closed-form; prune has no use for them".to_owned(),
-                ));
+            for (option, given) in [("sequential", calibration.sequential), ("refine", calibration.refine.is_some())] {
+                if given && !method.options.contains(&option) {
+                    let users = METHODS.iter().filter(|m| m.options.contains(&option));
+                    let users = users.map(|m| m.name).collect::<Vec<_>>().join(", ");
+                    let name = method.name;
+                    return Err(argument(format!(
+                        "the option {option} is for {users}; the method {name} does not use it"
+                    )));
+                }
             }
             Ok(Some(calibration))
         }

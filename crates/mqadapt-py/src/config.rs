@@ -4,8 +4,9 @@ use mqadapt_core::{DType, Plan, cost};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
-use crate::arguments::Text;
+use crate::arguments::{Text, Whole};
 use crate::errors::OrRaise;
+use crate::plan::LayerCache;
 use crate::source::local_path;
 
 /// What a model is: the validated content of its `config.json`.
@@ -80,6 +81,13 @@ impl ModelConfig {
     #[getter]
     fn dtype(&self) -> Option<&'static str> {
         self.0.dtype.map(DType::name)
+    }
+
+    /// What a layer may cache under a plan, ascending by bytes; the last is its own.
+    fn layer_caches(&self, layer_idx: Whole) -> PyResult<Vec<LayerCache>> {
+        let keep = Plan::keep(&self.0);
+        let layer_idx: usize = layer_idx.within("layer_idx", 0..=keep.layers().len().saturating_sub(1) as u64)?;
+        Ok(keep.layers()[layer_idx].reductions().into_iter().map(LayerCache).collect())
     }
 
     /// Parameters of the model, tied embeddings counted once.

@@ -12,6 +12,7 @@ mod config;
 mod convert;
 mod errors;
 mod inspect;
+mod method;
 mod model;
 mod plan;
 mod source;
@@ -32,9 +33,11 @@ mod _core {
     #[pymodule_export]
     use crate::inspect::{gguf_files, inspect};
     #[pymodule_export]
+    use crate::method::{Method, methods};
+    #[pymodule_export]
     use crate::model::{HiddenStates, Model, RequestStates};
     #[pymodule_export]
-    use crate::plan::Plan;
+    use crate::plan::{LayerCache, Plan};
     #[pymodule_export]
     use crate::verify::{Verification, verify};
 

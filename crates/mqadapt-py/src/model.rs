@@ -224,6 +224,11 @@ impl Model {
         self.inner.kv_bytes_per_token()
     }
 
+    #[getter]
+    fn kv_value_bytes(&self) -> usize {
+        self.inner.kv_value_bytes()
+    }
+
     /// Bytes that one decode step reads with `depth` tokens cached.
     fn bytes_per_step(&self, depth: Whole) -> PyResult<u64> {
         Ok(self.inner.bytes_per_step(depth.within("depth", 0..=u32::MAX.into())?))

@@ -1,4 +1,4 @@
-//! `Plan`.
+//! `Plan` and `LayerCache`.
 
 use mqadapt_core::cost;
 use pyo3::prelude::*;
@@ -8,7 +8,50 @@ use crate::arguments::{Text, Whole, counts};
 use crate::config::ModelConfig;
 use crate::errors::{OrRaise, argument};
 
-/// How many K/V heads each layer of a model gets.
+/// What a layer caches of every token.
+#[pyclass(module = "mqadapt_rs._core", frozen, eq, hash, from_py_object)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct LayerCache(pub(crate) mqadapt_core::LayerCache);
+
+#[pymethods]
+impl LayerCache {
+    /// K/V heads, stored in the dtype that they are computed in.
+    #[new]
+    fn new(num_key_value_heads: Whole) -> PyResult<Self> {
+        num_key_value_heads.positive("num_key_value_heads").map(|heads| Self(mqadapt_core::LayerCache::heads(heads)))
+    }
+
+    #[getter]
+    fn num_key_value_heads(&self) -> usize {
+        self.0.num_key_value_heads()
+    }
+
+    /// What a layer that caches this may be reduced to, ascending by bytes; the last is this.
+    fn reductions(&self) -> Vec<Self> {
+        self.0.reductions().into_iter().map(Self).collect()
+    }
+
+    /// Bytes that one token adds to the cache of a layer, with `value_bytes` bytes a computed value.
+    #[pyo3(signature = (config, value_bytes = Whole::from(2)), text_signature = "($self, config, value_bytes=2)")]
+    fn bytes_per_token(&self, config: &Bound<'_, PyAny>, value_bytes: Whole) -> PyResult<u64> {
+        let value_bytes = value_bytes.within("value_bytes", 1..=64)?;
+        Ok(self.0.bytes_per_token(model_config(config)?.0.head_dim, value_bytes))
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> (Bound<'py, PyType>, (usize,)) {
+        (py.get_type::<Self>(), (self.num_key_value_heads(),))
+    }
+
+    fn __str__(&self) -> String {
+        self.0.to_string()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("LayerCache(num_key_value_heads={})", self.num_key_value_heads())
+    }
+}
+
+/// What each layer of a model caches.
 #[pyclass(module = "mqadapt_rs", frozen, eq, hash, from_py_object)]
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Plan(pub(crate) mqadapt_core::Plan);
@@ -20,6 +63,28 @@ impl Plan {
     fn parse(_cls: &Bound<'_, PyType>, text: &Bound<'_, PyAny>, config: &Bound<'_, PyAny>) -> PyResult<Self> {
         let config = model_config(config)?;
         read(text, &config.0).map(Self)
+    }
+
+    /// The plan under which the layers of a model cache this.
+    #[classmethod]
+    fn from_layers(_cls: &Bound<'_, PyType>, layers: Vec<LayerCache>, config: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let layers: Vec<_> = layers.into_iter().map(|cache| cache.0).collect();
+        let source: Vec<_> = match config.extract::<Vec<LayerCache>>() {
+            Ok(source) => source.into_iter().map(|cache| cache.0).collect(),
+            Err(_) => mqadapt_core::Plan::keep(&model_config(config)?.0).layers().to_vec(),
+        };
+        mqadapt_core::Plan::from_layers(&layers, &source).map(Self).or_raise()
+    }
+
+    /// What each layer caches.
+    #[getter]
+    fn layers(&self) -> Vec<LayerCache> {
+        self.0.layers().iter().copied().map(LayerCache).collect()
+    }
+
+    /// The text of the plan, which `parse` reads back.
+    fn describe(&self) -> String {
+        self.0.describe()
     }
 
     /// K/V heads of each layer.

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from mqadapt_rs.cli.calibrated import Calibrated, calibrated
+from mqadapt_rs.calibration import CalibrationOptions
+from mqadapt_rs.cli.calibration import with_calibration
 from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src, byte_count
 
 
-@calibrated
+@with_calibration
 def convert(
     src: Src,
     dst: Annotated[Path, typer.Argument(help="The output folder; the command creates it.", show_default=False)],
@@ -20,7 +21,7 @@ def convert(
     seed: Seed = 0,
     dtype: DType = None,
     *,
-    calibration: Calibrated,
+    calibration: CalibrationOptions,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DST if it is a converted checkpoint.")
     ] = False,

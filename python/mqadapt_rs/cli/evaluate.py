@@ -7,14 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from mqadapt_rs.cli.calibrated import Calibrated, calibrated
+from mqadapt_rs.calibration import CalibrationOptions
+from mqadapt_rs.cli.calibration import with_calibration
 from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src, Weights
 
 # keys of the result of lm-eval that are printed; the others repeat the definitions of the tasks
 _KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
-@calibrated
+@with_calibration
 def evaluate(
     src: Src,
     tasks: Annotated[
@@ -26,7 +27,7 @@ def evaluate(
     dtype: DType = None,
     weights: Weights = "stored",
     *,
-    calibration: Calibrated,
+    calibration: CalibrationOptions,
     include_path: Annotated[
         Path | None,
         typer.Option(

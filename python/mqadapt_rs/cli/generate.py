@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from mqadapt_rs.cli.calibrated import Calibrated, calibrated
+from mqadapt_rs.calibration import CalibrationOptions
+from mqadapt_rs.cli.calibration import load_model, with_calibration
 from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src, Weights
 
 
-@calibrated
+@with_calibration
 def generate(
     src: Src,
     prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.", show_default=False)],
@@ -27,7 +28,7 @@ def generate(
     dtype: DType = None,
     weights: Weights = "stored",
     *,
-    calibration: Calibrated,
+    calibration: CalibrationOptions,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -41,7 +42,7 @@ def generate(
 
     tokenizer = texts.load_tokenizer(src)
     ids = texts.token_ids(tokenizer, prompt)
-    model = calibration.model(src, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights)
+    model = load_model(src, calibration, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights)
     start = time.perf_counter()
     with output.progress_bars("tokens") as progress:
         new = model.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=progress)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mqadapt_rs._core import methods
+
 _debug_wanted: list[bool] = []
 
 
@@ -31,6 +33,11 @@ def byte_count(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+def _methods(calibrated: bool, joint: str) -> str:
+    """The names of the methods that do or do not need a calibration."""
+    return joint.join(method.name for method in methods() if method.needs_calibration == calibrated)
+
+
 Src = Annotated[
     str, typer.Argument(help="A folder, a .gguf file or a hub id org/name\\[@revision].", show_default=False)
 ]
@@ -46,7 +53,7 @@ Method = Annotated[
     str,
     typer.Option(
         "--method",
-        help="How K/V heads are merged: mean, first, random; closed-form and prune, which need --calibration or --stats.",
+        help=f"How K/V heads are merged: {_methods(False, ', ')}; {_methods(True, ' and ')} need --calibration or --stats.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random number generator.")]

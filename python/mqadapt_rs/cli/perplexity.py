@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from mqadapt_rs.cli.calibrated import Calibrated, calibrated
+from mqadapt_rs.calibration import CalibrationOptions
+from mqadapt_rs.cli.calibration import load_model, with_calibration
 from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src, Weights
 
 
-@calibrated
+@with_calibration
 def perplexity(
     src: Src,
     text: Annotated[
@@ -30,7 +31,7 @@ def perplexity(
     dtype: DType = None,
     weights: Weights = "stored",
     *,
-    calibration: Calibrated,
+    calibration: CalibrationOptions,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -44,7 +45,7 @@ def perplexity(
 
     ids = texts.read_ids(texts.load_tokenizer(src), text, field, None if windows is None else windows * context)
     ids = texts.first_windows(ids, context, windows)
-    model = calibration.model(src, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights)
+    model = load_model(src, calibration, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights)
     start = time.perf_counter()
     with output.progress_bars("windows") as progress:
         value = model.perplexity(ids, context=context, progress=progress)

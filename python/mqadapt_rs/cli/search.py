@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mqadapt_rs.cli.calibrated import Calibrated, calibrated
+from mqadapt_rs.calibration import CalibrationOptions
+from mqadapt_rs.cli.calibration import with_calibration
 from mqadapt_rs.cli.options import Debug, DType, Json, Method, Seed, Src, Weights
 
 Strategy = Annotated[
@@ -39,7 +40,7 @@ def _option(name: str, text: str, **more: Any) -> Any:
     return typer.Option(f"--{name}", help=text, show_default=more.pop("show_default", False), **more)
 
 
-@calibrated
+@with_calibration
 def search(
     src: Src,
     strategy: Strategy,
@@ -104,7 +105,7 @@ def search(
     resume: Annotated[bool, typer.Option("--resume", help="Resume the search whose journal is in the folder.")] = False,
     wandb: Annotated[str | None, _option("wandb", "Log to this Weights & Biases project.")] = None,
     *,
-    calibration: Calibrated,
+    calibration: CalibrationOptions,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -121,11 +122,7 @@ def search(
             out=out,
             metric=metric,
             method=method,
-            **{
-                **calibration.values,
-                "calibration_context": calibration.context,
-                "target_context": calibration.target_context,
-            },
+            **calibration.keywords(),
             text=text,
             field=field,
             context=context,

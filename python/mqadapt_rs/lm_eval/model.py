@@ -1,8 +1,8 @@
 """The model `mqadapt` of lm-eval (EleutherAI's harness).
 
-In: lm-eval's requests, text. Out: log-likelihoods and generated text, computed by `Model`, with the answers of lm-eval's own
-`hf` backend (`lm_eval/models/huggingface.py`): the same tokens, the same windows, the same truncation. Importing this module
-registers the model; it needs the extra `eval` and imports no PyTorch.
+In: requests of lm-eval. Out: log-likelihoods and generated text, computed by `Model` with the same tokens, windows and truncation
+as the `hf` backend of lm-eval (`lm_eval/models/huggingface.py`). Importing this module registers the model; it needs the extra
+`eval` and does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
-# lm-eval fills its table of models when this is imported, unless something is in the table already: so before ours
+# this import fills the model registry of lm-eval, unless the registry has an entry; so it comes before ours
 import lm_eval.models  # noqa: F401
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     Pair = tuple[list[int], list[int]]
     Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
-# Requests of one call into Rust: many, since what they have in common is computed once a call; not all, since `--use_cache`
-# is filled in between.
+# Requests per call into Rust: many, since a call computes shared prefixes once; not all, since `--use_cache` is filled between
+# calls.
 _CHUNK = 8192
 _MAX_GEN_TOKS = 256  # lm-eval's default
 
@@ -51,18 +51,18 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         pretrained: folder, `.gguf` file or hub id `org/name[@revision]`.
         plan, method, seed, dtype, device, weights: as `Model.load` takes them. In lm-eval's `key=value` arguments a plan cannot
             contain commas: `mqa:0;mqa:3-7`, or the name of a plan file.
-        tokenizer: where the tokenizer lies, if not with the model.
-        max_length: longest context in tokens; by default the model's `max_position_embeddings`.
-        add_bos_token: whether text starts with the tokenizer's special tokens; by default as the tokenizer says.
-        prefix_token_id: what empty contexts are replaced by; by default BOS, or EOS where there is none.
-        enable_thinking, chat_template_args: given to the chat template.
-        think_end_token: generated text up to it is dropped.
-        trust_remote_code: for tokenizers with code of their own.
-        calibration: text of the methods that merge from it; `stats` names a file of saved statistics instead.
-        batch_size, max_batch_size: accepted and not needed, since requests are packed by length of text, not by number.
+        tokenizer: source of the tokenizer; by default that of the model.
+        max_length: largest context in tokens; by default the model's `max_position_embeddings`.
+        add_bos_token: whether text starts with the special tokens of the tokenizer; by default as the tokenizer does.
+        prefix_token_id: replacement of empty contexts; by default BOS, or EOS if there is no BOS.
+        enable_thinking, chat_template_args: arguments of the chat template.
+        think_end_token: generated text up to this token is removed.
+        trust_remote_code: allow tokenizers with custom code.
+        calibration: calibration of the methods that need one; `stats` names a statistics file instead.
+        batch_size, max_batch_size: accepted and ignored, since requests are packed by their number of tokens.
 
     Raises:
-        ArgumentError: an illegal plan, or an argument that does not exist.
+        ArgumentError: the plan is illegal, or an argument does not exist.
         MqadaptError, OSError: as `Model.load`.
     """
 
@@ -116,7 +116,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
             self.chat_template_args["enable_thinking"] = enable_thinking
         self._encoded: dict[str, list[int]] = {}
 
-    # what lm-eval asks about the model
+    # properties that lm-eval reads
 
     @property
     def eot_token_id(self) -> int:
@@ -128,7 +128,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What empty contexts are replaced by."""
+        """The replacement of empty contexts."""
         for token in (self.custom_prefix_token_id, self.tokenizer.bos_token_id):
             if token is not None:
                 return int(token)
@@ -136,16 +136,16 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_gen_toks(self) -> int:
-        """New tokens where a task does not say how many."""
+        """The default number of generated tokens."""
         return _MAX_GEN_TOKS
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in lm-eval's cache of requests."""
+        """The name of the tokenizer in the request cache of lm-eval."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside the results."""
+        """The facts that lm-eval writes beside the results."""
         place = hub.parse(self.pretrained)
         config = self.model.config
         return {
@@ -160,10 +160,10 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         }
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Lets `--use_cache` keep the answers of every model apart.
+        """Keep the answers of different models apart in `--use_cache`.
 
-        lm-eval's keys are made of the request alone: a database shared by two plans would give one plan's answers to the
-        other. So every key of the database gets this model's identity in front.
+        The keys of lm-eval depend on the request alone, so that two plans with one database would share answers. Each key gets
+        the identity of this model as a prefix.
         """
         database = getattr(cache_hook, "dbdict", None)
         if database is not None:
@@ -175,7 +175,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         super().set_cache_hook(cache_hook)
 
     def _identity(self) -> str:
-        """A hash of all that an answer depends on beside the request."""
+        """A hash of everything that an answer depends on except the request."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         parts = [
             self.model.fingerprint,
@@ -193,17 +193,17 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
     ) -> list[int]:
-        """Token ids of a text.
+        """Encode a text.
 
-        Special tokens are added as asked for, else as `add_bos_token` and the tokenizer say, and not at all where the text
-        starts with the prefix token already.
+        Special tokens are added by `add_special_tokens`, else by `add_bos_token` and the tokenizer; never to a text that starts
+        with the prefix token.
         """
         known = self._encoded.get(string) if add_special_tokens is None else None
         ids = known if known is not None else self._encode([string], add_special_tokens)[0]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def _encode(self, strings: Sequence[str], add_special_tokens: bool | None = None) -> list[list[int]]:
-        """As `tok_encode`, for many texts at once."""
+        """Encode many texts at once, as `tok_encode` does."""
         prefix = self.tokenizer.decode([self.prefix_token_id])
         special = [
             add_special_tokens
@@ -214,7 +214,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         return encode(self.tokenizer, strings, special)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt for a conversation. Templates that know no system role get the conversation without it."""
+        """Format a conversation as a prompt. System messages are removed if the template does not support them."""
         from jinja2.exceptions import TemplateError
 
         def apply(messages: list[dict[str, str]]) -> str:
@@ -237,7 +237,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation after its context, and whether greedy decoding gives it."""
-        # lm-eval encodes the context and the whole of each request one by one: here once each, all together
+        # lm-eval encodes the context and the full text of each request one by one; here each is encoded once, in one batch
         texts = {text for request in requests for text in (request.args[0].rstrip(), "".join(request.args))} - {""}
         ordered = sorted(texts)
         self._encoded = dict(zip(ordered, self._encode(ordered), strict=True))
@@ -265,7 +265,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         return [answers[i] for i in range(len(pairs))]
 
     def _fit(self, context: list[int], continuation: list[int]) -> Pair:
-        """Cuts the context from the left, so that all but the last token fit the model."""
+        """Truncate the context from the left, so that all tokens except the last fit the model."""
         if not context or not 0 < len(continuation) <= self.max_length:
             raise ArgumentError(
                 f"a request has {len(context)} context and {len(continuation)} continuation tokens; expected at least one "
@@ -274,7 +274,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         return context[len(continuation) - self.max_length - 1 :], continuation
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text, in windows of the model's context that overlap by one token."""
+        """Log-likelihood of each full text, in windows of the context length that overlap by one token."""
         texts = [request.args[0] for request in requests]
         windows: list[Request] = []
         owners: list[int] = []
@@ -316,14 +316,14 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
             raise ArgumentError(f"max_gen_toks {max_gen_toks} leaves no room for a context in {self.max_length} tokens")
         temperature = float(options.pop("temperature", 0.0)) if options.pop("do_sample") else 0.0
         sampling = {name: options.pop(name) for name in ("top_k", "top_p", "seed") if options.get(name) is not None}
-        # values that say "as usual" are fine, for options that other models know
+        # default values are accepted for options of other models
         unknown = {name: value for name, value in options.items() if value not in (None, False, 1, 1.0)}
         if unknown:
             raise ArgumentError(f"generation options that are not supported: {', '.join(map(str, unknown))}")
 
         prompts = [ids[-room:] for ids in self._encode(contexts)]
         new: list[list[int]] = [[] for _ in prompts]
-        # a stop string lies within this many last tokens, since every token has at least a byte
+        # a stop string lies within this many last tokens, since each token has at least one byte
         reach = max((len(stop.encode()) for stop in until), default=0) + 2
 
         def goes_on(index: int, token: int) -> bool:
@@ -345,7 +345,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
 
 
 def _load(src: str, device: str, **options: Any) -> Model:
-    """As `Model.load`; on the CPU where there is no GPU, as `hf` does: lm-eval's command line always asks for `cuda:0`."""
+    """Load a model, on the CPU if there is no GPU, as `hf` does: the command line of lm-eval always passes `cuda:0`."""
     try:
         return Model.load(src, device=device, **options)
     except ArgumentError:
@@ -357,12 +357,12 @@ def _load(src: str, device: str, **options: Any) -> Model:
 
 
 def _progress(what: str, total: int, disable: bool) -> tqdm[Any]:
-    # None: shown on a terminal only
+    # None: shown on terminals only
     return tqdm(total=total, desc=f"Running {what} requests", disable=True if disable else None)
 
 
 def _follow(bar: tqdm[Any]) -> Callable[[str, int, int], None]:
-    """Moves the bar on from where it is by what a call into Rust has done."""
+    """Advance a progress bar by the progress of a call into Rust."""
     start = bar.n
 
     def advance(_phase: str, done: int, _total: int) -> None:
@@ -374,6 +374,6 @@ def _follow(bar: tqdm[Any]) -> Callable[[str, int, int], None]:
 def _unknown_arguments(unknown: Iterable[str]) -> str:
     names = ", ".join(map(repr, unknown))
     return (
-        f"unknown model arguments: {names}. If they are pieces of a plan: lm-eval splits its arguments at commas, so write "
-        "the plan without any (mqa:0;mqa:3-7) or give the name of a plan file"
+        f"unknown model arguments: {names}. lm-eval splits its arguments at commas: write a "
+        "plan without commas (mqa:0;mqa:3-7), or pass the name of a plan file"
     )

@@ -27,20 +27,20 @@ def evaluate(
     output_path: str | Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Runs tasks as `lm-eval run` does.
+    """Run tasks as `lm-eval run` does.
 
     Args:
         lm: the model.
         tasks: names of tasks, or of groups of tasks.
         include_path: a folder with more tasks.
-        output_path: where lm-eval shall write its results file (a folder, or a `.json` file).
-        options: what `lm_eval.simple_evaluate` takes: `limit`, `num_fewshot`, `use_cache`, `apply_chat_template`, ...
+        output_path: path of the results file of lm-eval (a folder, or a `.json` file).
+        options: options of `lm_eval.simple_evaluate`: `limit`, `num_fewshot`, `use_cache`, `apply_chat_template`, ...
 
     Returns:
-        lm-eval's results: `results` holds the metrics of each task.
+        The results of lm-eval: `results` holds the metrics of each task.
 
     Raises:
-        ArgumentError: a task that does not exist, or a number that cannot be.
+        ArgumentError: a task does not exist, or a number is out of range.
     """
     if options.get("limit") is not None:
         real("limit", options["limit"])
@@ -51,7 +51,7 @@ def evaluate(
 
     manager = task_manager(tasks, None if include_path is None else str(include_path))
     tracker = None if output_path is None else EvaluationTracker(output_path=str(output_path))
-    options.setdefault("torch_random_seed", None)  # nothing of ours draws from PyTorch, and seeding it would import it
+    options.setdefault("torch_random_seed", None)  # PyTorch is not used, and seeding would import it
     options.setdefault("log_samples", False)
     _describe_machine_only_when_asked()
     asked = _describes_machine.set(tracker is not None)
@@ -72,10 +72,10 @@ def evaluate(
 
 
 def task_manager(tasks: Sequence[str], include_path: str | None) -> TaskManager:
-    """The tasks of `include_path` if they are all that is wanted, else lm-eval's own too: reading those takes seconds.
+    """Read the tasks of `include_path`, and those of lm-eval if they are needed: reading those takes seconds.
 
     Raises:
-        ArgumentError: a task that does not exist.
+        ArgumentError: a task does not exist.
     """
     if include_path is not None and tasks:
         manager = _read_tasks(include_path, own_only=True)
@@ -91,15 +91,15 @@ def task_manager(tasks: Sequence[str], include_path: str | None) -> TaskManager:
     return manager
 
 
-@lru_cache(maxsize=8)  # a search evaluates the same tasks again and again
+@lru_cache(maxsize=8)  # a search evaluates the same tasks repeatedly
 def _read_tasks(include_path: str | None, own_only: bool) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path, include_defaults=not own_only)
 
 
-# lm-eval describes the machine in every result, for which it imports PyTorch and starts a dozen programs. That takes longer
-# than many an evaluation, and only a results file keeps it.
+# lm-eval describes the machine in every result. For that it imports PyTorch and starts a dozen programs, which takes longer than
+# many evaluations, and only a results file keeps the description.
 _describes_machine: ContextVar[bool] = ContextVar("describes_machine", default=True)
 
 
@@ -119,7 +119,7 @@ def _describe_machine_only_when_asked() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """lm-eval's own command line, with `--model mqadapt`."""
+    """Run the command line of lm-eval, with `--model mqadapt`."""
     from lm_eval.__main__ import cli_evaluate
 
     before = sys.argv

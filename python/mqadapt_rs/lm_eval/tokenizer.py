@@ -1,6 +1,6 @@
-"""A model's tokenizer as transformers has it, for lm-eval: its ids must be those of lm-eval's `hf` backend.
+"""The tokenizer for lm-eval: that of transformers, so that token ids equal those of the `hf` backend.
 
-In: a folder, a `.gguf` file or a hub id. Out: transformers' tokenizer, with its chat template. `text.py` has the plain one.
+In: a folder, a `.gguf` file or a hub id. Out: a tokenizer with its chat template. `text.py` loads the plain tokenizer.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
     from mqadapt_rs.sources.hub import Source
 
-# classes that add nothing to `tokenizer.json`
+# classes whose behaviour is that of `tokenizer.json`
 _PLAIN = {"PreTrainedTokenizerFast", "TokenizersBackend"}
-# what transformers may read of a folder to make a tokenizer
+# files that transformers may read to load a tokenizer
 _FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "tokenizer*", "*.py"]
 
 
 def load_tokenizer(src: Source, trust_remote_code: bool = False, add_bos_token: bool | None = None) -> Any:
-    """The tokenizer that transformers' `AutoTokenizer` gives.
+    """Load the tokenizer that `AutoTokenizer` of transformers loads.
 
     Raises:
-        MqadaptError: the model has no tokenizer, or not one that transformers can read.
+        MqadaptError: the model has no tokenizer that transformers can read.
         OSError: as `hub.fetch_tokenizer`.
     """
     folder = hub.fetch_tokenizer(src)
@@ -37,19 +37,19 @@ def load_tokenizer(src: Source, trust_remote_code: bool = False, add_bos_token: 
     plain = isinstance(kind, str) and kind in _PLAIN and not trust_remote_code and (folder / "tokenizer.json").exists()
     try:
         if plain:
-            # the same tokenizer without `AutoTokenizer`, which imports PyTorch wherever it is installed
+            # the same tokenizer without `AutoTokenizer`, which imports PyTorch if it is installed
             from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # what transformers raises for a folder without a usable tokenizer depends on the class
+    except Exception as error:  # the error of transformers depends on the tokenizer class
         raise MqadaptError(f"{folder}: transformers cannot load a tokenizer from here: {error}") from error
 
 
 def encode(tokenizer: Any, strings: Sequence[str], add_special_tokens: Sequence[bool | None]) -> list[list[int]]:
-    """Token ids of many texts; `None`: special tokens as the tokenizer adds them by default."""
+    """Encode many texts; `None` adds the default special tokens."""
     out: list[list[int]] = [[] for _ in strings]
     for special in (None, False, True):
         chosen = [i for i, wanted in enumerate(add_special_tokens) if wanted is special]

@@ -1,4 +1,4 @@
-"""Which layers can do with fewer K/V heads: strategies, evaluators, journal."""
+"""Search for the layers that can have fewer K/V heads: strategies, evaluators, journal."""
 
 from mqadapt_rs.search.api import search
 from mqadapt_rs.search.core.evaluation import Evaluation, Evaluator, EvaluatorSpec, Metric

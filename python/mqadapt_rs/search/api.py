@@ -1,4 +1,4 @@
-"""`search()`: from a model and a question to a plan."""
+"""The function `search`. In: a model, a strategy and a metric. Out: evaluated plans and a winner."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mqadapt_rs._core import methods
 from mqadapt_rs.arguments import LARGEST_SEED, real, whole
-from mqadapt_rs.calibration import CONTEXT, lengths_of
+from mqadapt_rs.calibration import CONTEXT, TOKENS, CalibrationOptions, lengths_of
 from mqadapt_rs.errors import ArgumentError
 from mqadapt_rs.search.core.executors import MOST_WORKERS, adopt, forget, in_process, processes, ray_cluster
 from mqadapt_rs.search.core.journal import begun
@@ -18,7 +19,7 @@ from mqadapt_rs.search.core.limit import Limit
 from mqadapt_rs.search.core.space import parse_budget
 from mqadapt_rs.search.core.study import Options
 from mqadapt_rs.search.evaluators import latency
-from mqadapt_rs.search.evaluators.model_spec import CALIBRATED, METRICS, CalibrationData, Data, ModelSpec, space_of
+from mqadapt_rs.search.evaluators.model_spec import METRICS, Data, ModelSpec, space_of
 from mqadapt_rs.search.evaluators.predicted import METRIC as PREDICTED
 from mqadapt_rs.search.runner import SearchResult, check, conduct, fits
 
@@ -42,7 +43,7 @@ def search(
     method: str = "mean",
     calibration: str | os.PathLike[str] | None = None,
     calibration_field: str = "text",
-    calibration_tokens: int = 16384,
+    calibration_tokens: int = TOKENS,
     calibration_context: int | Sequence[int] = CONTEXT,
     target_context: Sequence[int] | None = None,
     stats: str | os.PathLike[str] | None = None,
@@ -76,58 +77,60 @@ def search(
     wandb: str | None = None,
     watcher: Watcher | None = None,
 ) -> SearchResult:
-    """Searches for the layers that can do with fewer K/V heads. No checkpoint is written: plans are tried in memory.
+    """Search for the layers that can have fewer K/V heads. Plans are evaluated in memory; no checkpoint is written.
 
     Args:
         src: a folder, a `.gguf` file or a hub id.
         strategy: a key of `STRATEGIES`.
-        out: the folder for journal, `best.plan.json` and `summary.json`.
-        metric: `kl` (exact divergence from the source's next-token distribution), `perplexity`, `predicted` (from
+        out: folder for `journal.jsonl`, `best.plan.json` and `summary.json`.
+        metric: `kl` (exact divergence from the next-token distribution of the source), `perplexity`, `predicted` (from
             statistics of the calibration text, no forward pass), or `task:NAME/METRIC` of lm-eval.
-        method: how heads are merged.
-        calibration: text of the methods that merge from it, `closed-form` and `prune`: a file or a data set of the hub,
-            as `load_calibration` takes it; also what plans are evaluated on where no `text` is given.
-        calibration_field: the field of a `.jsonl` file that holds it.
-        calibration_tokens: tokens drawn from it.
-        calibration_context: tokens of a drawn window, one length or several.
-        target_context: contexts that the converted model is for; by default as `load_calibration` has it.
-        stats: file of the statistics; used where it exists, written where not (`out/statistics.safetensors`).
-        sequential: refit of `closed-form`: every plan is merged anew, and none is stopped early, since merging takes longer
-            than evaluating.
-        refine: gradient steps on every merged layer before that; they imply `sequential`.
-        text: for `kl` and `perplexity`: a file or a data set as `calibration`; best another one than that.
-        field: the field of a `.jsonl` file that holds the text.
-        context: tokens of a window.
-        windows: the first windows of the text; `None`: all.
-        include_path: a folder of own lm-eval tasks.
-        limit: the first documents of the task; `None`: all.
-        num_fewshot: examples in the prompt; the task's own by default.
-        counts: K/V heads that layers may be reduced to.
-        kv_budget: most K/V bytes per token: a share such as `"50%"`, or a number of bytes.
-        latency_budget: most time of a decoded token, by times measured here: a share of the source's such as `"90%"`.
-        depth: tokens in the cache when times are measured.
-        max_damage: most damage.
-        points: points of the Pareto front.
-        swaps: neighbours that local search measures in a round.
-        trials: random plans.
-        plans: the plans that the strategy `given` measures.
-        seed: of everything that is drawn by chance.
-        error_rate: probability that early stopping of hopeless plans changes a winner; `None` stops nothing.
-        dtype: of the weights; as stored by default.
-        device: as `Model.load` takes it.
-        weights: `stored`, or `int8` for speed; then the source has 8-bit weights too.
-        max_memory: bytes of hidden states that are kept beside the model.
-        workers: processes on this machine; in this process by default.
-        ray: address of a Ray cluster; an empty text starts one on this machine.
-        resume: go on with the journal in `out`.
+        method: merge method.
+        calibration: calibration text of the methods that need one: a file or a data set of the hub, as in
+            `load_calibration`; also the evaluation text if there is no `text`.
+        calibration_field: name of the text field in a `.jsonl` file.
+        calibration_tokens: number of drawn tokens.
+        calibration_context: window lengths in tokens, one or several.
+        target_context: context lengths that the converted model is optimised for; by default as in `load_calibration`.
+        stats: statistics file; read if it exists and written if not. By default `out/statistics.safetensors`.
+        sequential: refit layer by layer. Every plan is then merged separately, and none is stopped early, since merging
+            takes longer than evaluating.
+        refine: number of gradient steps on every merged layer before the refit; they imply `sequential`.
+        text: evaluation text of `kl` and `perplexity`: a file or a data set, which should differ from `calibration`.
+        field: name of the text field in a `.jsonl` file.
+        context: tokens per window.
+        windows: number of windows, from the beginning of the text; `None`: all.
+        include_path: a folder with custom lm-eval tasks.
+        limit: number of documents, from the beginning of the task; `None`: all.
+        num_fewshot: number of examples in the prompt; by default that of the task.
+        counts: numbers of K/V heads that layers may be reduced to.
+        kv_budget: limit of K/V bytes per token: a share such as `"50%"`, or a number of bytes. Bytes are those of the dtype
+            in which the model computes its K/V cache, as in `Model.kv_bytes_per_token`.
+        latency_budget: limit of the latency of a decoded token, measured on this machine: a share of that of the source,
+            such as `"90%"`.
+        depth: number of cached tokens at which latency is measured.
+        max_damage: limit of the damage.
+        points: number of points of the Pareto front.
+        swaps: number of neighbours that local search evaluates per round.
+        trials: number of random plans.
+        plans: the plans that the strategy `given` evaluates.
+        seed: seed of the random number generators.
+        error_rate: probability that early stopping changes a winner; `None` disables early stopping.
+        dtype: dtype of the weights; by default as stored.
+        device: as in `Model.load`.
+        weights: `stored`, or `int8` for speed; the source then has 8-bit weights, too.
+        max_memory: bytes of hidden states that are kept in memory.
+        workers: number of worker processes; by default the plans are evaluated in this process.
+        ray: address of a Ray cluster; an empty string starts one on this machine.
+        resume: resume the search whose journal is in `out`.
         wandb: a Weights & Biases project.
-        watcher: is told of every evaluation.
+        watcher: called after every evaluation.
 
     Raises:
-        ArgumentError: arguments that do not fit; `JournalError`, one of them, for a journal of another search.
+        ArgumentError: the strategy or an option is invalid; `JournalError`, a subclass, if the journal is of another search.
         MqadaptError, OSError: the model cannot be read.
     """
-    # a number of NumPy's would overflow later
+    # converted here, since a NumPy integer would overflow later
     context, depth, refine = whole("context", context, 2), whole("depth", depth, 1), whole("refine", refine)
     windows, limit = whole("windows", windows, 1), whole("limit", limit, 1)
     num_fewshot, points = whole("num_fewshot", num_fewshot), whole("points", points, 1)
@@ -145,12 +148,12 @@ def search(
     if error_rate is not None:
         error_rate = real("error_rate", error_rate, 0.0, 0.5)
     if kv_budget is not None and latency_budget is not None:
-        raise ArgumentError("--kv-budget and --latency-budget are two limits: choose one")
+        raise ArgumentError("--kv-budget and --latency-budget are two limits; choose one")
     if workers is not None and ray is not None:
-        raise ArgumentError("--workers and --ray are two ways to the same: choose one")
+        raise ArgumentError("--workers and --ray exclude each other; choose one")
     options = Options(
         counts=None if counts is None else tuple(sorted(set(counts))),
-        # how much that is, the model will say
+        # the amount depends on the model, which is loaded later
         kv_budget=None if kv_budget is None else math.inf,
         latency_budget=None if latency_budget is None else math.inf,
         max_damage=max_damage,
@@ -161,12 +164,16 @@ def search(
     )
     check(strategy, options)
     begun(Path(out), resume=resume)
-    if (sequential or refine) and (method != "closed-form" or metric == PREDICTED.name):
+    # an unknown method is refused when the model is loaded
+    known = next((one for one in methods() if one.name == method), None)
+    needs_calibration = metric == PREDICTED.name or (known is not None and known.needs_calibration)
+    refits = {name for name, given in (("sequential", sequential), ("refine", refine)) if given}
+    if refits and (metric == PREDICTED.name or known is None or not refits <= set(known.options)):
         what = f"the metric {metric}" if metric == PREDICTED.name else f"the method {method}"
-        raise ArgumentError(f"{what} knows no refit: leave out --sequential and --refine")
-    if (method in CALIBRATED or metric == PREDICTED.name) and calibration is None and stats is None:
-        what = f"the method {method} merges" if method in CALIBRATED else "the metric predicted is computed"
-        raise ArgumentError(f"{what} from statistics of a text: --calibration FILE or --stats FILE")
+        raise ArgumentError(f"{what} has no refit: remove --sequential and --refine")
+    if needs_calibration and calibration is None and stats is None:
+        what = f"the method {method}" if metric != PREDICTED.name else f"the metric {metric}"
+        raise ArgumentError(f"{what} needs calibration text or statistics: --calibration FILE or --stats FILE")
     if text is None and metric in METRICS:
         text, field = calibration, calibration_field
     data = Data(
@@ -179,15 +186,14 @@ def search(
         num_fewshot=num_fewshot,
     )
     spec = ModelSpec(str(src), metric, data, method, seed, dtype, device, weights, max_memory)
-    if method in CALIBRATED or metric == PREDICTED.name:
-        saved = Path(out) / "statistics.safetensors" if stats is None else Path(stats)
-        drawn = CalibrationData(
+    if needs_calibration:
+        drawn = CalibrationOptions(
             None if calibration is None else str(calibration),
-            str(saved),
             calibration_field,
             calibration_tokens,
             calibration_lengths,
             None if target_context is None else tuple(target_context),
+            str(Path(out) / "statistics.safetensors" if stats is None else stats),
             sequential,
             refine,
         )
@@ -195,7 +201,7 @@ def search(
         error_rate = None if drawn.refits else error_rate
     try:
         evaluator, model, spec = spec.load()
-        model.with_plan("keep", method)  # an unknown method is refused before anything is measured
+        model.with_plan("keep", method)  # refuses an unknown method before anything is measured
         space = space_of(model, options.counts)
         if plans is not None:
             options = replace(options, plans=tuple(layers_of(src, plan) for plan in plans))
@@ -211,7 +217,7 @@ def search(
             latency.save(Path(out), space, depth)
         if workers is None and ray is None:
             adopt(spec, evaluator)
-        del evaluator, model  # workers load their own
+        del evaluator, model  # workers load their own model
         budgets = {"kv-budget": kv_budget, "latency-budget": latency_budget, "depth": depth if latency_budget else None}
         with ExitStack() as stack:
             pool: Pool = stack.enter_context(_pool(workers, ray))
@@ -238,9 +244,7 @@ def search(
                 watcher=watch,
                 about={
                     "source_argument": str(src),
-                    "calibration_arguments": in_words(calibration_options(spec.calibration))
-                    if spec.calibration
-                    else "",
+                    "calibration_arguments": in_words(spec.calibration.command_line()) if spec.calibration else "",
                     "command": command(src, strategy, Path(out), data, spec, budgets, options, space),
                 },
             )
@@ -274,7 +278,7 @@ def _run(wandb: str | None, strategy: str, spec: ModelSpec, folder: Path) -> Any
 
 
 def _bytes_on_disk(src: str | os.PathLike[str], result: SearchResult) -> int | None:
-    """Of the winner's tensors, in the source's dtype."""
+    """Bytes of the tensors of the winner, in the dtype of the source."""
     from mqadapt_rs import ModelConfig, inspect
     from mqadapt_rs.tracking import VALUE_BYTES
 
@@ -293,7 +297,7 @@ def command(
     options: Options,
     space: Space,
 ) -> str:
-    """The command line that does this search."""
+    """The command line that reproduces this search."""
     words = [
         "mqadapt",
         "search",
@@ -308,7 +312,7 @@ def command(
     defaults = Data()
     calibration = spec.calibration
     given: dict[str, Any] = {
-        **({} if calibration is None else calibration_options(calibration)),
+        **({} if calibration is None else calibration.command_line()),
         "text": data.text,
         "field": data.field if data.text and data.field != defaults.field else None,
         "context": data.context if data.text else None,
@@ -333,26 +337,10 @@ def command(
 
 
 def in_words(options: dict[str, Any]) -> str:
-    """Options as on the command line, a space before each; those with several values are repeated, switches have none."""
+    """Format options as on a command line, each after a space; options with several values are repeated."""
     words = ""
     for name, value in options.items():
         for one in value if isinstance(value, list) else [value]:
             if one is not None:
                 words += f" --{name}" if one is True else f" --{name} {shlex.quote(str(one))}"
     return words
-
-
-def calibration_options(data: CalibrationData) -> dict[str, Any]:
-    """The options of the command line that say so, where they are not the usual ones."""
-    usual = CalibrationData(None, "")
-    targets = None if data.target_context is None else ",".join(map(str, data.target_context))
-    return {
-        "calibration": data.file,
-        "calibration-field": data.field if data.file and data.field != usual.field else None,
-        "calibration-tokens": data.tokens if data.tokens != usual.tokens else None,
-        "calibration-context": ",".join(map(str, data.context)) if data.context != usual.context else None,
-        "target-context": targets,
-        "stats": data.stats,
-        "sequential": data.sequential or None,
-        "refine": data.refine or None,
-    }

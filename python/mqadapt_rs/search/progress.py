@@ -1,4 +1,4 @@
-"""What a search shows while it runs: plans done, the best so far, time left. On stderr, for terminals only."""
+"""Progress of a search on a terminal: finished plans, the best plan, remaining time. Written to stderr."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def live(source: Plan) -> Iterator[Watcher | None]:
-    """A watcher that draws; `None` where stderr is not a terminal."""
+    """A watcher that shows progress; `None` if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -42,7 +42,7 @@ def live(source: Plan) -> Iterator[Watcher | None]:
 
 
 def in_time(seconds: float) -> str:
-    """A duration for people: `1:05:09`."""
+    """Format a duration: `1:05:09`."""
     whole = round(seconds)
     return (
         f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"

@@ -1,6 +1,6 @@
-"""A finished or running search as plots and report read it.
+"""The results of a finished or running search, for plots and report.
 
-In: the folder of a search. Out: its evaluations and what they say about known patterns of layers.
+In: the folder of a search. Out: its evaluations, also by patterns of layers.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from mqadapt_rs.search.core.space import Space
 
 MOST_LAYERS, MOST_HEADS = 1 << 14, 1 << 12
-"""More than any model has."""
+"""Limits that exceed every model."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """The content of a search's folder."""
+    """The content of the folder of a search."""
 
     folder: Path
     header: dict[str, Any]
@@ -43,10 +43,10 @@ class Results:
 
     @classmethod
     def load(cls, folder: Path) -> Results:
-        """Reads a folder.
+        """Read a folder.
 
         Raises:
-            JournalError: it holds no journal, or a damaged one, or a damaged summary.
+            JournalError: the folder holds no journal, or the journal or the summary is damaged.
         """
         header, records = read(folder)
         path = folder / JOURNAL
@@ -82,7 +82,7 @@ class Results:
 
     @property
     def winner(self) -> Evaluation | None:
-        """The evaluation of `best.plan.json`; `None` before the end, or where no plan met the rule."""
+        """The evaluation of `best.plan.json`; `None` before the end, or if no plan met the rule."""
         facts = (self.summary or {}).get("winner")
         if facts is None or not (self.folder / BEST).exists():
             return None
@@ -91,12 +91,12 @@ class Results:
 
     @property
     def rule(self) -> Rule:
-        """What made one plan better than another."""
+        """The rule that ranks plans."""
         return Rule.of(self.space, Options(**self.header["options"]))
 
     @property
     def whole(self) -> list[Evaluation]:
-        """The evaluations that were not stopped early."""
+        """The complete evaluations."""
         return [evaluation for evaluation in self.evaluations if not evaluation.stopped]
 
     def singles(self) -> dict[LayerCache, dict[int, Evaluation]]:
@@ -121,7 +121,7 @@ class Results:
         return found
 
     def front(self) -> list[Evaluation]:
-        """The evaluations that no other one beats in both K/V bytes and damage."""
+        """The Pareto front of K/V bytes and damage."""
         return front(self.whole)
 
     def share(self, evaluation: Evaluation) -> float:
@@ -135,10 +135,10 @@ class Results:
 
 
 def check(header: dict[str, Any]) -> None:
-    """Refuses the first line of a journal that a search did not write: later code trusts its types and sizes.
+    """Validate the first line of a journal: later code relies on its types and sizes.
 
     Raises:
-        LookupError, TypeError, ValueError: with the first field that cannot be.
+        LookupError, TypeError, ValueError: a field is missing or invalid.
     """
 
     def expect(name: str, what: str, fits: bool) -> None:
@@ -179,7 +179,7 @@ def _is_number(value: object) -> bool:
 
 
 def _summary(folder: Path) -> dict[str, Any] | None:
-    """`summary.json`; `None` where there is none."""
+    """Read `summary.json`; `None` if there is none."""
     path = folder / SUMMARY
     if not path.exists():
         return None

@@ -1,7 +1,7 @@
-"""One search from beginning to end, whatever evaluates the plans.
+"""The run of a search with any evaluator.
 
-In: a specification of the evaluator, the space of plans, a strategy with its options, a folder. Out: in the folder the
-journal, `best.plan.json` and `summary.json`; returned, the winner and how sure it is.
+In: a specification of the evaluator, the space of plans, a strategy with its options, a folder. Out: the journal,
+`best.plan.json` and `summary.json` in the folder, and the winner with the uncertainty of its lead.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found."""
+    """The result of a search."""
 
     folder: Path
     winner: Evaluation | None
-    """The best plan by the rule; `None` if no plan meets it."""
+    """The best plan by the rule; `None` if no plan meets the rule."""
     runner_up: Evaluation | None
     difference: Difference | None
-    """Loss of the runner-up minus that of the winner, document by document, with its bootstrap interval."""
+    """Loss of the runner-up minus loss of the winner, paired by document, with its bootstrap interval."""
     verdict: str
-    """Winner, runner-up and whether they can be told apart, in words."""
+    """Winner, runner-up and whether their difference is significant, in words."""
     evaluations: tuple[Evaluation, ...]
-    """All of them, the source first."""
+    """All evaluations, the source first."""
 
     @property
     def plan(self) -> Plan | None:
@@ -51,10 +51,10 @@ class SearchResult:
 
 
 def check(strategy: str, options: Options) -> None:
-    """Refuses a strategy that is not there and options that it would ignore.
+    """Validate a strategy and its options.
 
     Raises:
-        ArgumentError: so.
+        ArgumentError: the strategy does not exist, or an option is invalid or unused.
     """
     if strategy not in STRATEGIES:
         raise ArgumentError(f"there is no strategy '{strategy}': expected one of {', '.join(STRATEGIES)}")
@@ -77,10 +77,10 @@ def check(strategy: str, options: Options) -> None:
 
 
 def fits(strategy: str, options: Options, space: Space) -> None:
-    """Refuses what a model cannot be searched for.
+    """Validate options against a model.
 
     Raises:
-        ArgumentError: so.
+        ArgumentError: no plan of the model fits the options.
     """
     limit = Rule.of(space, options).limit
     if limit is not None and limit.smallest() > limit.most:
@@ -91,7 +91,7 @@ def fits(strategy: str, options: Options, space: Space) -> None:
 
 
 def _switch(option: str) -> str:
-    """An option as the command line has it."""
+    """The name of an option on the command line."""
     return "--plan" if option == "plans" else f"--{option.replace('_', '-')}"
 
 
@@ -109,23 +109,23 @@ def conduct(
     watcher: Watcher | None = None,
     about: dict[str, Any] | None = None,
 ) -> SearchResult:
-    """Runs a strategy.
+    """Run a strategy.
 
     Args:
-        spec: what evaluates plans.
-        space: the plans that there are.
+        spec: specification of the evaluator.
+        space: the space of plans.
         strategy: a key of `STRATEGIES`.
         options: its options.
-        folder: where journal and results go; created.
-        pool: where evaluations run; in this process by default.
-        seed: of everything that is drawn by chance.
-        resume: go on with the journal in the folder.
-        error_rate: of the sequential test that stops hopeless candidates; `None` evaluates all in full.
-        watcher: is told of every evaluation.
+        folder: folder of journal and results; it is created.
+        pool: workers; by default evaluations run in this process.
+        seed: seed of the random number generators.
+        resume: resume from the journal in the folder.
+        error_rate: error rate of the sequential test that stops plans early; `None` evaluates all plans completely.
+        watcher: called after every evaluation.
         about: facts for plots and report (`model`, `command`, ...); kept in `summary.json`.
 
     Raises:
-        ArgumentError: options that do not fit; `JournalError` (one of them) for a journal that cannot be continued.
+        ArgumentError: an option is invalid; `JournalError`, a subclass, if the journal cannot be continued.
     """
     check(strategy, options)
     fits(strategy, options, space)
@@ -163,7 +163,7 @@ def conduct(
 
 
 def conclude(folder: Path, study: Study, metric: Metric) -> SearchResult:
-    """Picks the winner and says how sure it is."""
+    """Select the winner and test its lead over the runner-up."""
     ranked = study.best()
     winner = ranked[0] if ranked else None
     runner_up = ranked[1] if len(ranked) > 1 else None

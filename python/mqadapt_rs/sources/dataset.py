@@ -1,7 +1,7 @@
-"""Text from a data set of the Hugging Face hub. In: `org/name[@revision][:folder or file]`; out: its documents.
+"""Text from a data set of the Hugging Face hub. In: `org/name[@revision][:folder or file]`. Out: its documents.
 
-Only files are read (`.txt`, `.jsonl`, `.json`, plain or `.gz`, and `.parquet`), never a loading script. Of a data set with splits
-the training files are taken, the smallest first, and no more of them than are needed.
+Files are read (`.txt`, `.jsonl`, `.json`, plain or `.gz`, and `.parquet`), loading scripts are never run. In a data set with
+splits, the training files are read, the smallest first, and only as many as are needed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class DatasetId(NamedTuple):
 
 
 def parse(name: str) -> DatasetId | None:
-    """What a text names: a data set of the hub, or none where it is something else (a path that does not exist)."""
+    """Parse the name of a data set; `None` if the text is something else, such as a path that does not exist."""
     match = _ID.fullmatch(name)
     if match is None or (match["part"] is None and name.endswith(_SUFFIXES)) or Path(name).parent.exists():
         return None
@@ -39,12 +39,12 @@ def parse(name: str) -> DatasetId | None:
 
 
 def documents(dataset: DatasetId, field: str) -> Iterator[str]:
-    """The documents of a data set, one after the other; a file is fetched (into the hub's cache) when its turn comes.
+    """Yield the documents of a data set; each file is downloaded into the cache of the hub when it is needed.
 
     Raises:
-        FileNotFoundError: no such data set, or no file of it that holds text.
+        FileNotFoundError: there is no such data set, or it has no text file.
         MqadaptError: a record has no text in `field`, or a file needs a library that is not installed.
-        OSError: the hub cannot be reached or refuses.
+        OSError: the hub cannot be reached or refuses the request.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
@@ -63,10 +63,10 @@ def documents(dataset: DatasetId, field: str) -> Iterator[str]:
 
 
 def choose(sizes: dict[str, int], dataset: DatasetId) -> list[str]:
-    """The files to read, in order: those of the part that was named, of the training split where there is one.
+    """Choose the files to read, in order: those of the named part, and of the training split if there is one.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
     """
     names = [name for name in sizes if name.endswith(_SUFFIXES) and Path(name).name not in _NO_TEXT]
     if (part := dataset.part) is not None:
@@ -74,7 +74,7 @@ def choose(sizes: dict[str, int], dataset: DatasetId) -> list[str]:
         names = [name for name in names if name == part or name.startswith((f"{part}/", f"data/{part}/"))]
     names = [name for name in names if re.search(r"(^|[/_.-])train", name)] or names
     folders = [name.rpartition("/")[0] for name in names]
-    # one configuration of several: they may be other languages
+    # one of several configurations, which may be languages
     names = [name for name, folder in zip(names, folders, strict=True) if folder == min(folders)]
     if not names:
         of = f" below '{dataset.part}'" if dataset.part else ""

@@ -1,8 +1,8 @@
-"""A model of the hub, one weight file at a time: fetched when it is asked for, gone when it is given back.
+"""Streaming download of a hub model: each weight file is downloaded when it is needed and deleted after use.
 
-In: a hub id and the folder that is being written. Out: what `convert` needs of a checkpoint that is not here as a whole. A
-file is resumed by range request after a cut connection, asked for again after a status of 429 or 5xx, and checked for the
-length and the SHA-256 that the hub announced.
+In: a hub id and the output folder of a conversion. Out: headers, and local paths of weight files on request. An interrupted
+download is resumed by a range request and retried after a status of 429 or 5xx. Each file is checked against the length and the
+SHA-256 that the hub reports.
 """
 
 from __future__ import annotations
@@ -29,48 +29,46 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 ATTEMPTS = 6
-PATIENCE = 0.5  # seconds before the second attempt; doubles with each
+DELAY = 0.5  # seconds before the second attempt; doubles with each
 _FIRST_GUESS = 100_000  # bytes; most headers are shorter
 _MAX_HEADER = 100_000_000
 _MARK = ".mqadapt-download"
-"""A file that says that a folder of downloads is one of ours."""
+"""A file that marks a folder of downloads as created by this package."""
 
 
 class Head(NamedTuple):
-    """What is known of a weight file before it is here."""
+    """What is known of a weight file before its download."""
 
     name: str
     size: int
     head: bytes
-    """Its first bytes: at least the safetensors header."""
+    """The first bytes, which include the safetensors header."""
     tag: str
-    """The hub's ETag; the SHA-256 of a large file."""
+    """The ETag of the hub; the SHA-256 of a large file."""
 
 
 class StoppedError(Exception):
-    """The download was told to stop."""
+    """The download was cancelled."""
 
 
 class Shards:
-    """Lends the weight files of a hub model. Used by the extension module, from a thread of its own.
+    """The weight files of a hub model, for the extension module, which uses them from its own thread.
 
     Args:
         src: the hub id.
-        dst: the folder that is written; downloads go beside it. Without one only the headers can be looked at.
+        dst: the output folder; downloads are stored beside it. Without it, only headers are available.
 
     Raises:
-        ArgumentError: `src` is here already.
+        ArgumentError: `src` is a local path.
         FileNotFoundError, PermissionError, ConnectionError: as `hub.fetch`.
     """
 
     def __init__(self, src: hub.Source, dst: str | os.PathLike[str] | None = None) -> None:
         place = hub.parse(src)
         if isinstance(place, Path):
-            raise ArgumentError(
-                f"{src}: is on this machine already; only a hub id can be converted while it is downloaded"
-            )
+            raise ArgumentError(f"{src}: is a local path; only a hub id can be converted while it is downloaded")
         self.folder = hub.fetch_companions(place)
-        # the commit is fixed now: whatever is asked for later belongs to it
+        # the commit of the first request: later requests are of the same one
         self._place = hub.HubId(place.repo_id, self.folder.name)
         self._scratch = None if dst is None else Path(f"{Path(dst)}.mqadapt-download")
         self._begun = False
@@ -79,23 +77,23 @@ class Shards:
             self.heads = [self._retry(name, partial(self._head, name)) for name in hub.weight_files(self.folder)]
 
     def acquire(self, name: str) -> str:
-        """Brings a file here. Its path.
+        """Download a file and return its path.
 
         Raises:
-            OSError: the hub did not deliver it, or delivered something else.
+            OSError: the download failed, or its content is wrong.
         """
         if self._scratch is None:
-            raise OSError(f"{self._place}: only its headers were fetched")
+            raise OSError(f"{self._place}: only the headers were downloaded")
         head = next(head for head in self.heads if head.name == name)
         self._begin(self._scratch)
         with hub.readable_errors(self._place):
             return str(self._retry(name, partial(self._download, head, self._scratch)))
 
     def _begin(self, folder: Path) -> None:
-        """Makes the folder of downloads, or takes over that of an interrupted conversion.
+        """Create the folder of downloads, or reuse that of an interrupted conversion.
 
         Raises:
-            ArgumentError: something else has its name.
+            ArgumentError: another file or folder has its name.
         """
         if self._begun:
             return
@@ -103,39 +101,41 @@ class Shards:
         if output_files.make_folder(folder, 0o700):
             output_files.write(mark, f"{self._place}\n".encode())
         elif mark.is_symlink() or not mark.is_file() or folder.stat().st_mode & 0o022:
-            raise ArgumentError(f"{folder} is not a folder of our downloads; remove it, or give another output folder")
+            raise ArgumentError(
+                f"{folder} is not a download folder of mqadapt; remove it, or choose another output folder"
+            )
         for head in self.heads:
             if (folder / head.name).is_symlink():
                 raise ArgumentError(
-                    f"{folder / head.name} is a symbolic link; remove it, or give another output folder"
+                    f"{folder / head.name} is a symbolic link; remove it, or choose another output folder"
                 )
         self._begun = True
 
     def release(self, name: str) -> None:
-        """The file is not needed any more."""
+        """Delete a file that is no longer needed."""
         if self._scratch is not None and self._begun:
             (self._scratch / name).unlink(missing_ok=True)
 
     def stop(self) -> None:
-        """Ends a download that is under way."""
+        """Cancel the running download."""
         self._stop.set()
 
     def close(self, keep: bool) -> None:
-        """Removes what was downloaded, and nothing else; `keep` leaves it for the next attempt."""
+        """Delete the downloaded files and nothing else; `keep` leaves them for the next attempt."""
         if keep or self._scratch is None or not self._begun:
             return
         cache = self._scratch / ".cache"
-        shutil.rmtree(cache / "huggingface", ignore_errors=True)  # the hub client's notes
+        shutil.rmtree(cache / "huggingface", ignore_errors=True)  # metadata of the hub client
         for name in [*(head.name for head in self.heads), _MARK]:
             with contextlib.suppress(OSError):
                 (self._scratch / name).unlink()
         for folder in (cache, self._scratch):
-            with contextlib.suppress(OSError):  # something of someone else's is in it
+            with contextlib.suppress(OSError):  # the folder holds other files
                 folder.rmdir()
 
     def _retry(self, name: str, work: Callable[[], _T]) -> _T:
-        """Does it again where it may help."""
-        delay = PATIENCE
+        """Do the work, and retry it after transient errors."""
+        delay = DELAY
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return work()
@@ -155,10 +155,10 @@ class Shards:
         url = hf_hub_url(self._place.repo_id, name, revision=self._place.revision)
         about = get_hf_file_metadata(url)
         if about.size is None or about.etag is None:
-            raise MqadaptError(f"{self._place.repo_id}/{name}: the hub tells neither its size nor its checksum")
+            raise MqadaptError(f"{self._place.repo_id}/{name}: the hub reports no size or no checksum")
         head = _range(url, min(_FIRST_GUESS, about.size))
         needed = 8 + int.from_bytes(head[:8], "little")
-        # a header longer than any honest one is left to the reader, who says what is wrong with it
+        # a longer header is left to the parser, which reports the error
         if len(head) < needed <= min(_MAX_HEADER, about.size):
             head = _range(url, needed)
         return Head(name, about.size, head, about.etag)
@@ -179,15 +179,15 @@ class Shards:
         found = path.stat().st_size
         if found != head.size:
             path.unlink()
-            raise _WrongContentError(f"{head.name}: {found} bytes came, {head.size} were announced")
+            raise _WrongContentError(f"{head.name}: expected {head.size} bytes, received {found}")
         if re.fullmatch(r"[0-9a-f]{64}", head.tag) and (sha256 := _sha256(path, stop)) != head.tag:
             path.unlink()
-            raise _WrongContentError(f"{head.name}: what came has SHA-256 {sha256}, the hub announced {head.tag}")
+            raise _WrongContentError(f"{head.name}: expected SHA-256 {head.tag}, received {sha256}")
         return path
 
 
 def headers(src: hub.Source) -> Shards | None:
-    """The headers of a hub model whose weights are not on this machine; `None` of any other.
+    """Return the headers of a hub model whose weights are not in the cache; `None` for any other source.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: as `hub.fetch`.
@@ -202,11 +202,11 @@ def headers(src: hub.Source) -> Shards | None:
 
 
 class _WrongContentError(OSError):
-    """The download does not have the announced length or checksum."""
+    """The download does not have the expected length or checksum."""
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later."""
+    """Whether an error is transient."""
     if isinstance(error, _WrongContentError):
         return True
     if isinstance(error, (StoppedError, MqadaptError)):
@@ -214,18 +214,18 @@ def _may_pass(error: Exception) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return bool(status == 429 or status >= 500)
-    # connections that break, and lengths that do not fit
+    # broken connections and truncated responses
     return hub.is_connection_error(error)
 
 
 def _until(stop: threading.Event, work: Callable[[], _T]) -> _T:
-    """Does the work on a thread that is left behind when it is to stop: the hub client cannot be told to."""
+    """Do the work on a thread that is abandoned on cancellation, since the hub client cannot be cancelled."""
     outcome: Future[_T] = Future()
 
     def run() -> None:
         try:
             outcome.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - raised again where the outcome is asked for
+        except BaseException as error:  # noqa: BLE001 - raised again by `result()`
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()

@@ -1,7 +1,7 @@
-"""Where a model lies. In: a folder, a `.gguf` file or a hub id `org/name[@revision]`; out: a local path.
+"""Resolution of model sources. In: a folder, a `.gguf` file or a hub id `org/name[@revision]`. Out: a local path.
 
-The hub is asked through huggingface_hub, so `HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` mean what they
-always do. What looks like a path never leads to a request.
+Downloads go through huggingface_hub, so that `HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` have their usual
+meaning. A source that looks like a path never causes a request.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Source = str | os.PathLike[str]
 _HUB_ID = re.compile(r"(?P<repo_id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-# what goes along with the weights: configuration, tokenizer, chat template, licence, model card; no other weight format
+# files beside the weights: configuration, tokenizer, chat template, licence, model card; no other weight format
 _COMPANIONS = ["*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 _TOKENIZER = ["config.json", "tokenizer*", "special_tokens_map.json", "generation_config.json", "*chat_template*"]
-# `original/`, `onnx/` and the like hold the same weights once more; every folder but `additional_chat_templates/`
+# `original/`, `onnx/` and others hold copies of the weights; all folders except `additional_chat_templates/`
 _SUBFOLDERS = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*"]
 
 
@@ -45,17 +45,17 @@ class HubId(NamedTuple):
 
 
 def parse(src: Source) -> Path | HubId:
-    """What a source is: an existing local path or a hub id.
+    """Parse a source as an existing local path or a hub id.
 
     Raises:
-        FileNotFoundError: it is neither.
+        FileNotFoundError: the source is neither.
     """
     text = os.fspath(src)
     path = Path(text).expanduser()
     if text and path.exists():
         return path
     match = _HUB_ID.fullmatch(text)
-    # `folder/model` with a folder of that name at hand is a misspelt path rather than a hub id
+    # `folder/model` is a misspelt path rather than a hub id if `folder` exists
     if match is None or not isinstance(src, str) or text.endswith((".gguf", ".safetensors")) or path.parent.exists():
         message = f"{text}: no such folder or file; a model is a folder, a .gguf file or a hub id org/name[@revision]"
         raise FileNotFoundError(message)
@@ -63,12 +63,12 @@ def parse(src: Source) -> Path | HubId:
 
 
 def fetch(src: Source) -> Path:
-    """The local path of a model. Of a hub id, the weights and what belongs to them are brought into the hub's cache.
+    """Return the local path of a model; the files of a hub id are downloaded into the cache of the hub.
 
     Raises:
-        FileNotFoundError: nothing of this name.
+        FileNotFoundError: there is no such model.
         MqadaptError: the repository has no safetensors weights.
-        OSError: the hub cannot be reached or refuses.
+        OSError: the hub cannot be reached or refuses the request.
     """
     place = parse(src)
     if isinstance(place, Path):
@@ -76,17 +76,15 @@ def fetch(src: Source) -> Path:
     folder = fetch_companions(place)
     weights = weight_files(folder)
     with readable_errors(place):
-        # the commit is fixed now, so that both requests speak of the same one
+        # the commit of the first request, so that both are of the same one
         folder = _snapshot(HubId(place.repo_id, folder.name), weights)
     if missing := [name for name in weights if not (folder / name).exists()]:
-        raise MqadaptError(
-            f"{place}: the repository has no {missing[0]}; only models in safetensors can be taken from it"
-        )
+        raise MqadaptError(f"{place}: the repository has no {missing[0]}; only safetensors models are supported")
     return folder
 
 
 def fetch_companions(place: HubId) -> Path:
-    """What belongs to a model of the hub beside its weights: configuration, index, tokenizer, licence.
+    """Download the files of a hub model other than its weights: configuration, index, tokenizer, licence.
 
     Raises:
         OSError: as `fetch`.
@@ -96,7 +94,7 @@ def fetch_companions(place: HubId) -> Path:
 
 
 def fetch_config(src: Source) -> Path:
-    """As `fetch`, for those who only look at `config.json`: no weights are brought.
+    """Return a local path with the `config.json` of a model; weights are not downloaded.
 
     Raises:
         OSError: as `fetch`.
@@ -105,12 +103,12 @@ def fetch_config(src: Source) -> Path:
 
 
 def fetch_tokenizer(src: Source) -> Path:
-    """A folder with the tokenizer of a model, and what belongs to it.
+    """Return a folder with the tokenizer files of a model.
 
-    That of a GGUF file is made from its metadata, in a temporary folder that lasts as long as this process.
+    The tokenizer of a GGUF file is built from its metadata, in a temporary folder that exists until this process ends.
 
     Raises:
-        MqadaptError: a malformed GGUF file.
+        MqadaptError: the GGUF file is malformed.
         OSError: as `fetch`.
     """
     path = _fetch_some(src, _TOKENIZER)
@@ -129,10 +127,10 @@ def _folder_of_gguf(path: Path) -> Path:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The weight files of a model whose index, if it has one, lies in `folder`.
+    """Return the names of the weight files of a model, by the index in `folder` if there is one.
 
     Raises:
-        MqadaptError: the index cannot be read or names a place outside the folder.
+        MqadaptError: the index cannot be read, or names a file outside the folder.
     """
     index = folder / _INDEX
     if not index.exists():
@@ -175,7 +173,7 @@ def _snapshot(place: HubId, patterns: Sequence[str]) -> Path:
 
 @contextmanager
 def readable_errors(place: HubId, what: str = "model") -> Iterator[None]:
-    """The hub client's errors in one line, as `OSError`s; `what` is in the place."""
+    """Convert errors of the hub client into `OSError`s with a message of one line; `what` names the kind of repository."""
     from huggingface_hub import errors
 
     try:
@@ -197,15 +195,15 @@ def readable_errors(place: HubId, what: str = "model") -> Iterator[None]:
         raise FileNotFoundError(message) from error
     except MqadaptError:
         raise
-    except Exception as error:  # which classes a failing connection raises depends on the HTTP client
+    except Exception as error:  # the classes of connection errors depend on the HTTP client
         raise _connection_error(place, error) from error
 
 
 def is_connection_error(error: Exception) -> bool:
-    """Whether the network or the hub failed; which classes that raises depends on the hub client's HTTP library."""
+    """Whether an error is of the network or the hub; its class depends on the HTTP library of the hub client."""
     module = type(error).__module__.split(".")[0]
     return isinstance(error, OSError) or module in {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 
 
 def _connection_error(place: HubId, error: Exception) -> Exception:
-    return ConnectionError(f"{place}: the hub did not deliver: {error}") if is_connection_error(error) else error
+    return ConnectionError(f"{place}: the download failed: {error}") if is_connection_error(error) else error

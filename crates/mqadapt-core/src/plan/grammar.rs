@@ -1,7 +1,7 @@
 //! The text of a plan, as people write it on a command line. In: text and the model's configuration; out: a plan.
 
 use super::Plan;
-use crate::{Error, ModelConfig, Result};
+use crate::{Error, LayerCache, ModelConfig, Result};
 
 impl Plan {
     /// Reads a plan:
@@ -29,6 +29,22 @@ impl Plan {
             }
         }
         Self::from_heads(&heads, config)
+    }
+
+    /// The text of the plan, which [`Self::parse`] reads back: `keep`, or parts such as `mqa:0,3-7` joined by `; `, ascending
+    /// by the bytes of what the layers cache.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let changed = self.changed_layers();
+        let mut caches: Vec<_> = changed.iter().map(|&idx| self.layers[idx]).collect();
+        caches.sort_by_cached_key(|cache| (cache.bytes_per_token(1, 1), cache.to_string()));
+        caches.dedup();
+        let part = |cache: &LayerCache| {
+            let layers = changed.iter().copied().filter(|&idx| self.layers[idx] == *cache);
+            format!("{cache}:{}", ranges(layers))
+        };
+        let parts: Vec<_> = caches.iter().map(part).collect();
+        if parts.is_empty() { "keep".to_owned() } else { parts.join("; ") }
     }
 
     fn parse_flags(text: &str, config: &ModelConfig) -> Result<Self> {
@@ -106,6 +122,21 @@ fn parse_layers(text: &str, num_hidden_layers: usize) -> std::result::Result<Vec
         layers.extend(first..=last);
     }
     Ok(layers)
+}
+
+/// Ascending layers as `0,3-7`.
+fn ranges(layers: impl Iterator<Item = usize>) -> String {
+    let mut ranges: Vec<(usize, usize)> = Vec::new();
+    for layer in layers {
+        match ranges.last_mut() {
+            Some((_, last)) if *last + 1 == layer => *last = layer,
+            _ => ranges.push((layer, layer)),
+        }
+    }
+    let spelled = |&(first, last): &(usize, usize)| {
+        if first == last { first.to_string() } else { format!("{first}-{last}") }
+    };
+    ranges.iter().map(spelled).collect::<Vec<_>>().join(",")
 }
 
 /// A whole number in plain digits.

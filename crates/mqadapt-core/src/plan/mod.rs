@@ -29,17 +29,26 @@ impl Plan {
     /// # Errors
     /// [`Error::PlanLength`], or [`Error::PlanHeads`] for a count that does not divide the layer's.
     pub fn from_heads(heads: &[usize], config: &ModelConfig) -> Result<Self> {
-        let source = config.num_key_value_heads.clone();
-        if heads.len() != source.len() {
-            return Err(Error::PlanLength { expected: source.len(), found: heads.len() });
+        let layers: Vec<_> = heads.iter().map(|&own| LayerCache::heads(own)).collect();
+        Self::from_layers(&layers, Self::keep(config).layers())
+    }
+
+    /// A plan from what each layer caches, for a model whose layers cache `source`.
+    ///
+    /// # Errors
+    /// [`Error::PlanLength`], or [`Error::PlanHeads`] for a layer that cannot be reduced to that.
+    pub fn from_layers(layers: &[LayerCache], source: &[LayerCache]) -> Result<Self> {
+        if layers.len() != source.len() {
+            return Err(Error::PlanLength { expected: source.len(), found: layers.len() });
         }
-        for (layer, (&own, &source_heads)) in heads.iter().zip(&source).enumerate() {
-            if own == 0 || !source_heads.is_multiple_of(own) {
-                let legal = in_words(&divisors(source_heads));
-                return Err(Error::PlanHeads { layer, found: own, source_heads, legal });
+        for (layer, (own, full)) in layers.iter().zip(source).enumerate() {
+            let (found, source_heads) = (own.num_key_value_heads(), full.num_key_value_heads());
+            if found == 0 || !source_heads.is_multiple_of(found) {
+                return Err(Error::PlanHeads { layer, found, source_heads, legal: in_words(&divisors(source_heads)) });
             }
         }
-        Ok(Self { layers: heads.iter().map(|&own| LayerCache::heads(own)).collect(), source })
+        let source = source.iter().map(|cache| cache.num_key_value_heads()).collect();
+        Ok(Self { layers: layers.to_vec(), source })
     }
 
     /// What each layer caches.

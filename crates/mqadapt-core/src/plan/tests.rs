@@ -84,3 +84,35 @@ fn documents() {
     assert_eq!(Plan::from_document(&plan.to_string(), &config).unwrap(), plan);
     assert_eq!(plan.changed_layers(), [1]);
 }
+
+#[test]
+fn a_plan_is_described_in_the_grammar() {
+    let config = model(4, 7);
+    for (text, expected) in [
+        ("keep", "keep"),
+        ("gqa4:all", "keep"),
+        ("gqa2:4; mqa:1-3,6", "mqa:1-3,6; gqa2:4"),
+        ("mqa:alternate3", "mqa:2,4,6"),
+        ("gqa2:all", "gqa2:0-6"),
+    ] {
+        let plan = Plan::parse(text, &config).unwrap();
+        assert_eq!(plan.describe(), expected);
+        assert_eq!(Plan::parse(expected, &config).unwrap(), plan);
+    }
+}
+
+#[test]
+fn reductions_ascend_and_are_legal() {
+    let config = model(12, 1);
+    let source = Plan::keep(&config);
+    let reductions = source.layers()[0].reductions();
+    assert_eq!(reductions.iter().map(|cache| cache.num_key_value_heads()).collect::<Vec<_>>(), [1, 2, 3, 4, 6, 12]);
+    assert!(reductions.is_sorted_by_key(|cache| cache.bytes_per_token(8, 2)));
+    for cache in reductions {
+        assert_eq!(Plan::from_layers(&[cache], source.layers()).unwrap().layers(), [cache]);
+    }
+    assert!(matches!(
+        Plan::from_layers(&[LayerCache::heads(5)], source.layers()),
+        Err(Error::PlanHeads { found: 5, .. })
+    ));
+}

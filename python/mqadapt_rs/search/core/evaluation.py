@@ -1,7 +1,7 @@
-"""What an evaluator is and what it answers.
+"""Evaluators and evaluations.
 
 In: a plan and a range of documents. Out: one loss per document, lower is better, so that plans are compared document by
-document; the metric turns losses into the number that people know.
+document. The metric converts losses into its usual value.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """How losses read: the metric's name, its units, and how much worse than the source a plan is."""
+    """The name and the units of a metric, and how its value follows from losses."""
 
     name: str
-    """As on the command line: `kl`, `perplexity`, `predicted`, `task:NAME/METRIC`."""
+    """The name on the command line: `kl`, `perplexity`, `predicted`, `task:NAME/METRIC`."""
     unit: str
     """Unit of the value."""
     damage_unit: str
-    """Unit of the damage: the mean difference of losses to the source's."""
+    """Unit of the damage: the mean difference to the losses of the source."""
     scale: str = "identity"
     """How the value follows from the mean loss: `identity`, `exp`, or `negative` (a score, higher is better)."""
 
     def value(self, mean: float, error: float | None) -> tuple[float, float | None]:
-        """The metric's value and its standard error from those of the loss."""
+        """The value of the metric and its standard error, from those of the loss."""
         if self.scale == "exp":
             value = math.exp(min(mean, 700.0))
             return value, None if error is None else value * error  # delta method
@@ -41,23 +41,23 @@ class Metric:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One plan, evaluated."""
+    """The evaluation of one plan."""
 
     plan: Layers
     rank: tuple[int, ...]
     """The place of the plan in the order of plans, by which ties are broken."""
     losses: tuple[float, ...]
-    """One per document, in the evaluator's order; fewer than there are where the evaluation was stopped early."""
+    """One per document, in the order of the evaluator; fewer if the evaluation was stopped early."""
     value: float
     standard_error: float | None
     damage: Difference
-    """Loss minus the source's on the same documents."""
+    """Loss minus loss of the source on the same documents."""
     kv_bytes: int
     seconds: float
     stage: str = ""
-    """What the search was doing: `source`, `step 3`, ..."""
+    """The stage of the search: `source`, `step 3`, ..."""
     stopped: bool = False
-    """Whether it was given up before the last document, being worse than another plan."""
+    """Whether the evaluation was stopped early, since the plan is worse than another one."""
 
     @classmethod
     def of(
@@ -72,7 +72,7 @@ class Evaluation:
         stage: str,
         stopped: bool = False,
     ) -> Evaluation:
-        """The evaluation that these losses amount to; `source`: the source's losses on at least the same documents."""
+        """The evaluation of a plan by its losses; `source` are the losses of the source on at least the same documents."""
         mean, error = mean_and_error(losses)
         value, value_error = metric.value(mean, error)
         damage = paired(losses, source[: len(losses)])
@@ -91,7 +91,7 @@ class Evaluation:
 
 
 class Evaluator(Protocol):
-    """Evaluates plans on documents. One lives in each worker; it keeps whatever helps the next call."""
+    """Evaluates plans on documents. Each worker has one, which keeps state between calls."""
 
     def losses(
         self, plans: Sequence[Layers], branches: Sequence[Sequence[int]], documents: range
@@ -99,15 +99,15 @@ class Evaluator(Protocol):
         """The losses of each plan on these documents.
 
         Args:
-            plans: the plans; those before them in the order were asked for earlier, perhaps of another worker.
-            branches: for each plan, the layers before which a later plan will take over its hidden states.
+            plans: the plans; those before them in the order were evaluated earlier, maybe by another worker.
+            branches: for each plan, the layers before which a later plan will reuse its hidden states.
             documents: indices of documents.
         """
         ...
 
 
 class EvaluatorSpec(Protocol):
-    """What workers build their evaluator from: small, picklable, hashable, the same in every process."""
+    """The specification from which each worker builds its evaluator: small, picklable, hashable."""
 
     @property
     def metric(self) -> Metric:
@@ -116,18 +116,18 @@ class EvaluatorSpec(Protocol):
 
     @property
     def documents(self) -> int:
-        """Documents that there are; 0 where losses do not come from documents (one loss for all)."""
+        """The number of documents; 0 if losses are not of documents (one loss in total)."""
         ...
 
     @property
     def group(self) -> int:
-        """Plans that go to a worker together."""
+        """The number of plans that a worker gets together."""
         ...
 
     def fingerprints(self) -> dict[str, str]:
-        """What the losses depend on beside the plan: model, text, method, version."""
+        """Everything that the losses depend on except the plan: model, text, method, version."""
         ...
 
     def build(self) -> Evaluator:
-        """Loads what is needed. Called once in each worker."""
+        """Load model and data. Called once in each worker."""
         ...

@@ -1,4 +1,4 @@
-"""Where evaluations run: in this process, in processes of this machine, or on a Ray cluster.
+"""Executors of evaluations: this process, processes of this machine, or a Ray cluster.
 
 In: an evaluator's specification and pieces of work. Out: losses, in the order in which the work was given, whatever the
 executor, so that journals do not depend on it. Every executor is a `concurrent.futures.Executor`; a worker builds its
@@ -35,12 +35,12 @@ _EVALUATORS: dict[EvaluatorSpec, Evaluator] = {}  # of this process
 
 
 class WorkersDiedError(MqadaptError, BrokenExecutor):
-    """Workers that die again and again."""
+    """The workers died repeatedly."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Plans for one worker, and what it should keep for those that come after them."""
+    """Plans for one worker, and the layers before which it keeps hidden states for later plans."""
 
     plans: tuple[Layers, ...]
     branches: tuple[tuple[int, ...], ...]
@@ -49,14 +49,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The losses of each plan of a piece of work, and the seconds each took."""
+    """The losses and the seconds of each plan of a work item."""
 
     losses: tuple[tuple[float, ...], ...]
     seconds: tuple[float, ...]
 
 
 def perform(spec: EvaluatorSpec, work: Work) -> Outcome:
-    """Does a piece of work with this process's evaluator."""
+    """Do a work item with the evaluator of this process."""
     evaluator = _EVALUATORS.get(spec)
     if evaluator is None:
         evaluator = _EVALUATORS[spec] = spec.build()
@@ -71,31 +71,31 @@ def perform(spec: EvaluatorSpec, work: Work) -> Outcome:
             )
     if len(losses) != len(work.plans):
         raise RuntimeError(f"the evaluator answered {len(losses)} of {len(work.plans)} plans")
-    # plans of a group may share passes, so the time is that of the group, evenly
+    # plans of a group may share passes, so the time of the group is divided evenly
     each = (time.perf_counter() - start) / max(1, len(losses))
     return Outcome(tuple(losses), (each,) * len(losses))
 
 
 def adopt(spec: EvaluatorSpec, evaluator: Evaluator) -> None:
-    """Lets this process use an evaluator that was built already."""
+    """Register an existing evaluator for this process."""
     _EVALUATORS[spec] = evaluator
 
 
 def forget() -> None:
-    """Drops the evaluators of this process and the memory that they hold."""
+    """Release the evaluators of this process and their memory."""
     _EVALUATORS.clear()
 
 
 class InProcess(Executor):
-    """Does the work at once, in the calling thread."""
+    """An executor that runs each call at once, in the calling thread."""
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Runs `fn` and returns its finished future."""
+        """Run `fn` and return its finished future."""
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()
         try:
             future.set_result(fn(*args, **kwargs))
-        except Exception as problem:  # noqa: BLE001 - for whoever asks for the result; Ctrl-C goes through
+        except Exception as problem:  # noqa: BLE001 - raised by `result()`; Ctrl-C propagates
             future.set_exception(problem)
         return future
 
@@ -108,7 +108,7 @@ class RayExecutor(Executor):
     """
 
     def __init__(self, address: str | None = None, num_cpus: float = 1.0) -> None:
-        """Connects to a cluster; `address` as Ray's own: `auto`, `ray://host:10001`; `None`: one on this machine."""
+        """Connect to a cluster; `address` as in Ray: `auto`, `ray://host:10001`; `None`: one on this machine."""
         try:
             import ray
         except ImportError:
@@ -121,12 +121,12 @@ class RayExecutor(Executor):
         self.slots = max(1, int(ray.cluster_resources().get("CPU", 1) // num_cpus))
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Sends a call to the cluster."""
+        """Submit a call to the cluster."""
         future: Future[T] = self._perform.remote(fn, args, kwargs).future()
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002 - as the base
-        """Leaves the cluster if it was joined here."""
+        """Disconnect from the cluster if this executor connected."""
         if self._started:
             self._ray.shutdown()
 
@@ -137,19 +137,19 @@ def _call(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 @dataclass
 class Pool:
-    """An executor and how to make it anew when its workers died."""
+    """An executor, which is recreated when its workers die."""
 
     make: Callable[[], Executor]
     slots: int
-    """Pieces of work that can run at once."""
+    """The number of work items that can run at once."""
     name: str
     _executor: Executor | None = None
 
     def stream(self, spec: EvaluatorSpec, works: Iterable[Work]) -> Iterator[tuple[Work, Outcome]]:
-        """Does the work; outcomes come in the order of `works`, as soon as those before them are there.
+        """Do the work items; outcomes are yielded in the order of `works`.
 
         Raises:
-            WorkersDiedError: workers died three times in a row with nothing done in between.
+            WorkersDiedError: the workers died three times in a row without a result.
         """
         waiting = deque(works)
         running: deque[tuple[Work, Future[Outcome]]] = deque()
@@ -159,7 +159,7 @@ class Pool:
                 try:
                     while waiting and len(running) < self.slots + (
                         self.slots > 1
-                    ):  # one more, so that none waits for us
+                    ):  # one more, so that no worker waits for this process
                         running.append((waiting[0], self._get().submit(perform, spec, waiting[0])))
                         waiting.popleft()
                     outcome = running[0][1].result()
@@ -168,8 +168,8 @@ class Pool:
                     self.close()
                     if failures == 3:
                         raise WorkersDiedError(
-                            f"the workers ({self.name}) died three times in a row, for want of memory most often: use "
-                            f"fewer, or none; the journal keeps what is done ({problem})"
+                            f"the workers ({self.name}) died three times in a row, mostly because memory ran out: use "
+                            f"fewer workers; the journal keeps all finished evaluations ({problem})"
                         ) from problem
                     waiting.extendleft(reversed([work for work, _ in running]))
                     running.clear()
@@ -187,7 +187,7 @@ class Pool:
         return self._executor
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Shut down the workers."""
         if self._executor is not None:
             with contextlib.suppress(Exception):
                 self._executor.shutdown(wait=False, cancel_futures=True)
@@ -201,12 +201,12 @@ class Pool:
 
 
 def in_process() -> Pool:
-    """One evaluation at a time, here."""
+    """A pool that evaluates in this process, one work item at a time."""
     return Pool(InProcess, 1, "in process")
 
 
 def processes(workers: int) -> Pool:
-    """That many processes on this machine."""
+    """A pool of processes on this machine."""
     import multiprocessing
 
     workers = whole("workers", workers, 1, MOST_WORKERS)
@@ -219,7 +219,7 @@ def processes(workers: int) -> Pool:
 
 
 def _end_with_parent() -> None:
-    """Lets this worker end when its parent does, however that ends: it would wait for work for ever."""
+    """End this worker when its parent process ends; without this, it would wait for work forever."""
     import multiprocessing
     from multiprocessing.connection import wait
 
@@ -228,13 +228,13 @@ def _end_with_parent() -> None:
         return
 
     def watch() -> None:
-        wait([parent.sentinel])  # the end of a pipe that the parent holds, so this works wherever there are processes
-        os._exit(1)  # nothing of a worker is on disk: the parent writes the journal
+        wait([parent.sentinel])  # the end of a pipe that the parent holds
+        os._exit(1)  # a worker writes no files: the parent writes the journal
 
     threading.Thread(target=watch, name="mqadapt-parent", daemon=True).start()
 
 
 def ray_cluster(address: str | None = None, num_cpus: float = 1.0) -> Pool:
-    """A Ray cluster; `None` or an empty address starts one on this machine."""
+    """A pool on a Ray cluster; `None` or an empty address starts one on this machine."""
     executor = RayExecutor(address or None, num_cpus)
     return Pool(lambda: executor, executor.slots, f"Ray ({address or 'local'})", executor)

@@ -1,9 +1,8 @@
-"""The journal: every evaluation is one line of JSON, on disk before the search goes on.
+"""The journal of a search: each evaluation is one line of JSON, which is on disk before the search continues.
 
-In: evaluations. Out: `journal.jsonl`, from which a killed search continues and from which figures and report are made.
-The first line says what the losses depend on; a journal of another model, text, method or version is refused. A line
-that a kill tore in half is cut off. Every line ends in its number and a checksum: one that was damaged, and what follows
-it, is not believed.
+In: evaluations. Out: `journal.jsonl`, from which an interrupted search resumes and figures and report are made. The first line
+holds everything that the losses depend on; a journal of another model, text, method or version is refused. An incomplete last
+line is removed. Each line ends with its number and a checksum: a damaged line and all lines after it are discarded.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _END = len(f', "{_CHECKSUM}": "0123456789abcdef"}}')
 
 
 class JournalError(ArgumentError):
-    """A journal that cannot be continued: of another search, in use, or damaged."""
+    """A journal cannot be continued: it is of another search, in use, or damaged."""
 
 
 class Journal:
@@ -64,10 +63,10 @@ class Journal:
             raise
 
     def _replay(self) -> dict[Layers, Evaluation]:
-        """The evaluations that the file holds; a torn last line, and what is damaged, is cut off the file."""
+        """Read the evaluations of the file, and truncate it before the first incomplete or damaged line."""
         records, whole = _records(self.path, files.read_bytes(self.path, files.MAX_JOURNAL_BYTES))
         if not records:
-            self.file.truncate(0)  # killed while the first line was written
+            self.file.truncate(0)  # interrupted while the first line was written
             return {}
         found = records[0]
         for key in dict.fromkeys([*self.header, *found]):
@@ -87,7 +86,7 @@ class Journal:
         return evaluations
 
     def _evaluation(self, record: dict[str, Any], source: tuple[float, ...] | None, number: int) -> Evaluation:
-        """What a line says; `source`: the losses of the first evaluation, unless this is it."""
+        """The evaluation of a line; `source` are the losses of the first evaluation, `None` for that itself."""
         try:
             losses = finite(record["losses"])
             return Evaluation.of(
@@ -104,7 +103,7 @@ class Journal:
             raise JournalError(f"{self.path}, line {number}: not an evaluation ({problem})") from None
 
     def add(self, evaluation: Evaluation) -> None:
-        """Writes an evaluation; it survives any kill once this returns."""
+        """Append an evaluation; it is on disk when this returns."""
         self._append(record(evaluation, self.header))
         self.evaluations[evaluation.plan] = evaluation
 
@@ -115,7 +114,7 @@ class Journal:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Closes the file and lets others have it."""
+        """Close the file and release its lock."""
         self.file.close()
 
     def __enter__(self) -> Journal:
@@ -126,10 +125,10 @@ class Journal:
 
 
 def finite(losses: Iterable[Any]) -> tuple[float, ...]:
-    """The losses of a record.
+    """Parse the losses of a record.
 
     Raises:
-        TypeError, ValueError, ArithmeticError: they are no numbers, one of them is infinite or NaN, or there are none.
+        TypeError, ValueError, ArithmeticError: a loss is not a finite number, or there is none.
     """
     found = tuple(float(loss) for loss in losses)
     if not found or not all(map(math.isfinite, found)):
@@ -141,7 +140,7 @@ def begun(folder: Path, *, resume: bool) -> bool:
     """Whether a folder has a journal.
 
     Raises:
-        JournalError: it has one that is not to be resumed.
+        JournalError: the folder has a journal, and `resume` is false.
     """
     path = folder / JOURNAL
     exists = os.path.lexists(path) and path.lstat().st_size > 0
@@ -151,7 +150,7 @@ def begun(folder: Path, *, resume: bool) -> bool:
 
 
 def record(evaluation: Evaluation, header: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation as a line of the journal."""
+    """The fields of an evaluation in the journal."""
     damage = evaluation.damage
     return {
         "plan": plan_record.counts(evaluation.plan),
@@ -172,10 +171,10 @@ def record(evaluation: Evaluation, header: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The header and the evaluations of a journal, without changing or locking it.
+    """Read the header and the evaluations of a journal, without changing or locking it.
 
     Raises:
-        JournalError: there is none, or it is damaged.
+        JournalError: there is no journal, or it is damaged.
     """
     path = folder / JOURNAL
     if not path.is_file():
@@ -187,13 +186,13 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file so that it is there whole or not at all."""
+    """Write a JSON file atomically."""
     indent = None if "num_key_value_heads" in content and len(content) == 1 else 1
     output_files.write(path, (json.dumps(content, indent=indent, allow_nan=False) + "\n").encode())
 
 
 def numbered(content: dict[str, Any], number: int, *, allow_nan: bool = False) -> bytes:
-    """A line of a journal, the first of which has the number 0."""
+    """Format a line of a journal; the first has number 0."""
     line = f'{json.dumps(content, allow_nan=allow_nan)[:-1]}, "{_NUMBER}": {number}'.encode()
     return line + _end(line)
 
@@ -203,10 +202,10 @@ def _end(line: bytes) -> bytes:
 
 
 def _records(path: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """What the lines of a journal say, up to one that was torn or damaged, and the number of bytes that they take.
+    """Parse the lines of a journal up to the first incomplete or damaged one; also returns their size in bytes.
 
     Raises:
-        JournalError: the first line is damaged or of another format.
+        JournalError: the first line is damaged or has another format.
     """
     records: list[dict[str, Any]] = []
     whole = 0
@@ -218,7 +217,7 @@ def _records(path: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
         if record is None:
             after = len(lines) - number - 1
             warnings.warn(
-                f"{path}, line {number + 1}: damaged (its checksum is wrong); it and the {after} lines after it are not believed",
+                f"{path}, line {number + 1}: damaged (wrong checksum); this line and the {after} lines after it are discarded",
                 UserWarning,
                 stacklevel=2,
             )
@@ -229,7 +228,7 @@ def _records(path: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
 
 
 def _checked(line: bytes, number: int) -> dict[str, Any] | None:
-    """What a line says, unless its checksum or its number is wrong."""
+    """Parse a line; `None` if its checksum or its number is wrong."""
     said = line[: -_END - 1]
     if _end(said) != line[len(said) :]:
         return None
@@ -241,7 +240,7 @@ def _checked(line: bytes, number: int) -> dict[str, Any] | None:
 
 
 def _unreadable(path: Path, line: bytes) -> str:
-    """Why the first line is not believed."""
+    """The reason why the first line is refused."""
     try:
         found = json_document.loads(line)["journal"]
     except (ValueError, LookupError, TypeError):
@@ -251,13 +250,13 @@ def _unreadable(path: Path, line: bytes) -> str:
             f"{path} is not a journal of this version (format {found!r}, expected {FORMAT}: its lines have checksums); "
             "choose another folder"
         )
-    return f"{path}, line 1: damaged (its checksum is wrong); choose another folder"
+    return f"{path}, line 1: damaged (wrong checksum); choose another folder"
 
 
 def _lock(descriptor: int, path: Path) -> None:
     try:
         import fcntl
-    except ImportError:  # no such locks on this system
+    except ImportError:  # this system has no such locks
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -266,5 +265,5 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def latest(records: list[dict[str, Any]]) -> dict[Layers, dict[str, Any]]:
-    """The record of every plan; of a plan that was evaluated again, the last."""
+    """The latest record of each plan."""
     return {plan_record.layers(record["plan"]): record for record in records}

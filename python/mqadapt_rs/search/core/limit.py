@@ -1,4 +1,4 @@
-"""A limit that plans must keep: K/V bytes, or time of a decoded token. Both add up over layers."""
+"""Limits of plans: K/V bytes, or latency of a decoded token. Both add up over layers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limit:
-    """Most of one cost."""
+    """The limit of one cost."""
 
     space: Space
     most: float
     """K/V bytes per token, or seconds."""
     latency: bool = False
-    """Whether the cost is time."""
+    """Whether the cost is latency."""
 
     def layer_cost(self, layer_idx: int, choice: LayerCache) -> float:
         """The cost of a layer with a choice."""
@@ -31,23 +31,23 @@ class Limit:
         return sum(self.layer_cost(layer, choice) for layer, choice in enumerate(plan))
 
     def fits(self, plan: Layers) -> bool:
-        """Whether a plan keeps the limit."""
+        """Whether a plan is within the limit."""
         return self.cost(plan) <= self.most * (1 + 1e-9)
 
     def smallest(self) -> float:
-        """The least that any plan costs."""
+        """The cost of the cheapest plan."""
         space = self.space
         return sum(
             min(self.layer_cost(layer, c) for c in space.choices(layer)) for layer in range(space.num_hidden_layers)
         )
 
-    def said(self, cost: float) -> str:
+    def in_words(self, cost: float) -> str:
         """A cost in words."""
         return f"{1e3 * cost:.3f} ms per decoded token" if self.latency else f"{cost:,.0f} K/V bytes per token"
 
     def refusal(self) -> str:
-        """Why no plan fits."""
+        """The error message if no plan fits."""
         return (
-            f"no plan fits {self.said(self.most)}: the smallest has {self.said(self.smallest())}, the source "
-            f"{self.said(self.cost(self.space.source))}"
+            f"no plan fits {self.in_words(self.most)}: the smallest has {self.in_words(self.smallest())}, the source "
+            f"{self.in_words(self.cost(self.space.source))}"
         )

@@ -1,8 +1,7 @@
-"""The order in which plans are evaluated so that what they share is computed once.
+"""The order of evaluation in which shared prefixes of plans are computed once.
 
-Two plans that agree up to layer L have the same hidden states at its entrance. Plans are leaves of the tree of those
-prefixes; walking it depth first, largest subtree last, runs every edge once and holds at most log2(plans) hidden
-states.
+Two plans that agree up to layer L have the same hidden states at the input of L. Plans are the leaves of the tree of these
+prefixes; a depth-first walk with the largest subtree last computes every edge once and holds at most log2(plans) hidden states.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ def in_order(ranks: Iterable[Rank]) -> list[Rank]:
 
 
 def branches(plans: Sequence[Sequence[object]]) -> list[tuple[int, ...]]:
-    """For each plan of a sequence, ascending: the layers before which a later plan takes over its hidden states."""
+    """For each plan of a sequence, in ascending order, the layers before which a later plan reuses its hidden states."""
     depths: list[tuple[int, ...]] = [()] * len(plans)
     later: set[int] = set()
     for index in range(len(plans) - 2, -1, -1):
         here = shared(plans[index], plans[index + 1])
-        # beyond `here` nothing later agrees with this plan; before it, what the next plan shares this one shares too
+        # no later plan agrees with this one beyond `here`; before it, this plan shares what the next one shares
         later = {depth for depth in later if depth <= here} | {here}
         depths[index] = tuple(sorted(later - {0}))
     return depths

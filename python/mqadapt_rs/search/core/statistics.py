@@ -1,7 +1,7 @@
-"""How sure a measured quality is: standard errors, paired differences, and a sequential test.
+"""Statistics of losses: standard errors, paired differences, and a sequential test.
 
-In: losses per document. Out: means with errors and intervals. Documents are the unit of chance throughout: tokens of
-one document are not independent of each other.
+In: losses per document. Out: means with errors and intervals. The sampling unit is the document, since tokens of one document are
+not independent.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CONFIDENCE = 0.95
-"""Of every interval that is reported."""
+"""Confidence level of all reported intervals."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean over documents, with its uncertainty; `None` where there are too few documents to tell."""
+    """A mean over documents with its uncertainty, which is `None` for too few documents."""
 
     mean: float
     standard_error: float | None
@@ -38,14 +38,14 @@ class Difference:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     def __str__(self) -> str:
-        """The mean with its standard error, where there is one."""
+        """The mean with its standard error, if there is one."""
         if self.standard_error is None:
             return f"{self.mean:.4g}"
         return f"{self.mean:.4g} ± {self.standard_error:.2g}"
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; no error for fewer than two values."""
+    """The mean and its standard error; `None` instead of the error for fewer than two values."""
     number = len(values)
     if number == 0:
         raise ArgumentError("no documents: nothing to average")
@@ -57,7 +57,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def paired(losses: Sequence[float], reference: Sequence[float]) -> Difference:
-    """Mean of `losses - reference`, document by document, with the t interval of that mean."""
+    """The mean of `losses - reference`, paired by document, with its t interval."""
     if len(losses) != len(reference):
         raise ArgumentError(f"{len(losses)} documents against {len(reference)}: a paired difference needs the same")
     differences = [a - b for a, b in zip(losses, reference, strict=True)]
@@ -71,7 +71,7 @@ def paired(losses: Sequence[float], reference: Sequence[float]) -> Difference:
 def bootstrap(
     losses: Sequence[float], reference: Sequence[float], *, seed: int = 0, resamples: int = 4000
 ) -> Difference:
-    """As `paired`, with the percentile interval of resampled documents: no shape of the differences is assumed."""
+    """As `paired`, with the percentile interval of resampled documents, which assumes no distribution."""
     base = paired(losses, reference)
     if base.standard_error is None:
         return base
@@ -149,15 +149,15 @@ def _bisect_t(probability: float, degrees: int, start: float) -> float:
 
 @dataclass(frozen=True)
 class SequentialTest:
-    """Gives up plans that are worse than another one, before all documents were read.
+    """A sequential test that stops plans early that are worse than another one.
 
-    The documents come in one random order, so after n of N the others are a random rest: what is tested is the mean
-    over all N, and its standard error carries the finite-population factor sqrt(1 - n/N). A plan is given up where its
-    paired difference to a rival exceeds t(1 - level) times that error. A race of K plans with L looks can lose the plan
-    that reading everything would have named best only in one of (K-1) L such tests: each runs at the race's error rate
-    divided by that. Race r of a search gets `error_rate / (r (r+1))`, which sums to `error_rate`: with at most this
-    probability, any race of a search names another winner than full evaluations would have. That is exact for normal
-    differences; for skewed and rare ones a simulation in the tests holds it, with `least` documents before a look.
+    The documents have one random order, so after n of N documents the rest is a random sample: the tested quantity is the mean
+    over all N, and its standard error has the finite-population factor sqrt(1 - n/N). A plan is stopped if its paired
+    difference to a rival exceeds t(1 - level) times that error. A race of K plans with L looks stops the plan that complete
+    evaluations would rank best only in one of (K-1) L such tests; each runs at the error rate of the race divided by that
+    number. Race r of a search gets `error_rate / (r (r+1))`, which sums to `error_rate`: at most with this probability, any
+    race of a search has another winner than complete evaluations. This is exact for normal differences; for skewed and rare
+    ones, a simulation in the tests confirms it, with `least` documents before the first look.
     """
 
     error_rate: float = 0.05
@@ -169,7 +169,7 @@ class SequentialTest:
             raise ArgumentError(f"an error rate of {self.error_rate}: expected a probability above 0 and below 0.5")
 
     def blocks(self, documents: int) -> list[range]:
-        """Documents in the pieces after which the test looks; one piece where there are too few to test."""
+        """The blocks of documents after which the test looks; one block if there are too few documents."""
         first = max(self.least, math.ceil(documents / (self.looks + 1)))
         if documents <= first:
             return [range(documents)]
@@ -179,11 +179,11 @@ class SequentialTest:
         return [range(a, b) for a, b in zip(edges, [*edges[1:], documents], strict=True)]
 
     def level(self, race: int, rivals: int, looks: int) -> float:
-        """Error probability of one test in race number `race` (from 1)."""
+        """The error rate of one test in race number `race` (from 1)."""
         return self.error_rate / (race * (race + 1)) / max(1, rivals) / max(1, looks)
 
     def worse(self, losses: Sequence[float], rival: Sequence[float], documents: int, level: float) -> bool:
-        """Whether the plan of `losses` is worse than its rival over all `documents`, judged by those read so far."""
+        """Whether the plan of `losses` is worse than its rival over all `documents`, by those evaluated so far."""
         read = min(len(losses), len(rival))
         difference = paired(losses[:read], rival[:read])
         if difference.standard_error is None or read < self.least:

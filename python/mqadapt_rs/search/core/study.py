@@ -1,4 +1,4 @@
-"""A search while it runs: evaluates plans once, keeps the journal, stops hopeless candidates, picks the winner.
+"""The running search: it evaluates each plan once, writes the journal, stops inferior plans early and ranks the others.
 
 In: plans from a strategy. Out: evaluations, in the journal and in memory.
 """
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rule:
-    """What makes one plan better than another."""
+    """The rule that ranks plans."""
 
     limit: Limit | None = None
-    """What plans may cost at most; within it, the least damage wins."""
+    """The limit of the cost; within it, the least damage wins."""
     max_damage: float | None = None
-    """Most damage; within it, the fewest K/V bytes win."""
+    """The limit of the damage; within it, the fewest K/V bytes win."""
 
     @classmethod
     def of(cls, space: Space, options: Options) -> Rule:
-        """The rule that options stand for."""
+        """The rule that follows from options."""
         if options.latency_budget is not None:
             return cls(Limit(space, options.latency_budget, latency=True), options.max_damage)
         limit = None if options.kv_budget is None else Limit(space, options.kv_budget)
@@ -40,23 +40,23 @@ class Rule:
 
     @property
     def free(self) -> bool:
-        """Whether there is no limit: then plans of any size compete by damage alone."""
+        """Whether there is no limit, so that plans of any size compete by damage."""
         return self.limit is None and self.max_damage is None
 
     def admits(self, evaluation: Evaluation) -> bool:
-        """Whether a plan is allowed to win."""
+        """Whether a plan is within the limits."""
         within = self.limit is None or self.limit.fits(evaluation.plan)
         return within and (self.max_damage is None or evaluation.damage.mean <= self.max_damage)
 
     def key(self, evaluation: Evaluation) -> tuple[float, float, tuple[int, ...]]:
-        """Sorts the better plan first; ties are broken by the plan itself, so that nothing depends on the order."""
+        """The sort key: the better plan first; the rank of the plan breaks ties, so that the order is deterministic."""
         damage, size = evaluation.damage.mean, float(evaluation.kv_bytes)
         first, second = (size, damage) if self.max_damage is not None else (damage, size)
         return first, second, evaluation.rank
 
     def in_words(self, unit: str) -> str:
-        """The rule as a sentence's end."""
-        limit = "" if self.limit is None else self.limit.said(self.limit.most)
+        """The rule in words, as the end of a sentence."""
+        limit = "" if self.limit is None else self.limit.in_words(self.limit.most)
         if self.max_damage is not None:
             return f"fewest K/V bytes at a damage of at most {self.max_damage:g} {unit}" + (
                 f" with at most {limit}" if limit else ""
@@ -65,17 +65,17 @@ class Rule:
 
 
 class Watcher(Protocol):
-    """Is told how the search goes."""
+    """A callback for the progress of a search."""
 
     def __call__(
         self, evaluation: Evaluation, done: int, expected: int, best: Evaluation | None, seconds_left: float
     ) -> None:
-        """An evaluation is in the journal."""
+        """Called when an evaluation is in the journal."""
         ...
 
 
 class Study:
-    """What a strategy works with."""
+    """The interface of a search for strategies."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Study:
         self._test = test
         self._watcher = watcher
         self._races = 0
-        self._asked: dict[Layers, None] = {}  # in the order asked: a journal may hold more than this run has come to
+        self._asked: dict[Layers, None] = {}  # in the order of requests; a resumed journal may hold more plans
         self._done = 0
         self._expected = 0
         self._fresh = 0
@@ -107,12 +107,12 @@ class Study:
 
     @property
     def documents(self) -> int:
-        """Losses of a whole evaluation."""
+        """The number of losses of a complete evaluation."""
         return max(1, self.spec.documents)
 
     @property
     def evaluations(self) -> list[Evaluation]:
-        """All that was asked for and is known by now, the source first."""
+        """The requested evaluations that are known, the source first."""
         known = self._journal.evaluations
         return [known[plan] for plan in self._asked if plan in known]
 
@@ -130,11 +130,11 @@ class Study:
         return known
 
     def expect(self, evaluations: int) -> None:
-        """Tells how many more evaluations the strategy will about ask for, for the time that is left."""
+        """Announce about how many more evaluations the strategy will request, for the estimate of the remaining time."""
         self._expected = self._done + evaluations
 
     def evaluate(self, plans: Iterable[Layers], stage: str) -> list[Evaluation]:
-        """Evaluates plans on all documents; those that the journal has are not evaluated again. In the order given."""
+        """Evaluate plans on all documents, unless the journal has them; returns evaluations in the given order."""
         wanted = list(plans)
         ordered = self._in_order(wanted)
         self._asked.update(dict.fromkeys(ordered))
@@ -148,10 +148,10 @@ class Study:
         return [self._journal.evaluations[plan] for plan in wanted]
 
     def race(self, plans: Iterable[Layers], stage: str, against: Sequence[Evaluation] = ()) -> list[Evaluation]:
-        """As `evaluate`, but plans that are clearly worse than another one (or one of `against`) are stopped early.
+        """Evaluate plans, and stop those early that are significantly worse than another one (or one of `against`).
 
-        Stopped plans come back as such. The probability of losing the plan that full evaluations would have named best
-        is bounded by the test's error rate; without a test, or with too few documents for it, all are evaluated.
+        Stopped plans are marked. The error rate of the test bounds the probability that the plan is stopped which complete
+        evaluations would rank best. Without a test, or with too few documents, all plans are evaluated completely.
         """
         wanted = list(dict.fromkeys(plans))
         if self._test is None:
@@ -197,7 +197,7 @@ class Study:
         return [self._journal.evaluations[plan] for plan in wanted]
 
     def best(self) -> list[Evaluation]:
-        """The plans that may win, best first: evaluated in full, changed, within the rule."""
+        """The plans that may win, best first: completely evaluated, changed, within the limits."""
         admitted = [
             e for e in self.evaluations if not e.stopped and e.plan != self.space.source and self.rule.admits(e)
         ]
@@ -216,7 +216,7 @@ class Study:
         return self._known(plan) == self.documents
 
     def _losses(self, plans: Sequence[Layers], documents: range) -> Iterable[tuple[Layers, tuple[float, ...], float]]:
-        """Evaluates plans, already in order, on some documents; yields as they finish."""
+        """Evaluate ordered plans on some documents; yields results as they finish."""
         group = max(1, self.spec.group)
         kept = branches(plans)
         works = [
@@ -259,21 +259,21 @@ Run = Callable[[Study, "Options"], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What strategies can be told. Each uses some (see `STRATEGIES`); the others are refused."""
+    """The options of strategies. Each strategy uses some (see `STRATEGIES`) and refuses the others."""
 
     counts: tuple[int, ...] | None = None
-    """K/V heads that layers may be reduced to; `None`: every legal count (from-end and alternate: the smallest)."""
+    """Numbers of K/V heads that layers may be reduced to; `None`: every legal one (from-end and alternate: the smallest)."""
     kv_budget: float | None = None
-    """K/V bytes per token that the plan may have at most."""
+    """Limit of K/V bytes per token."""
     latency_budget: float | None = None
-    """Seconds that a decoded token may take at most, by measured times."""
+    """Limit of the latency of a decoded token, in seconds."""
     max_damage: float | None = None
-    """Most damage that the plan may do."""
+    """Limit of the damage."""
     points: int | None = None
-    """Points of the Pareto front."""
+    """Number of points of the Pareto front."""
     swaps: int | None = None
-    """Neighbours that local search measures in each round."""
+    """Number of neighbours that local search evaluates per round."""
     trials: int | None = None
-    """Random plans."""
+    """Number of random plans."""
     plans: tuple[Layers, ...] | None = None
-    """The plans to measure."""
+    """The plans to evaluate."""

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 FILE = "latency.json"
 TOKENS = 24
-"""Tokens whose times are measured in each of the rounds."""
+"""Tokens measured per round."""
 ROUNDS = 3
 
 
 def decode_seconds(model: Model, depth: int) -> float:
-    """Median time of a decoded token after `depth` tokens, in seconds; the best of a few rounds."""
+    """The median latency of a decoded token after `depth` tokens, in seconds, in the fastest round."""
     return min(statistics.median(model.measure_decode(depth, TOKENS)) for _ in range(ROUNDS))
 
 
@@ -51,7 +51,7 @@ def measure(model: Model, space: Space, depth: int) -> LayerSeconds:
 
 
 def measured(folder: Path, model: Model, space: Space, depth: int, *, resume: bool) -> Space:
-    """The space with measured times; a search that is resumed keeps those that it began with."""
+    """The space with measured times; a resumed search reads the times of its first run."""
     path = folder / FILE
     if resume and path.exists():
         try:
@@ -61,7 +61,7 @@ def measured(folder: Path, model: Model, space: Space, depth: int, *, resume: bo
                 raise ValueError("expected times of every layer, in seconds")
         except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
             raise JournalError(
-                f"{path}: not the times that a search measured ({problem!r}); remove it to measure them again"
+                f"{path}: not the latencies of a search ({problem!r}); remove the file to measure them again"
             ) from None
     else:
         seconds = measure(model, space, depth)
@@ -69,7 +69,7 @@ def measured(folder: Path, model: Model, space: Space, depth: int, *, resume: bo
 
 
 def save(folder: Path, space: Space, depth: int) -> None:
-    """Writes the times of a space for a search that is resumed."""
+    """Write the times of a space, for a resumed search."""
     folder.mkdir(parents=True, exist_ok=True)
     seconds = None if space.layer_seconds is None else plan_record.seconds_field(space.layer_seconds)
     write_json(folder / FILE, {"depth": depth, "layer_seconds": seconds})

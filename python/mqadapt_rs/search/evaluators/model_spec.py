@@ -1,4 +1,4 @@
-"""What every worker builds its evaluator from: names of model and data, and how to read them.
+"""The specification from which each worker builds its evaluator: model, method and data.
 
 In: the arguments of a search. Out: an evaluator, the same in every process.
 """
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mqadapt_rs.calibration import CONTEXT
 from mqadapt_rs.errors import ArgumentError
 from mqadapt_rs.search.core import plan_record
 from mqadapt_rs.search.core.evaluation import Metric
@@ -26,6 +25,7 @@ from mqadapt_rs.search.evaluators.windows import WindowEvaluator
 
 if TYPE_CHECKING:
     from mqadapt_rs import Calibration, Model
+    from mqadapt_rs.calibration import CalibrationOptions
     from mqadapt_rs.search.core.evaluation import Evaluator
     from mqadapt_rs.search.evaluators.tasks import TaskEvaluator
 
@@ -35,15 +35,13 @@ METRICS = {
     "kl": Metric("kl", "nats per token", "nats per token"),
     "perplexity": Metric("perplexity", "perplexity", "nats per token of log-perplexity", "exp"),
 }
-CALIBRATED = ("closed-form", "prune")
-"""Methods that merge from text."""
 GROUP = 8
-"""Most plans whose final hidden states are held at a time, so that the source's logits are computed once for them."""
+"""Largest number of plans whose final hidden states are held, so that the logits of the source are computed once for them."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """What plans are evaluated on: windows of a text, or an lm-eval task."""
+    """The evaluation data: windows of a text, or an lm-eval task."""
 
     text: str | None = None
     field: str = "text"
@@ -52,27 +50,6 @@ class Data:
     include_path: str | None = None
     limit: int | None = None
     num_fewshot: int | None = None
-
-
-@dataclass(frozen=True)
-class CalibrationData:
-    """Where the statistics of methods that merge from text come from."""
-
-    file: str | None
-    stats: str
-    """File of the statistics: read where it exists, written where not."""
-    field: str = "text"
-    tokens: int = 16384
-    context: tuple[int, ...] = CONTEXT
-    target_context: tuple[int, ...] | None = None
-    """None: they follow from the windows."""
-    sequential: bool = False
-    refine: int = 0
-
-    @property
-    def refits(self) -> bool:
-        """Whether what becomes of a layer depends on those before it."""
-        return self.sequential or self.refine > 0
 
 
 @dataclass(frozen=True)
@@ -88,26 +65,26 @@ class ModelSpec:
     device: str = "cpu"
     weights: str = "stored"
     max_memory: int = 1 << 30
-    calibration: CalibrationData | None = None
-    # known once the evaluator was built for the first time
+    calibration: CalibrationOptions | None = None
+    # set when the evaluator is built for the first time
     metric: Metric = METRICS["kl"]
     documents: int = 0
     group: int = 1
     prints: tuple[tuple[str, str], ...] = ()
 
     def fingerprints(self) -> dict[str, str]:
-        """What the losses depend on beside the plan."""
+        """Everything that the losses depend on except the plan."""
         return dict(self.prints)
 
     def build(self) -> Evaluator:
-        """Loads model and data."""
+        """Load model and data."""
         return self.load()[0]
 
     def load(self) -> tuple[ModelEvaluator, Model, ModelSpec]:
-        """The evaluator, its model, and the specification with all that is known of them.
+        """Load the evaluator and its model; also returns the completed specification.
 
         Raises:
-            ArgumentError: a metric, text or task that does not exist or is too short.
+            ArgumentError: a metric, text or task does not exist, or the text is too short.
         """
         if self.metric_name in METRICS:
             return self._windows()
@@ -121,24 +98,24 @@ class ModelSpec:
         )
 
     def overlays(self, model: Model) -> PlanOverlays:
-        """A loaded model under any plan."""
+        """The overlays of a loaded model."""
         refits = self.calibration is not None and self.calibration.refits
         return PlanOverlays(model, self.method, self.seed, self._calibration(), together=refits)
 
     def try_out(self, evaluator: ModelEvaluator, space: Space) -> None:
-        """Merges one layer: a method that does not exist is refused, and statistics are collected before workers need them.
+        """Merge one layer, to refuse an invalid method and to collect statistics before the workers need them.
 
         Raises:
-            ArgumentError: the method cannot do it.
+            ArgumentError: the method is invalid for this model.
         """
         layer = next(idx for idx in range(space.num_hidden_layers) if len(space.choices(idx)) > 1)
         plan = space.single(layer, space.choices(layer)[0])
-        if self.calibration is not None:
+        if self.calibration is not None and self.calibration.stats is not None:
             Path(self.calibration.stats).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(evaluator, PredictedEvaluator):
             list(evaluator.losses([plan], [()], range(1)))
         elif self.calibration is not None and self.calibration.refits:
-            # a refit takes every plan by itself; statistics do without
+            # statistics do not depend on the refit
             once = replace(self, calibration=replace(self.calibration, sequential=False, refine=0))
             once.overlays(evaluator.overlays.source).model(plan)
         else:
@@ -150,23 +127,7 @@ class ModelSpec:
         return Model.load(self.src, dtype=self.dtype, device=self.device, weights=self.weights)
 
     def _calibration(self) -> Calibration | None:
-        from mqadapt_rs import load_calibration
-
-        data = self.calibration
-        if data is None:
-            return None
-        return load_calibration(
-            self.src,
-            data.file,
-            field=data.field,
-            tokens=data.tokens,
-            context=data.context,
-            seed=self.seed,
-            target_context=data.target_context,
-            stats=data.stats,
-            sequential=data.sequential,
-            refine=data.refine,
-        )
+        return None if self.calibration is None else self.calibration.load(self.src, self.seed)
 
     def _predicted(self) -> tuple[PredictedEvaluator, Model, ModelSpec]:
         model = self._model()
@@ -182,7 +143,7 @@ class ModelSpec:
         windows = read_windows(self.src, self.data, self.seed)
         overlays = self.overlays(self._model())
         model = overlays.source
-        # hidden states of all windows that fit into the memory, beside the source's
+        # number of hidden states of all windows that fit into memory, without those of the source
         states = len(windows) * self.data.context * model.config.hidden_size * 4
         held = self.max_memory // states - 1
         if held < 1:
@@ -236,12 +197,12 @@ class ModelSpec:
 
     def _calibration_in_words(self) -> str:
         data = self.calibration
-        if data is None or data.file is None:
+        if data is None or data.text is None:
             return "saved statistics"
         windows = ", ".join(map(str, data.context))
         targets = "" if data.target_context is None else f", target context {', '.join(map(str, data.target_context))}"
         refit = f", refined in {data.refine} steps" if data.refine else ", refitted" if data.sequential else ""
-        return f"{data.tokens} tokens of {_called(data.file)} in windows of {windows}{targets}{refit}"
+        return f"{data.tokens} tokens of {_called(data.text)} in windows of {windows}{targets}{refit}"
 
     def _data_in_words(self) -> str:
         data = self.data
@@ -253,15 +214,15 @@ class ModelSpec:
 
 
 def _called(place: str) -> str:
-    """What a file is called, whatever folder it is in; what comes from the hub keeps its id."""
+    """The name of a file without its folder, or a hub id."""
     return Path(place).name if Path(place).exists() else place
 
 
 def read_windows(src: str, data: Data, seed: int) -> list[list[int]]:
-    """The first windows of a text, in a random order that depends on the seed alone, so that a few stand for all.
+    """Read the first windows of a text, in a random order that depends on the seed alone.
 
     Raises:
-        ArgumentError: no text, or one that is too short.
+        ArgumentError: there is no text, or it is too short.
     """
     from mqadapt_rs import text
     from mqadapt_rs.calibration import documents
@@ -277,7 +238,7 @@ def read_windows(src: str, data: Data, seed: int) -> list[list[int]]:
 
 
 def space_of(model: Model, counts: tuple[int, ...] | None) -> Space:
-    """The plans that a model can have, with the bytes of a K/V cache in the dtype that the model computes it in."""
+    """The space of a model; bytes are those of the dtype in which the model computes its K/V cache."""
     config = model.config
     table = tuple(
         {choice: choice.bytes_per_token(config, model.kv_value_bytes) for choice in config.layer_caches(layer_idx)}

@@ -1,4 +1,4 @@
-"""The model under any plan, in memory. In: a model loaded once, a merge method. Out: models that share all other weights.
+"""Overlays of plans in memory. In: a loaded model, a merge method. Out: models under plans, which share unchanged weights.
 
 A layer is merged once for every choice; plans are put together from merged layers. Where a layer depends on those before it
 (a refit), every plan is merged as a whole.
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class PlanOverlays:
-    """A model's plans."""
+    """The overlays of a model."""
 
     source: Model
-    """The model as it is."""
+    """The unchanged model."""
     method: str
     seed: int
     calibration: Calibration | None = None
-    """Of methods that merge from text."""
+    """The calibration of the method, if it needs one."""
     together: bool = False
-    """Whether what becomes of a layer depends on those before it."""
+    """Whether the result for a layer depends on the layers before it."""
     _merged: dict[tuple[int, LayerCache], Model] = field(default_factory=dict)
     _own: Layers = field(init=False)
     """What the layers of the source cache."""

@@ -1,8 +1,8 @@
-"""Evaluates plans by what the merge's statistics predict: `predicted`, no forward pass.
+"""The evaluator of the metric `predicted`, which is computed from calibration statistics without a forward pass.
 
-In: statistics of a calibration text, a merge method. Out: one loss a plan, the share of the attention output's energy that
-is lost, summed over layers. Layers count as independent, and as equally important: a first guess for models too large to
-try, and a control for what trying gains.
+In: statistics of a calibration text, a merge method. Out: one loss per plan: the lost share of the energy of the attention
+output, summed over layers. Layers are treated as independent and equally important: a first estimate for models that are too
+large to evaluate, and a baseline for measured metrics.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ METRIC = Metric(
 
 @dataclass
 class PredictedEvaluator:
-    """Sums of predictions, each computed once."""
+    """Sums the predictions of layers, each computed once."""
 
     src: str
     method: str
@@ -37,7 +37,7 @@ class PredictedEvaluator:
     def losses(
         self, plans: Sequence[Layers], branches: Sequence[Sequence[int]], documents: range
     ) -> Iterator[list[float]]:
-        """One loss for each plan; there are no documents."""
+        """Yield one loss per plan; there are no documents."""
         del branches, documents
         changed = [
             [(layer_idx, own) for layer_idx, own in enumerate(plan) if own != self.source[layer_idx]] for plan in plans

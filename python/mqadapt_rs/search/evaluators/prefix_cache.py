@@ -1,9 +1,8 @@
-"""Hidden states that later plans go on from.
+"""The prefix cache: hidden states from which later plans continue.
 
-In: plans in the order of `in_order`, with their `branches`. Out: for each, where to start and what to keep.
-States of two kinds are kept: on the way of a plan, those that later plans branch off from; and on the way of the source,
-which runs anyway, as many as there is room for, since most plans begin as the source does. They make room for the others
-where these are needed: not in a study of single layers whose every beginning is kept.
+In: plans in the order of `in_order`, with their `branches`. Out: for each plan, the layer to start from and the states to keep.
+The cache holds two kinds of states: those of a plan from which later plans branch off, and as many states of the source as fit,
+since most plans begin as the source does. States of the source are dropped if the others need their memory.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ if TYPE_CHECKING:
     from mqadapt_rs.search.core.space import Layers
 
 BRANCHES = 12
-"""States that the walk through a tree of plans holds at most, up to 2**12 plans."""
+"""Largest number of states that a walk through a tree of up to 2**12 plans holds."""
 
 
 @dataclass
 class Prefixes:
-    """States at the entrance of layers, by the plan of the layers before."""
+    """Hidden states at the inputs of layers, by the plan of the layers before."""
 
     most: int
-    """States that are kept at a time."""
+    """Largest number of states."""
     source: Layers
     """What the layers of the source cache."""
     trunk: dict[int, Any] = field(default_factory=dict)
@@ -35,21 +34,20 @@ class Prefixes:
     _states: dict[Layers, Any] = field(default_factory=dict)
 
     def clear(self) -> None:
-        """Forgets all, because the documents change."""
+        """Drop all states, for other documents."""
         self._states.clear()
         self.trunk.clear()
 
     def trunk_layers(self) -> list[int]:
-        """The layers before which the source's states are kept: as many as there is room for, evenly spread."""
+        """The layers before which states of the source are kept: as many as fit, evenly spread."""
         layers = len(self.source)
         number = min(layers - 1, max(0, self.most))
         return _spread(layers, number)
 
     def way(self, plan: Layers, depths: Sequence[int]) -> tuple[int, Any, list[int]]:
-        """The layer from which a plan runs, the kept state there, and the layers before which it should keep states.
+        """The first layer that a plan has to run, the state at its input, and the layers before which to keep states.
 
-        The state is the deepest that the plan can go on from; layer 0 and `None` if there is none.
-
+        The state is the deepest one that the plan can continue from; without one, the layer is 0 and the state `None`.
         States that neither this plan nor a later one (`depths`: its branches) can use are dropped.
         """
         if plan == self.source and not self.trunk:
@@ -64,16 +62,16 @@ class Prefixes:
         if wanted and len(self.trunk) > max(0, self.most - BRANCHES):
             self._thin(max(0, self.most - BRANCHES))
         room = self.most - len(self.trunk)
-        # the deepest, which save most
+        # the deepest states save the most work
         return start, state, wanted[-room:] if room > 0 else []
 
     def _thin(self, number: int) -> None:
-        """Leaves so many of the source's states, evenly spread."""
+        """Keep `number` states of the source, evenly spread."""
         layers = sorted(self.trunk)
         self.trunk = {layers[at]: self.trunk[layers[at]] for at in _spread(len(layers), number)}
 
     def keep(self, plan: Layers, depth: int, state: Any) -> None:
-        """Keeps a state of a plan; of too many the shallowest go."""
+        """Keep a state of a plan; the shallowest states are dropped if there are too many."""
         if plan == self.source and depth in self.trunk_layers():
             self.trunk[depth] = state
         else:
@@ -83,5 +81,5 @@ class Prefixes:
 
 
 def _spread(places: int, number: int) -> list[int]:
-    """So many of the places 0 to `places - 1`, evenly spread."""
+    """Choose `number` of the places 0 to `places - 1`, evenly spread."""
     return sorted({places * (step + 1) // (number + 1) for step in range(number)})

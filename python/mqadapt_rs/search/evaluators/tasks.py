@@ -1,7 +1,7 @@
-"""Evaluates plans by an lm-eval task: `task:NAME/METRIC`.
+"""The evaluator of lm-eval tasks: `task:NAME/METRIC`.
 
-In: a task and a model. Out: one loss per document: the metric, its sign turned where higher is better. Prompts are built
-and tokenised once for all plans; metrics are lm-eval's own, document by document.
+In: a task and a model. Out: one loss per document: the metric, negated if higher is better. Prompts are built and tokenised once
+for all plans; lm-eval computes the metric of each document.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Task:
 
     @property
     def metric(self) -> Metric:
-        """How its losses read."""
+        """The metric of the losses."""
         name = f"task:{self.task.config.task}/{self.key}"
         return Metric(name, self.key, f"{self.key} lost" if self.higher_is_better else self.key, self._scale)
 
@@ -50,12 +50,12 @@ class Task:
 
     @classmethod
     def load(cls, name: str, data: Data, seed: int, lm: MqadaptLM) -> Task:
-        """Finds `NAME/METRIC` and builds the requests of its documents.
+        """Load the task of `NAME/METRIC` and build the requests of its documents.
 
-        They are evaluated in a random order that depends on the seed alone, so that the first few stand for all.
+        Documents are evaluated in a random order that depends on the seed alone.
 
         Raises:
-            ArgumentError: no such task or metric, or one that is not a mean over documents.
+            ArgumentError: there is no such task or metric, or the metric is not a mean over documents.
         """
         from mqadapt_rs.lm_eval.run import task_manager
 
@@ -66,7 +66,7 @@ class Task:
         (task,) = loaded.values()
         if data.num_fewshot is not None:
             task.set_config("num_fewshot", data.num_fewshot)
-        task.set_fewshot_seed(1234)  # lm-eval's default
+        task.set_fewshot_seed(1234)  # the default of lm-eval
         directions = task.higher_is_better()
         if key not in directions:
             raise ArgumentError(
@@ -103,10 +103,10 @@ class Task:
 
 
 class TaskEvaluator:
-    """Losses of a task's documents."""
+    """Computes the losses of the documents of a task."""
 
     def __init__(self, overlays: PlanOverlays, lm: MqadaptLM, task: Task, max_memory: int) -> None:
-        """`lm`: lm-eval's view of the model, lent to each plan in turn."""
+        """`lm`: the lm-eval model, whose `model` is set to that of each plan in turn."""
         self.overlays = overlays
         self.max_memory = max_memory
         self.prefixes = Prefixes(0, tuple(overlays.source.plan.layers))
@@ -116,7 +116,7 @@ class TaskEvaluator:
         instances = [instance for _, requests in task.documents for instance in requests]
         self.scored = all(instance.request_type == "loglikelihood" for instance in instances)
         self.pairs: list[list[Pair]] = []
-        """Token ids of each document's requests, where all are log-likelihoods."""
+        """Token ids of the requests of each document, if all are log-likelihoods."""
         if self.scored:
             pairs = iter(token_pairs(lm, instances))
             self.pairs = [[next(pairs) for _ in requests] for _, requests in task.documents]
@@ -131,7 +131,7 @@ class TaskEvaluator:
             yield self.task.losses(documents, answers)
 
     def _scores(self, model: Any, plan: Layers, depths: Sequence[int], documents: range) -> list[Any]:
-        """Log-likelihoods, from hidden states before the first layer that was not run before."""
+        """Log-likelihoods, continued from cached hidden states."""
         pairs = [pair for number in documents for pair in self.pairs[number]]
         if documents != self._documents:
             self._documents = documents
@@ -144,7 +144,7 @@ class TaskEvaluator:
         return list(scores)
 
     def _answers(self, model: Any, documents: range) -> list[Any]:
-        """Answers of any kind to the documents' requests, in order."""
+        """Answers of any type to the requests of the documents, in order."""
         requests = [instance for number in documents for instance in self.task.documents[number][1]]
         answers: list[Any] = [None] * len(requests)
         self.lm.model = model
@@ -157,7 +157,7 @@ class TaskEvaluator:
 
 
 def rows(pairs: Sequence[Pair]) -> int:
-    """Tokens that are computed for these requests: the last one is only predicted, and a shared beginning runs once."""
+    """The number of tokens that are computed for requests: not the last one of each, and shared prefixes once."""
     found, previous = 0, list[int]()
     for ids in sorted(context + tokens for context, tokens in pairs if tokens):
         differ = (at for at, (a, b) in enumerate(zip(ids, previous, strict=False)) if a != b)
@@ -168,14 +168,14 @@ def rows(pairs: Sequence[Pair]) -> int:
 
 
 def token_pairs(lm: MqadaptLM, instances: list[Any]) -> list[Pair]:
-    """What lm-eval would have the model score for log-likelihood requests, in order."""
+    """The token pairs that lm-eval passes to the model for log-likelihood requests, in order."""
     asked: list[Pair] = []
 
     def note(requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         asked.extend(lm._fit(context, continuation) for _, context, continuation in requests)
         return [(0.0, False)] * len(requests)
 
-    lm.__dict__["_loglikelihood_tokens"] = note  # of this instance only, while it tokenises
+    lm.__dict__["_loglikelihood_tokens"] = note  # replaced on this instance while it tokenises
     try:
         lm.loglikelihood(instances, disable_tqdm=True)
     finally:

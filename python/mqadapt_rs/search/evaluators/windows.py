@@ -1,8 +1,8 @@
-"""Evaluates plans on windows of text: `kl` and `perplexity`.
+"""The evaluator of windows of text: `kl` and `perplexity`.
 
-In: a model and token windows. Out: one loss per window. A candidate starts from hidden states kept before its first
-layer that differs from what was run before; the source's final hidden states are computed once; final norm and `lm_head`
-run over vocabulary tiles, so no matrix of logits is ever stored.
+In: a model and token windows. Out: one loss per window. A plan continues from the cached hidden states of the longest shared
+prefix; the final hidden states of the source are computed once; final norm and `lm_head` run over vocabulary tiles, so that no
+matrix of logits is stored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class WindowEvaluator:
-    """Losses of windows of equal length."""
+    """Computes the losses of windows of equal length."""
 
     overlays: PlanOverlays
     windows: Sequence[Sequence[int]]
@@ -35,7 +35,7 @@ class WindowEvaluator:
     def losses(
         self, plans: Sequence[Layers], branches: Sequence[Sequence[int]], documents: range
     ) -> Iterator[list[float]]:
-        """Mean loss of each window, in nats per token."""
+        """Yield the mean loss of each window, in nats per token."""
         if documents != self._documents:
             self._documents, self._reference = documents, None
             self.prefixes.clear()
@@ -52,11 +52,11 @@ class WindowEvaluator:
         finals = [self._final(plan, depths, windows) for plan, depths in changed]
         divergences = iter(self.overlays.source.kl_divergences(self._reference, finals) if finals else ())
         for plan in plans:
-            # the source does not diverge from itself, exactly
+            # the divergence of the source from itself is exactly 0
             yield [0.0] * len(windows) if plan == source else _means(next(divergences).tolist(), len(windows))
 
     def _final(self, plan: Layers, depths: Sequence[int], windows: list[list[int]]) -> Any:
-        """Hidden states of a plan behind the last layer, keeping those at `depths` on the way."""
+        """The hidden states of a plan after the last layer; those at `depths` are cached."""
         model = self.overlays.model(plan)
         _, states, kept = self.prefixes.way(plan, depths)
         for depth in [*kept, len(plan)]:
@@ -67,6 +67,6 @@ class WindowEvaluator:
 
 
 def _means(values: Sequence[float], windows: int) -> list[float]:
-    """Mean of each window's equal share of the values."""
+    """The mean of the values of each window; all windows have equally many."""
     share = len(values) // windows
     return [math.fsum(values[index * share : (index + 1) * share]) / share for index in range(windows)]

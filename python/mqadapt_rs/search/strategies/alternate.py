@@ -1,4 +1,4 @@
-"""`alternate`: every second layer from the end, 2, 3, ... of them."""
+"""`alternate`: reduce every second layer from the end, 2, 3, ... layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def run(study: Study, _options: Options) -> None:
-    """Evaluates them."""
+    """Evaluate the patterns."""
     space = study.space
     choices = space.targets()
     most = (space.num_hidden_layers + 1) // 2

@@ -1,7 +1,7 @@
-"""`budget`: the best plan that fits a budget of K/V bytes or of time.
+"""`budget`: find the best plan within a budget of K/V bytes or latency.
 
-Damages of single layers, added up, go into an exact knapsack; its answer and the fixed patterns of the same size are
-measured, and local search by swaps improves the best of them, every neighbour measured as a whole plan.
+An exact knapsack adds up the damages of single layers. Its solution and the fixed patterns of the same size are evaluated, and
+a local search by swaps improves the best of them; every neighbour is evaluated as a complete plan.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SWAPS = 12
 ROUNDS = 12
 PATIENCE = 2
-"""Rounds without progress, each of the next best neighbours, after which local search ends."""
+"""Number of rounds without progress after which local search ends."""
 
 
 def single_damages(study: Study) -> dict[tuple[int, LayerCache], float]:
@@ -56,7 +56,7 @@ def patterns(space: Space, limit: Limit) -> list[Layers]:
     for choice in space.reduced():
         ends = [space.last(number, choice) for number in range(1, layers + 1)]
         starts = [space.with_layers(range(number), choice) for number in range(1, layers + 1)]
-        # beyond every second layer, the rest follows from the end
+        # after every second layer, the others follow from the end
         alternate = [space.alternate(number, choice) for number in range(1, (layers + 1) // 2 + 1)]
         rest = [idx for idx in range(layers - 1, -1, -1) if (layers - 1 - idx) % 2]
         alternate += [space.with_layers(rest[:number], choice, alternate[-1]) for number in range(1, len(rest) + 1)]
@@ -68,9 +68,9 @@ def patterns(space: Space, limit: Limit) -> list[Layers]:
 
 
 def neighbours(space: Space, plan: Layers, damages: Damages, limit: Limit) -> list[Layers]:
-    """Plans within the limit that differ in one layer, or in two of which one goes up and one down.
+    """The plans within the limit that differ in one layer, or in two layers of which one grows and one shrinks.
 
-    The most promising by the added damages first.
+    The plans are sorted by the sum of the damages of single layers.
     """
     options = [
         (layer, choice)
@@ -104,7 +104,7 @@ def neighbours(space: Space, plan: Layers, damages: Damages, limit: Limit) -> li
 
 
 def run(study: Study, options: Options) -> None:
-    """Sensitivity, knapsack, patterns, then rounds of swaps until they bring nothing."""
+    """Evaluate single layers, the knapsack solution and the patterns, then rounds of swaps until none improves."""
     limit, space = study.rule.limit, study.space
     if limit is None:
         raise ArgumentError("the strategy 'budget' needs --kv-budget or --latency-budget")

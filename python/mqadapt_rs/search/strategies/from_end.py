@@ -1,4 +1,4 @@
-"""`from-end`: the last 2, 4, 8, 16 ... layers; with a limit to the damage, bisection to the most within it."""
+"""`from-end`: reduce the last 2, 4, 8, 16 ... layers; with a limit of the damage, bisect to the most layers within it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def numbers(num_hidden_layers: int) -> list[int]:
 
 
 def run(study: Study, options: Options) -> None:
-    """Evaluates the doubling suffixes, then bisects between the last that is good enough and the first that is not.
+    """Evaluate the doubling suffixes, then bisect between the last one within the limit and the first one beyond it.
 
-    Bisection takes the damage to grow with the number of layers; the plans measured on the way say whether it did.
+    Bisection assumes that the damage grows with the number of layers; the evaluated plans show whether it does.
     """
     space = study.space
     choices = space.targets()

@@ -1,4 +1,4 @@
-"""`given`: the plans that one names, measured side by side. What do these cost, on these documents?"""
+"""`given`: evaluate the given plans side by side."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
 
 
 def named(space: Space, options: Options) -> list[Layers]:
-    """The plans, each once, but for the source."""
+    """The given plans without repetition and without the source."""
     return [plan for plan in dict.fromkeys(options.plans or ()) if plan != space.source]
 
 
 def refuse(space: Space, options: Options) -> None:
-    """Refuses to measure nothing.
+    """Validate the options.
 
     Raises:
-        ArgumentError: so.
+        ArgumentError: no plan is given except the source.
     """
     if not named(space, options):
         raise ArgumentError("the strategy 'given' needs --plan, once or more, other than 'keep'")
 
 
 def run(study: Study, options: Options) -> None:
-    """Evaluates them in full."""
+    """Evaluate the plans completely."""
     plans = named(study.space, options)
     study.expect(len(plans))
     study.evaluate(plans, "given")

@@ -1,4 +1,4 @@
-"""`greedy`: reduce the layer that hurts least given those already reduced, again and again."""
+"""`greedy`: repeatedly reduce the layer that adds the least damage per saved byte."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def moves(study: Study, base: Layers) -> list[Layers]:
 
 
 def run(study: Study, options: Options) -> None:
-    """Walks until the K/V budget is met, the damage passes its limit, or no layer can be reduced any more."""
+    """Reduce layers until the plan fits the K/V budget, the damage exceeds its limit, or no layer can be reduced."""
     base, current, limit = study.space.source, study.source, study.rule.limit
     for step in range(1, 1 + sum(len(study.space.choices(layer)) - 1 for layer in range(len(base)))):
         candidates = moves(study, base)
         if not candidates or (limit is not None and limit.fits(base)):
             break
         study.expect(len(candidates) * (len(candidates) + 1) // 2)
-        # damage for each byte saved decides, so the race may only stop plans that save the same and do more
+        # damage per saved byte decides, so a race is valid only for plans that save equally many bytes
         saved = {current.kv_bytes - study.space.kv_bytes(plan) for plan in candidates}
         stage = f"step {step}"
         found = study.race(candidates, stage) if len(saved) == 1 else study.evaluate(candidates, stage)

@@ -1,6 +1,6 @@
-"""`pareto`: the front of K/V bytes against damage.
+"""`pareto`: find the front of K/V bytes against damage.
 
-The knapsack answers for a ladder of budgets are measured as whole plans, then the neighbours of the front's points.
+The knapsack solutions for a ladder of budgets are evaluated as complete plans, then the neighbours of the points of the front.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ POINTS = 12
 
 
 def run(study: Study, options: Options) -> None:
-    """Measures the ladder, then a neighbour of every point of the front (swaps: that many)."""
+    """Evaluate the ladder, then `swaps` neighbours of every point of the front (by default one)."""
     space = study.space
     points = POINTS if options.points is None else options.points
     swaps = 1 if options.swaps is None else options.swaps
@@ -42,5 +42,5 @@ def run(study: Study, options: Options) -> None:
             ]
             around += nearby[:swaps]
             tried.update(nearby[:swaps])
-    # plans of different size cannot stand in for each other, so none is stopped early
+    # plans of different size do not compete, so none is stopped early
     study.evaluate(around, "neighbours")

@@ -1,4 +1,4 @@
-"""`random`: the control. Plans drawn by chance, from one seed."""
+"""`random`: evaluate random plans, as a baseline for other strategies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRIALS = 32
 
 
 def draw(space: Space, draws: random.Random, limit: Limit | None) -> Layers:
-    """One plan. With a limit: layers in random order take a random lower choice until it is met, then stop."""
+    """Draw a plan. With a limit, layers in random order get a random lower choice until the plan fits."""
     if limit is None:
         return tuple(draws.choice(space.choices(layer)) for layer in range(space.num_hidden_layers))
     plan = list(space.source)
@@ -25,7 +25,7 @@ def draw(space: Space, draws: random.Random, limit: Limit | None) -> Layers:
 
 
 def run(study: Study, options: Options) -> None:
-    """Draws different plans and evaluates them; with a budget their damages compete, so the race may stop some."""
+    """Draw different plans and evaluate them; with a budget, a race may stop some early."""
     space, trials = study.space, TRIALS if options.trials is None else options.trials
     limit = study.rule.limit
     draws = random.Random(study.seed)

@@ -1,4 +1,4 @@
-"""The table of strategies. A new one is a file and a line here."""
+"""The registry of strategies. A new strategy is a file and an entry here."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way to choose which plans to evaluate."""
+    """A search strategy."""
 
     summary: str
     run: Run
     uses: frozenset[str]
-    """The fields of `Options` that it reads, beside `counts`."""
+    """The fields of `Options` that the strategy uses, beside `counts`."""
     needs: tuple[str, ...] = ()
-    """Of these it needs one."""
+    """The fields of which the strategy needs one."""
     refuse: Callable[[Space, Options], None] | None = None
-    """Raises `ArgumentError` for options that this model cannot be searched with."""
+    """Raises `ArgumentError` for options that do not fit the model."""
 
 
 STRATEGIES: dict[str, Strategy] = {

@@ -1,4 +1,4 @@
-"""`sensitivity`: each layer alone, at every count. Which layers can do with fewer K/V heads?"""
+"""`sensitivity`: reduce each layer alone, to every choice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def plans(study: Study) -> list[Layers]:
 
 
 def run(study: Study, _options: Options) -> None:
-    """Evaluates them."""
+    """Evaluate the plans."""
     singles = plans(study)
     study.expect(len(singles))
     study.evaluate(singles, "sensitivity")
