@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 _Path: TypeAlias = str | os.PathLike[str]
 _Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
-# called as progress(phase, done, total), about twenty times a second; an exception in it stops the work and is raised
+# called as progress(phase, done, total) about twenty times per second; an exception in it stops the work and is raised
 _Progress: TypeAlias = Callable[[str, int, int], object]
 
 __all__ = [
@@ -34,22 +34,22 @@ __version__: Final[str]
 
 @final
 class ModelConfig:
-    """What a model is: the validated content of its `config.json`."""
+    """The configuration of a model: the validated content of its `config.json`."""
 
     @classmethod
     def load(cls, src: _Path) -> ModelConfig:
-        """The configuration of a model: a folder, a `.gguf` file or a hub id (only `config.json` is fetched).
+        """Load the configuration of a model: a folder, a `.gguf` file or a hub id (only `config.json` is downloaded).
 
         Raises:
-            MqadaptError: the file is not a configuration that this package understands.
+            MqadaptError: the configuration is invalid or not supported.
             OSError: the file cannot be read.
         """
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
-        """Reads the text of a `config.json`.
+        """Parse the text of a `config.json`.
 
         Raises:
-            MqadaptError: with the first field that cannot be.
+            MqadaptError: a field is invalid.
         """
     @property
     def model_type(self) -> str: ...
@@ -74,10 +74,10 @@ class ModelConfig:
     def tie_word_embeddings(self) -> bool: ...
     @property
     def dtype(self) -> str | None:
-        """`float32`, `float16` or `bfloat16`, where `config.json` says it."""
+        """`float32`, `float16` or `bfloat16`; `None` if `config.json` has no dtype."""
     @property
     def parameters(self) -> int:
-        """Parameters of the model, tied embeddings counted once."""
+        """The number of parameters; tied embeddings are counted once."""
     def layer_caches(self, layer_idx: int) -> list[LayerCache]:
         """What a layer may cache under a plan, ascending by bytes; the last is its own.
 
@@ -115,10 +115,10 @@ class Plan:
 
     @classmethod
     def parse(cls, text: Plan | _Path | Sequence[int], config: ModelConfig | _Path) -> Plan:
-        """Reads a plan for a model.
+        """Parse a plan for a model.
 
         Args:
-            text: `keep`; a flag for each layer, `1, 0, 0, ...`; `mqa:LAYERS` and `gqaN:LAYERS` joined by `;`; the name
+            text: `keep`; a flag for each layer, `1, 0, 0, ...`; `mqa:LAYERS` and `gqaN:LAYERS` separated by `;`; the name
                 of a `.json` or `.yaml` file; or a list with the K/V heads of each layer.
             config: the configuration, or anything that names a model.
 
@@ -151,9 +151,9 @@ class Plan:
     def changed_layers(self) -> list[int]:
         """The layers that the plan changes, ascending."""
     def kv_bytes_per_token(self, config: ModelConfig | _Path, value_bytes: int = 2) -> int:
-        """Bytes that one token adds to the K/V cache over all layers, with `value_bytes` bytes a value."""
+        """Bytes that one token adds to the K/V cache over all layers, with `value_bytes` bytes per value."""
     def parameters(self, config: ModelConfig | _Path) -> int:
-        """Parameters of the model under the plan."""
+        """The number of parameters of the model under the plan."""
     def __eq__(self, other: object, /) -> bool: ...
     def __ne__(self, other: object, /) -> bool: ...
     def __hash__(self, /) -> int: ...
@@ -179,7 +179,7 @@ def methods() -> list[Method]:
 
 @final
 class Calibration:
-    """Calibration text, and what the methods that merge from it are told. `load_calibration` makes one from a file."""
+    """Calibration text and the options of the methods that need it. `load_calibration` builds one from a file."""
 
     def __new__(
         cls,
@@ -192,32 +192,32 @@ class Calibration:
         fast_pairs: int | None = None,
         regroup: bool = True,
     ) -> Calibration:
-        """Token sequences, each from position 0; 8,192 tokens or more are enough.
+        """Build a calibration from token sequences, each from position 0; 8,192 tokens or more are enough.
 
         Args:
-            sequences: may be left out where `stats` exists and `sequential` is false.
-            target_context: contexts in tokens that the converted model is for; they decide between fast and slow
-                rotary pairs, layer by layer, by the measured attention-output error. By default 512 and 2048, as far as
+            sequences: optional if `stats` exists and `sequential` is false.
+            target_context: context lengths that the converted model is optimised for; they decide between fast and slow
+                rotary pairs, layer by layer, by the measured attention-output error. By default those of 512 and 2048 that
                 the longest sequence reaches, else its length.
-            stats: a file of statistics of the whole model. It is used where it exists (and is of this model and text)
-                and written where it does not, so that many plans are merged from one pass.
-            sequential: refit `o_proj` of every merged layer on the converted model's own stream.
-            refine: gradient steps on the projections of every merged layer, one sequence each, before that; they imply
-                `sequential`.
-            fast_pairs: fast rotary pairs of every layer, instead of measuring.
-            regroup: may let heads share that are not neighbours, where that is predicted to cost less.
+            stats: statistics file of the whole model. It is read if it exists (and belongs to this model and text) and
+                written if not, so that many plans are merged from one pass.
+            sequential: refit `o_proj` of every merged layer on the hidden states of the converted model.
+            refine: number of gradient steps on the projections of every merged layer before the refit, one sequence each;
+                they imply `sequential`.
+            fast_pairs: number of fast rotary pairs of every layer, instead of the measured one.
+            regroup: allow groups of heads that are not neighbours, if the predicted error is lower.
 
         Raises:
-            ArgumentError: an empty or zero `target_context`, or one longer than every sequence.
+            ArgumentError: `target_context` is empty, has a zero, or exceeds every sequence.
         """
     @property
     def tokens(self) -> int: ...
     @property
     def context(self) -> list[int]:
-        """Lengths of the sequences in tokens, ascending; those of the statistics where there is no text."""
+        """Lengths of the sequences in tokens, ascending; those of the statistics if there is no text."""
     @property
     def target_context(self) -> list[int]:
-        """Contexts in tokens that the converted model is for."""
+        """Context lengths that the converted model is optimised for."""
     def predicted_errors(
         self,
         src: _Path,
@@ -226,23 +226,23 @@ class Calibration:
         *,
         progress: _Progress | None = None,
     ) -> list[float]:
-        """What the statistics say of merging single layers: no forward pass, but where statistics are collected first.
+        """Predict the error of merging single layers from the statistics, without a forward pass if the statistics exist.
 
         Args:
             src: the model.
             method: `mean`, `first`, `prune` or `closed-form` (without refit).
-            layers: each a layer and what it caches, or its K/V heads.
-            progress: is told of statistics that are collected, and of layers.
+            layers: pairs of a layer and what it caches, or its K/V heads.
+            progress: called while statistics are collected, and for each layer.
 
         Returns:
-            For each, the relative error of the layer's attention output: the root of the share of its energy that is lost.
+            For each pair, the relative error of the attention output of the layer: the root of the lost share of its energy.
 
         Raises:
-            ArgumentError: another method, illegal heads, or neither text nor statistics.
+            ArgumentError: the method has no prediction, a layer cannot cache this, or there is neither text nor statistics.
         """
     @property
     def fingerprint(self) -> str:
-        """Names the text, its windows and the target contexts; 16 hexadecimal digits."""
+        """A hash of the text, its windows and the target contexts; 16 hexadecimal digits."""
 
 @type_check_only
 class _Inspection(TypedDict):
@@ -257,21 +257,21 @@ class _Inspection(TypedDict):
     bytes: int
 
 def inspect(src: _Path) -> _Inspection:
-    """What a model is: its shape, its size, the K/V heads of its layers. Reads no weights.
+    """Return the shape, the size and the K/V heads of a model, without reading weights.
 
-    `kv_bytes_per_token` is for a cache of the weights' dtype, `bytes` the size of the stored weights.
+    `kv_bytes_per_token` is of a cache in the dtype of the weights, `bytes` is the size of the stored weights.
 
     Raises:
-        MqadaptError: a malformed or incomplete checkpoint.
-        OSError: it cannot be read.
+        MqadaptError: the checkpoint is malformed or incomplete.
+        OSError: the checkpoint cannot be read.
     """
 
 def gguf_files(path: _Path) -> list[tuple[str, bytes]]:
-    """Names and contents of what goes along with a GGUF file's weights, made from its metadata: the tokenizer, mostly.
+    """Build the files beside the weights of a GGUF file from its metadata, mainly the tokenizer: names and contents.
 
     Raises:
-        MqadaptError: a malformed file.
-        OSError: it cannot be read.
+        MqadaptError: the file is malformed.
+        OSError: the file cannot be read.
     """
 
 def convert(
@@ -291,40 +291,41 @@ def convert(
     stream_download: bool = False,
     progress: _Progress | None = None,
 ) -> ConversionReport:
-    """Writes a checkpoint in which every layer has the K/V heads that the plan says.
+    """Convert a model: write a checkpoint whose layers have the K/V heads that the plan gives them.
 
-    The weights stream from `src` to `dst`, so that memory does not depend on the model. `dst` appears when it is complete.
+    The weights stream from `src` to `dst`, so that memory use does not depend on the size of the model. `dst` appears when it
+    is complete.
 
     Args:
         src: a folder, a `.gguf` file or a hub id.
-        dst: the new folder.
-        plan: as `Plan.parse` takes it.
-        method: how heads are merged: `mean`, `first`, `random`; `closed-form` and `prune` need a calibration.
-        seed: of methods that draw random numbers.
-        dtype: of the written weights; by default as stored (of a GGUF file: bfloat16).
-        overwrite: replace a checkpoint that `dst` holds, once the new one is complete.
-        resume: continue a conversion that was killed, and leave one that fails for the next attempt.
-        max_shard_size: cut the output into files of at most this many bytes of tensors; by default as the source.
-        max_memory: bytes of buffers.
-        sync: wait until the disk has everything.
-        calibration: text of the methods that merge from it.
-        stream_download: of a hub id, fetch one weight file at a time and drop it when it is converted, so that the disk
-            holds the result and one file more.
-        progress: told the bytes written.
+        dst: the output folder.
+        plan: as in `Plan.parse`.
+        method: merge method: `mean`, `first`, `random`; `closed-form` and `prune` need a calibration.
+        seed: seed of methods that draw random numbers.
+        dtype: dtype of the written weights; by default as stored (bfloat16 for a GGUF file).
+        overwrite: replace the checkpoint in `dst` when the new one is complete.
+        resume: resume an interrupted conversion, and keep the finished work if this one fails.
+        max_shard_size: largest number of tensor bytes per output file; by default the files are split as in the source.
+        max_memory: total size of the buffers in bytes.
+        sync: flush the output to disk before the function returns.
+        calibration: calibration of the methods that need one.
+        stream_download: download the weight files of a hub model one at a time and delete each after it is converted, so
+            that the disk holds the result and one more file.
+        progress: called with the number of written bytes.
 
     Raises:
-        ArgumentError: an illegal plan, an unknown method or dtype, a `dst` that is or holds `src`.
-        MqadaptError: a malformed or incomplete checkpoint, or one that changes meanwhile.
-        OSError: reading or writing failed, `dst` exists, the disk is too small.
+        ArgumentError: the plan is illegal, the method or dtype is unknown, or `dst` is or contains `src`.
+        MqadaptError: the checkpoint is malformed or incomplete, or changes during the conversion.
+        OSError: reading or writing failed, `dst` exists, or the disk is full.
     """
 
 @final
 class ConversionReport:
-    """What a conversion did."""
+    """The report of a conversion."""
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The content of the `mqadapt.json` that was written."""
+        """The content of the written `mqadapt.json`."""
     @property
     def bytes_read(self) -> int: ...
     @property
@@ -333,86 +334,85 @@ class ConversionReport:
     def seconds(self) -> float: ...
     @property
     def peak_rss_bytes(self) -> int | None:
-        """Most memory that this process ever held, where the system tells."""
+        """Peak memory of this process, if the system reports it."""
     @property
     def not_finite(self) -> dict[str, int]:
-        """Values that are infinite or NaN, of each tensor that this run copied as it is."""
+        """The number of infinite or NaN values of each tensor that this run copied unchanged."""
     @property
     def redone(self) -> list[str]:
-        """What of the resumed conversion was damaged and was done again, a sentence each."""
+        """Damaged parts of the resumed conversion that were converted again, one sentence each."""
     def to_dict(self) -> dict[str, Any]:
-        """The manifest and the figures of this run in one dictionary."""
+        """The manifest and the figures of this run as one dictionary."""
 
 @final
 class Verification:
-    """What a verification found."""
+    """The result of a verification."""
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong, a sentence each."""
+        """The problems, one sentence each."""
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there is no problem."""
     @property
     def shards(self) -> int:
-        """Files checked."""
+        """The number of checked files."""
     @property
     def tensors(self) -> int:
-        """Tensors checked."""
+        """The number of checked tensors."""
     @property
     def bytes(self) -> int:
-        """Bytes checked."""
+        """The number of checked bytes."""
     @property
     def compared(self) -> int:
-        """Tensors compared with the source."""
+        """The number of tensors that were compared with the source."""
     @property
     def not_compared(self) -> int:
-        """Tensors that were not, because the method that made them needs its calibration text."""
+        """The number of tensors that were not compared, because their method needs its calibration text."""
 
 def verify(dst: _Path, against: _Path | None = None, *, progress: _Progress | None = None) -> Verification:
-    """Whether a converted checkpoint is what its manifest says, down to its checksums, and all its values are finite.
+    """Verify a converted checkpoint against its manifest with its checksums, and that all values are finite.
 
     Args:
         dst: the converted folder.
-        against: the model that it was made from: untouched tensors must be the same, and touched ones what the
-            manifest's method gives.
-        progress: told the bytes read.
+        against: the source model: unchanged tensors are compared with it, and merged ones with the result of the method.
+        progress: called with the number of read bytes.
 
     Raises:
-        MqadaptError: not a converted checkpoint, or an unfinished one, or a header, index or manifest is malformed.
-        OSError: it cannot be read.
+        MqadaptError: the folder is not a complete converted checkpoint, or a header, index or manifest is malformed.
+        OSError: the checkpoint cannot be read.
     """
 
 @final
 class HiddenStates:
-    """Residual streams of some sequences at the entrance of a layer."""
+    """Hidden states of sequences at the input of a layer."""
 
     @property
     def layer_idx(self) -> int:
-        """Layers that have been run: 0 is the embeddings, `num_hidden_layers` all of them."""
+        """The number of computed layers: 0 for the embeddings, `num_hidden_layers` for all."""
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
+        """The number of tokens of each sequence."""
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Size in bytes."""
 
 @final
 class RequestStates:
-    """Residual streams of a list of requests at the entrance of a layer, kept for the next plan of a sweep."""
+    """Hidden states of a list of requests at the input of a layer, for the next plan of a sweep."""
 
     @property
     def layer_idx(self) -> int:
-        """Layers that have been run."""
+        """The number of computed layers."""
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Size in bytes."""
 
 @final
 class Model:
-    """A decoder-only language model, ready to run. Calls from several threads wait for each other.
+    """A loaded decoder-only language model. Calls from several threads run one after the other.
 
-    Every method that takes token ids raises `ArgumentError` for ids outside the vocabulary.
+    Methods that take token ids raise `ArgumentError` for ids outside the vocabulary.
     """
 
     @classmethod
@@ -432,26 +432,26 @@ class Model:
         calibration: Calibration | None = None,
         progress: _Progress | None = None,
     ) -> Model:
-        """Loads a model. A plan is applied in memory, with the logits of the converted checkpoint bit for bit.
+        """Load a model. A plan is applied in memory, with bitwise the same logits as the converted checkpoint.
 
         Args:
             src: a folder, a `.gguf` file or a hub id.
-            plan: as `Plan.parse` takes it.
-            method: how heads are merged.
-            seed: of methods that draw random numbers.
-            dtype: of the weights; by default as stored.
-            device: `cpu`, `cpu-stock` (candle's own operations) or `cuda:N`.
-            weights: `stored`, or `int8`: 8-bit integers with a scale for every row, on `cpu` only.
-            kv_dtype: of the K/V cache; by default that of the weights.
-            precision: `fast` rounds activations to bfloat16 where weights are bfloat16, `exact` keeps them float32.
-            max_tokens_in_flight: most tokens computed in one pass; bounds the memory of scoring and generation.
-            calibration: text of the methods that merge from it, `closed-form` and `prune`.
-            progress: told the bytes read.
+            plan: as in `Plan.parse`.
+            method: merge method.
+            seed: seed of methods that draw random numbers.
+            dtype: dtype of the weights; by default as stored.
+            device: `cpu`, `cpu-stock` (the operations of candle) or `cuda:N`.
+            weights: `stored`, or `int8`: 8-bit integers with a scale per row, on `cpu` only.
+            kv_dtype: dtype of the K/V cache; by default that of the weights.
+            precision: `fast` rounds activations to bfloat16 if the weights are bfloat16, `exact` keeps them in float32.
+            max_tokens_in_flight: largest number of tokens per pass; it bounds the memory of scoring and generation.
+            calibration: calibration of the methods that need one.
+            progress: called with the number of read bytes.
 
         Raises:
-            ArgumentError: an illegal plan, an unknown method, dtype or device.
-            MqadaptError: a malformed or incomplete checkpoint.
-            OSError: it cannot be read.
+            ArgumentError: the plan is illegal, or the method, dtype or device is unknown.
+            MqadaptError: the checkpoint is malformed or incomplete.
+            OSError: the checkpoint cannot be read.
         """
     def with_plan(
         self,
@@ -462,28 +462,28 @@ class Model:
         calibration: Calibration | None = None,
         progress: _Progress | None = None,
     ) -> Model:
-        """The same model under another plan for its checkpoint. Layers that neither changes are shared."""
+        """The same model under another plan for its checkpoint. Layers that neither plan changes are shared."""
     def with_layers_of(self, layers: Sequence[tuple[int, Model]]) -> Model:
-        """The same model with some layers taken from models of the same checkpoint, dtype and device.
+        """The same model with some layers of other models of the same checkpoint, dtype and device.
 
-        All weights are shared: a sweep merges every layer once, and puts plans together from what it has.
+        All weights are shared: a sweep merges every layer once and assembles plans from merged layers.
         """
     @property
     def config(self) -> ModelConfig:
-        """The configuration, its K/V heads those of the plan."""
+        """The configuration, with the K/V heads of the plan."""
     @property
     def plan(self) -> Plan: ...
     @property
     def dtype(self) -> str:
-        """Of the weights."""
+        """The dtype of the weights."""
     @property
     def fingerprint(self) -> str:
-        """Names what this model computes: checkpoint, plan, method, dtypes, device; 16 hexadecimal digits."""
+        """A hash of everything that determines the results: checkpoint, plan, method, dtypes, device; 16 hexadecimal digits."""
     @property
     def stop_tokens(self) -> list[int]:
-        """The tokens that end a text, by `generation_config.json` or `config.json`."""
+        """The end-of-text tokens of `generation_config.json` or `config.json`."""
     def kv_bytes(self) -> int:
-        """Bytes of K/V cache that are allocated now."""
+        """Allocated bytes of the K/V cache."""
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token takes in the K/V cache."""
@@ -491,30 +491,30 @@ class Model:
     def kv_value_bytes(self) -> int:
         """Bytes of one value in the K/V cache."""
     def bytes_per_step(self, depth: int) -> int:
-        """Bytes that one decode step reads with `depth` tokens cached: the weights, and the cache."""
+        """Bytes that one decode step reads with `depth` cached tokens: the weights and the cache."""
     def measure_decode(
         self, depth: int, steps: int, sequences: int = 1, *, progress: _Progress | None = None
     ) -> list[float]:
-        """Seconds of each of some decode steps with `depth` tokens cached, for one sequence or several side by side."""
+        """Measure decode steps with `depth` cached tokens, for one sequence or a batch: seconds of each step."""
     def measure_prefill(self, tokens: int, passes: int, *, progress: _Progress | None = None) -> list[float]:
-        """Seconds of each of some passes over a prompt of this many tokens."""
+        """Measure passes over a prompt of `tokens` tokens: seconds of each pass."""
     def logits(self, ids: _Ids, *, progress: _Progress | None = None) -> NDArray[np.float32]:
         """Logits of every position, `[seq_len, vocab_size]`."""
     def logits_in_steps(
         self, ids: _Ids, steps: Sequence[int], *, progress: _Progress | None = None
     ) -> NDArray[np.float32]:
-        """As `logits`, fed through the K/V cache in pieces of these lengths, and the rest in one."""
+        """As `logits`, computed through the K/V cache in pieces of these lengths, and the rest in one piece."""
     def hidden_states(self, ids: _Ids, *, progress: _Progress | None = None) -> list[NDArray[np.float32]]:
-        """What transformers calls `output_hidden_states`, each `[seq_len, hidden_size]`.
+        """The `output_hidden_states` of transformers, each `[seq_len, hidden_size]`.
 
-        The embeddings, the output of every layer but the last, and the final norm's output.
+        These are the embeddings, the output of every layer except the last, and the output of the final norm.
         """
     def loglikelihood(
         self, requests: Sequence[tuple[_Ids, _Ids]], *, progress: _Progress | None = None
     ) -> list[tuple[float, bool]]:
-        """For each (context, continuation): its log-likelihood in nats, and whether greedy decoding gives it.
+        """For each (context, continuation), its log-likelihood in nats and whether greedy decoding gives it.
 
-        What requests have in common is computed once.
+        Shared prefixes of requests are computed once.
         """
     def loglikelihood_from(
         self,
@@ -524,17 +524,17 @@ class Model:
         *,
         progress: _Progress | None = None,
     ) -> tuple[list[tuple[float, bool]], list[RequestStates]]:
-        """As `loglikelihood`, bit for bit, for a sweep over plans.
+        """As `loglikelihood`, bitwise, for a sweep over plans.
 
-        Goes on from the residual streams `start` that an earlier call with the same requests kept (of a model with the
-        same layers before them), and returns those that enter the layers `keep`.
+        The computation continues from the hidden states `start` that an earlier call with the same requests returned (of a
+        model with the same layers before them). It also returns the hidden states at the inputs of the layers `keep`.
         """
     def perplexity(
         self, ids: _Ids, context: int, windows: int | None = None, *, progress: _Progress | None = None
     ) -> float:
-        """Perplexity over non-overlapping windows of `context` tokens, the first `windows` of them or all.
+        """Perplexity over windows of `context` tokens that do not overlap: the first `windows` or all.
 
-        The mean is over all tokens of a window but its first; a rest shorter than a window is left out.
+        The mean is over all tokens of a window except the first; an incomplete last window is ignored.
         """
     @overload
     def generate(
@@ -564,40 +564,40 @@ class Model:
         on_token: Callable[[int, int], object] | None = None,
         progress: _Progress | None = None,
     ) -> list[list[int]]:
-        """The new tokens after one prompt, or after each of several.
+        """Generate the tokens after one prompt, or after each of several.
 
         Args:
             ids: a prompt, or a list of prompts.
-            max_new_tokens: most new tokens of each.
-            temperature: 0 takes the most likely token always.
+            max_new_tokens: largest number of new tokens per prompt.
+            temperature: sampling temperature; 0 always takes the most likely token.
             top_k: sample among this many most likely tokens.
             top_p: sample among the most likely tokens that together have this probability.
-            seed: of sampling; a sequence's draws depend on it and on the sequence's index alone.
-            stop_tokens: end a sequence and are not part of it; by default the model's own.
-            on_token: called as `on_token(index, token)` for every new token; a false answer ends the sequence.
-            progress: told the sequences finished.
+            seed: seed of sampling; the draws of a sequence depend only on it and on the index of the sequence.
+            stop_tokens: tokens that end a sequence and are not part of it; by default those of the model.
+            on_token: called as `on_token(index, token)` for every new token; a false result ends the sequence.
+            progress: called with the number of finished sequences.
         """
     def hidden_before(
         self, layer_idx: int, sequences: Sequence[_Ids], *, progress: _Progress | None = None
     ) -> HiddenStates:
-        """The residual streams entering layer `layer_idx` (`num_hidden_layers`: behind the last)."""
+        """The hidden states at the input of layer `layer_idx` (`num_hidden_layers`: after the last layer)."""
     def forward_from(self, hidden: HiddenStates, layer_idx: int, *, progress: _Progress | None = None) -> HiddenStates:
-        """Goes on from residual streams up to the entrance of layer `layer_idx`."""
+        """Continue from hidden states up to the input of layer `layer_idx`."""
     def nll(
         self, hidden: HiddenStates, sequences: Sequence[_Ids], *, progress: _Progress | None = None
     ) -> NDArray[np.float64]:
-        """Negative log-likelihood in nats of every token but the first of each sequence.
+        """Negative log-likelihood in nats of every token except the first of each sequence.
 
-        `hidden` are the residual streams behind the last layer.
+        `hidden` are the hidden states after the last layer.
         """
     def kl_divergences(
         self, reference: HiddenStates, hidden: Sequence[HiddenStates], *, progress: _Progress | None = None
     ) -> list[NDArray[np.float64]]:
-        """As `kl_divergence`, of several models from one, whose logits are computed once."""
+        """As `kl_divergence`, of several models from one reference, whose logits are computed once."""
     def kl_divergence(
         self, reference: HiddenStates, hidden: HiddenStates, *, progress: _Progress | None = None
     ) -> NDArray[np.float64]:
-        """For every token, the divergence of the next-token distribution from that of another model, in nats.
+        """For every token, the divergence of the next-token distribution from that of a reference model, in nats.
 
-        `sum_i p_i (ln p_i - ln q_i)` with `p` of `reference` and `q` of `hidden`, residual streams behind the last layer.
+        It is `sum_i p_i (ln p_i - ln q_i)` with `p` of `reference` and `q` of `hidden`, the hidden states after the last layer.
         """

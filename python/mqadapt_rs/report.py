@@ -217,14 +217,14 @@ def interval(evaluation: Evaluation) -> str:
 
 def options(result: Results) -> str:
     """The options of the strategy, in words."""
-    said = []
+    parts = []
     for name, given in result.header["options"].items():
         values = given if isinstance(given, list) else [given]
         spelled = [
             result.space.describe(plan_record.layers(one)) if isinstance(one, list) else f"{one:.10g}" for one in values
         ]
-        said.append(f"{name}: {', '.join(spelled)}")
-    return "; ".join(said)
+        parts.append(f"{name}: {', '.join(spelled)}")
+    return "; ".join(parts)
 
 
 def changed(evaluation: Evaluation, result: Results) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import warnings
 from collections import Counter
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mqadapt_rs import ArgumentError, Calibration, load_calibration
-from mqadapt_rs.calibration import ENOUGH_TOKENS, draw_windows
+from mqadapt_rs.calibration import ENOUGH_TOKENS, CalibrationOptions, draw_windows
+from mqadapt_rs.cli.convert import convert
+from mqadapt_rs.search import search
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -161,3 +165,33 @@ def test_enough_is_the_number_the_warning_names(tokens_of_text: Callable[[int], 
         load_calibration("model", tokens_of_text(ENOUGH_TOKENS), context=1024)
     with pytest.raises(ArgumentError, match="--stats"):
         load_calibration("model", None)
+
+
+def test_all_signatures_have_the_options_of_the_type() -> None:
+    """`load_calibration`, `search` and the commands take the fields of `CalibrationOptions`, with the same defaults."""
+    loading, searching = (inspect.signature(f).parameters for f in (load_calibration, search))
+    command = inspect.signature(convert).parameters
+    for field in fields(CalibrationOptions):
+        name = field.metadata["name"]
+        if field.name != "text":
+            assert loading[field.name].default == field.default, field.name
+        assert searching[name].default == field.default, name
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        assert command[name].default == default, name
+    assert set(CalibrationOptions().keywords()) <= set(searching) & set(command)
+
+
+def test_options_of_a_command_line_read_back() -> None:
+    assert CalibrationOptions().command_line() == {}
+    options = CalibrationOptions("text.txt", "page", 1024, (64, 128), (32,), "saved", sequential=True, refine=3)
+    assert CalibrationOptions.from_keywords(options.keywords()) == options
+    assert options.command_line() == {
+        "calibration": "text.txt",
+        "calibration-field": "page",
+        "calibration-tokens": 1024,
+        "calibration-context": "64,128",
+        "target-context": "32",
+        "stats": "saved",
+        "sequential": True,
+        "refine": 3,
+    }

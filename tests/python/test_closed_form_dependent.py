@@ -207,7 +207,7 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     shown = _summary(
         report.to_dict() | {"layers": {"0": {"fallbacks": ["a"]}, "1": {"fallbacks": ["a", "b"]}, "2": {}}}
     )
-    assert shown["done another way"] == "layers 0, 1: a\nlayers 1: b"
+    assert shown["fallbacks"] == "layers 0, 1: a\nlayers 1: b"
     # in memory as written
     written, plan = Model.load(tmp_path / "dst"), "mqa:all"
     overlay = Model.load(tmp_path / "src", plan=plan, method="closed-form", calibration=calibration)

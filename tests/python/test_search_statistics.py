@@ -133,7 +133,7 @@ def test_hopeless_plans_are_stopped_and_the_winner_stays(tmp_path: Path) -> None
     assert raced.runner_up.stopped
     assert raced.difference is not None
     assert raced.difference.clear
-    assert "given up early" in raced.verdict
+    assert "stopped early" in raced.verdict
 
 
 def test_a_tie_is_called_a_tie(tmp_path: Path) -> None:

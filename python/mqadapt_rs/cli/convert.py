@@ -98,7 +98,7 @@ def _summary(report: dict[str, Any]) -> dict[str, object]:
         "K/V cache per token": f"{output.in_bytes(after)} (before: {output.in_bytes(before)}, {1 - after / before:.0%} saved)",
         "parameters": f"{report['parameters_after']:,} (before: {report['parameters_before']:,})",
         "merged layers": f"{len(errors)}, relative error {min(errors):.3f} to {max(errors):.3f}" if errors else "none",
-        **({"done another way": fallbacks} if fallbacks else {}),
+        **({"fallbacks": fallbacks} if fallbacks else {}),
         "written": f"{output.in_bytes(report['bytes_written'])} in {report['seconds']:.1f} s, {report['dtype']}",
     }
 

@@ -42,5 +42,5 @@ def verify(
         size = output.in_bytes(found.bytes)
         rows = {"checked": f"{found.tensors} tensors in {found.shards} files, {size}{compared}{skipped}"}
         rows |= {f"problem {number}": problem for number, problem in enumerate(found.problems, 1)}
-        output.print_table(str(dst), {**rows, "result": "as it should be" if found.ok else "WRONG"})
+        output.print_table(str(dst), {**rows, "result": "ok" if found.ok else "FAILED"})
     raise typer.Exit(0 if found.ok else 1)

@@ -256,7 +256,7 @@ def search(
 
 
 def layers_of(src: str | os.PathLike[str], plan: Plan | str | Sequence[int]) -> Layers:
-    """What every layer of a model caches under a plan, in whatever form the plan is given."""
+    """What every layer of a model caches under a plan in any form."""
     from mqadapt_rs import ModelConfig, Plan
 
     return tuple(Plan.parse(plan, ModelConfig.load(src)).layers)

@@ -198,11 +198,11 @@ def _verdict(
     text += f" Runner-up: {study.space.describe(runner_up.plan)}, damage {runner_up.damage}"
     if difference is None or difference.low is None or difference.high is None:
         return text + ". There are no documents to test the difference on."
-    told = "distinguishable" if difference.clear else "NOT distinguishable"
+    verdict = "distinguishable" if difference.clear else "NOT distinguishable"
     return text + (
         f"; difference {difference.mean:.4g} [{difference.low:.4g}, {difference.high:.4g}] on "
-        f"{len(runner_up.losses)} documents: {told} at 95 %."
-        + (" All others were given up early as worse." if runner_up.stopped else "")
+        f"{len(runner_up.losses)} documents: {verdict} at 95 %."
+        + (" All other plans were stopped early as worse." if runner_up.stopped else "")
     )
 
 

@@ -1,8 +1,7 @@
 """Executors of evaluations: this process, processes of this machine, or a Ray cluster.
 
-In: an evaluator's specification and pieces of work. Out: losses, in the order in which the work was given, whatever the
-executor, so that journals do not depend on it. Every executor is a `concurrent.futures.Executor`; a worker builds its
-evaluator once and keeps it.
+In: the specification of an evaluator and work items. Out: losses in the order of the items, so that journals do not depend on the
+executor. Every executor is a `concurrent.futures.Executor`; a worker builds its evaluator once and keeps it.
 """
 
 from __future__ import annotations

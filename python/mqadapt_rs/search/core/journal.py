@@ -229,11 +229,11 @@ def _records(path: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
 
 def _checked(line: bytes, number: int) -> dict[str, Any] | None:
     """Parse a line; `None` if its checksum or its number is wrong."""
-    said = line[: -_END - 1]
-    if _end(said) != line[len(said) :]:
+    text = line[: -_END - 1]
+    if _end(text) != line[len(text) :]:
         return None
     try:
-        record: dict[str, Any] = json_document.loads(said + b"}")
+        record: dict[str, Any] = json_document.loads(text + b"}")
     except ValueError:
         return None
     return record if record.pop(_NUMBER, None) == number else None

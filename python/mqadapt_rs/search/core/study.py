@@ -174,14 +174,14 @@ class Study:
             if block.stop == self.documents:
                 break
             leader = min(running, key=lambda plan: (sum(losses[plan]), self.space.rank(plan)))
-            hopeless = [
+            inferior = [
                 plan
                 for plan in running
                 if any(
                     self._test.worse(losses[plan], rival, self.documents, level) for rival in [*rivals, losses[leader]]
                 )
             ]
-            for plan in hopeless:
+            for plan in inferior:
                 running.remove(plan)
                 if self._known(plan) < len(losses[plan]):
                     self._write(plan, losses[plan], seconds[plan], stage, stopped=True)

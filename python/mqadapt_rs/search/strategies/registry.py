@@ -29,18 +29,18 @@ class Strategy:
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "sensitivity": Strategy("each layer alone, at every count", sensitivity.run, frozenset()),
+    "sensitivity": Strategy("each layer alone, reduced to every choice", sensitivity.run, frozenset()),
     "from-end": Strategy(
-        "the last 2, 4, 8 ... layers, then the most within --max-damage", from_end.run, frozenset({"max_damage"})
+        "the last 2, 4, 8 ... layers, then the most layers within --max-damage", from_end.run, frozenset({"max_damage"})
     ),
-    "alternate": Strategy(
-        "every second layer from the end, 2, 3 ... of them", alternate.run, frozenset({"max_damage"})
-    ),
+    "alternate": Strategy("every second layer from the end, 2, 3 ... layers", alternate.run, frozenset({"max_damage"})),
     "greedy": Strategy(
-        "add the layer that hurts least, again and again", greedy.run, frozenset({"kv_budget", "max_damage"})
+        "repeatedly reduce the layer that adds the least damage per saved byte",
+        greedy.run,
+        frozenset({"kv_budget", "max_damage"}),
     ),
     "budget": Strategy(
-        "exact knapsack under a budget, then swaps",
+        "exact knapsack within a budget, then swaps",
         budget.run,
         frozenset({"kv_budget", "latency_budget", "swaps"}),
         needs=("kv_budget", "latency_budget"),
@@ -55,5 +55,5 @@ STRATEGIES: dict[str, Strategy] = {
         needs=("plans",),
         refuse=given.refuse,
     ),
-    "random": Strategy("plans by chance: the control", random_plans.run, frozenset({"kv_budget", "trials"})),
+    "random": Strategy("random plans, as a baseline", random_plans.run, frozenset({"kv_budget", "trials"})),
 }
