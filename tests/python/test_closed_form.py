@@ -203,8 +203,8 @@ def test_a_method_refuses_what_it_does_nothing_with(tmp_path: Path) -> None:
     tiny.save(tmp_path / "src", "llama")
     cases = [
         ("mean", Calibration(TEXT), "method 'mean' reads no text"),
-        ("prune", Calibration(TEXT, sequential=True), "is for closed-form"),
-        ("prune", Calibration(TEXT, refine=3), "is for closed-form"),
+        ("prune", Calibration(TEXT, sequential=True), "leave it out, or choose closed-form"),
+        ("prune", Calibration(TEXT, refine=3), "leave it out, or choose closed-form"),
     ]
     for method, calibration, message in cases:
         with pytest.raises(ArgumentError, match=message):

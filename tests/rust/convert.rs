@@ -5,9 +5,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::{bf16, f16};
-use mqadapt_calibrate::{CalibratedLayers, CalibratedMerge, CalibratedMethod, Calibration};
+use mqadapt_calibrate::{CalibratedLayers, CalibratedMerge, Calibration, CalibrationOptions};
 use mqadapt_checkpoint::Checkpoint;
-use mqadapt_compress::closed_form::ClosedFormOptions;
 use mqadapt_compress::{LayerError, LayerMethod, LayerWeights, MergeOptions, MergedLayer, method};
 use mqadapt_convert::{
     ConversionReport, ConvertOptions, Error, MANIFEST_FILE, Manifest, PARTIAL_SUFFIX, Result, convert, convert_layers,
@@ -484,9 +483,9 @@ fn a_merge_from_text_resumes_where_it_was() {
     let text = Calibration { sequences, target_contexts: vec![40] };
     for sequential in [false, true] {
         let run = |dst: &str, progress: &dyn Progress| {
-            let cut = ClosedFormOptions::default();
-            let method = CalibratedMethod::ClosedForm { options: cut, sequential, refine: None };
-            let merge = CalibratedMerge::new(&checkpoint, text.clone(), method, None, DType::BF16).unwrap();
+            let told = CalibrationOptions { sequential, ..CalibrationOptions::default() };
+            let closed_form = method("closed-form").unwrap();
+            let merge = CalibratedMerge::new(&checkpoint, text.clone(), closed_form, told, None, DType::BF16).unwrap();
             let (mut layers, dst) =
                 (CalibratedLayers::new(merge, progress), out.path().join(format!("{dst}{sequential}")));
             convert_layers(&checkpoint, &dst, &plan, &resume, &mut layers, progress).map(|_report| files(&dst))

@@ -1,6 +1,6 @@
 //! The statistics of one layer, summed while a stream goes through it.
 
-use mqadapt_compress::{Accumulator, StatisticsShape};
+use mqadapt_compress::{Accumulator, Moment, Needs, StatisticsShape};
 use mqadapt_core::AttentionShape;
 use mqadapt_core::Progressing;
 
@@ -12,9 +12,9 @@ const STATISTICS_BYTES: usize = 512 << 20;
 
 /// K/V heads whose joint moments are kept: all of them where that is no more than half a gigabyte, else the most that is,
 /// and in any case the `members` that a plan merges at a time.
-pub(crate) fn block_heads(geometry: &AttentionShape, members: usize) -> usize {
+pub(crate) fn block_heads(geometry: &AttentionShape, members: usize, moments: &'static [Moment]) -> usize {
     let fits = |block: &usize| {
-        let shape = StatisticsShape::new(geometry, Some(*block));
+        let shape = StatisticsShape::new(geometry, Some(*block)).map(|shape| shape.with_moments(moments));
         *block <= members || shape.is_ok_and(|shape| shape.bytes() <= STATISTICS_BYTES)
     };
     let (kv, members) = (geometry.num_key_value_heads, members.max(1));
@@ -37,10 +37,13 @@ impl Collector {
         o_proj: &[f32],
         calibration: &Calibration,
         layer_idx: usize,
-        block_heads: usize,
+        members: usize,
+        needs: Needs,
     ) -> Result<Self> {
-        let sums = Accumulator::new(geometry.clone(), o_proj, Some(block_heads)).map_err(Error::merge(layer_idx))?;
-        let wanted = calibration.measured();
+        let block = block_heads(geometry, members, needs.moments);
+        let sums = Accumulator::new(geometry.clone(), o_proj, Some(block)).map_err(Error::merge(layer_idx))?;
+        let sums = sums.with_moments(needs.moments);
+        let wanted = if needs.inputs { calibration.measured() } else { Vec::new() };
         let inputs = vec![Vec::new(); wanted.len()];
         Ok(Self { layer_idx, sums, wanted, inputs, hidden_size: geometry.hidden_size })
     }

@@ -52,7 +52,7 @@ fn relative_error(merged: &CalibratedLayer) -> f64 {
 /// What the manifest says of a layer.
 fn notes(merged: &CalibratedLayer) -> Value {
     let report = &merged.report;
-    if let Some(kept) = &merged.kept {
+    if let Some(kept) = &report.kept {
         return json!({ "kept_heads": kept });
     }
     let mut notes = json!({

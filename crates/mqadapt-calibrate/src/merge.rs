@@ -3,18 +3,18 @@
 use std::path::PathBuf;
 
 use mqadapt_checkpoint::Checkpoint;
-use mqadapt_compress::closed_form::{self, ClosedFormOptions, Cut, Fallback, LayerReport, Measurement, QkNorm};
-use mqadapt_compress::{LayerWeights, REFIT_LAMBDA, RefineOptions, prune};
+use mqadapt_compress::closed_form::{Fallback, LayerReport};
+use mqadapt_compress::{LayerJob, LayerMerge, LayerWeights, Method, REFIT_LAMBDA};
 use mqadapt_core::{AttentionShape, DType, LayerCache, Progress, Progressing};
 
 use crate::calibration::{Calibration, LayerSample};
-use crate::collector::{Collector, block_heads};
+use crate::collector::Collector;
 use crate::refine::refined;
 use crate::refit::Refitting;
 use crate::statistics_file::StatisticsFile;
 use crate::weights::attention;
 use crate::weights::qk_norm;
-use crate::{Error, Result};
+use crate::{CalibrationOptions, Error, Result};
 use mqadapt_model::return_freed_memory;
 use mqadapt_model::{Activations, Spill};
 use mqadapt_model::{CALIBRATE, StreamedLayer, embed};
@@ -22,29 +22,6 @@ use mqadapt_model::{CALIBRATE, StreamedLayer, embed};
 /// Bytes of sums from which on freed memory is given back between the phases of a merge; below, taking it again costs more
 /// time than it is worth.
 const LARGE_BYTES: usize = 64 << 20;
-
-/// How a layer is merged from what is known of it.
-#[derive(Debug, Clone, PartialEq)]
-pub enum CalibratedMethod {
-    /// `closed-form`: [`closed_form::merge`], and what is done to its layers on the converted stream.
-    ClosedForm {
-        /// What the merge is told.
-        options: ClosedFormOptions,
-        /// Refit `o_proj` of every merged layer.
-        sequential: bool,
-        /// Before that, gradient steps on its projections; they make the merge sequential too.
-        refine: Option<RefineOptions>,
-    },
-    /// `prune`: [`prune`].
-    Prune,
-}
-
-impl CalibratedMethod {
-    /// Whether it needs the converted residual stream.
-    fn sequential(&self) -> bool {
-        matches!(self, Self::ClosedForm { sequential: true, .. } | Self::ClosedForm { refine: Some(_), .. })
-    }
-}
 
 /// A merged layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,8 +32,6 @@ pub struct CalibratedLayer {
     pub report: LayerReport,
     /// Relative error of the attention output on the converted stream, before and after the refit.
     pub refit: Option<(f64, f64)>,
-    /// Kept heads, where the method prunes.
-    pub kept: Option<Vec<usize>>,
 }
 
 /// Runs the original layer, and the converted one beside it, over the calibration text.
@@ -72,7 +47,8 @@ struct Streams {
 pub struct CalibratedMerge<'a> {
     checkpoint: &'a Checkpoint,
     calibration: Calibration,
-    method: CalibratedMethod,
+    method: &'static dyn LayerMerge,
+    options: CalibrationOptions,
     /// Saved statistics; they replace the pass over the text unless the method is sequential.
     saved: Option<StatisticsFile>,
     /// Type that converted weights will be written in.
@@ -90,11 +66,20 @@ impl<'a> CalibratedMerge<'a> {
     pub fn new(
         checkpoint: &'a Checkpoint,
         calibration: Calibration,
-        mut method: CalibratedMethod,
+        method: &'static Method,
+        options: CalibrationOptions,
         saved: Option<StatisticsFile>,
         dtype: DType,
     ) -> Result<Self> {
-        let sequential = method.sequential();
+        let Some(layer) = method.layer() else {
+            let detail = format!("'{}' reads no text; give it none", method.name);
+            return Err(Error::Argument { name: "method", detail });
+        };
+        if let Some(option) = options.given().iter().find(|option| !method.options().contains(option)) {
+            let detail = format!("is no option of the method '{}'; leave it out", method.name);
+            return Err(Error::Argument { name: option.name(), detail });
+        }
+        let (method, sequential) = (layer, options.is_sequential());
         let empty = calibration.sequences.iter().all(Vec::is_empty);
         if empty && (saved.is_none() || sequential) {
             let detail = if saved.is_some() {
@@ -105,19 +90,16 @@ impl<'a> CalibratedMerge<'a> {
             };
             return Err(Error::Argument { name: "calibration", detail });
         }
-        if let CalibratedMethod::ClosedForm { options, .. } = &mut method {
-            options.dtype = dtype;
-        }
         if let Some(saved) = &saved {
             saved.check_model(&checkpoint.fingerprint()?)?;
         }
         let lengths = if empty { saved.as_ref().map(StatisticsFile::lengths) } else { Some(calibration.lengths()) };
         calibration.check_target_contexts(&lengths.unwrap_or_default())?;
-        Ok(Self { checkpoint, calibration, method, saved, dtype, spill: None, streams: None })
+        Ok(Self { checkpoint, calibration, method, options, saved, dtype, spill: None, streams: None })
     }
 
     fn sequential(&self) -> bool {
-        self.method.sequential()
+        self.options.is_sequential()
     }
 
     fn progressing<'p>(&self, layer_idx: usize, progress: &'p dyn Progress) -> Progressing<'p> {
@@ -142,7 +124,6 @@ impl<'a> CalibratedMerge<'a> {
         weights: &LayerWeights,
         progress: &dyn Progress,
     ) -> Result<CalibratedLayer> {
-        let heads = cache.num_key_value_heads();
         let geometry = attention(self.checkpoint.config(), layer_idx)?;
         let failed = Error::merge(layer_idx);
         let progressing = self.progressing(layer_idx, progress);
@@ -152,9 +133,9 @@ impl<'a> CalibratedMerge<'a> {
         }
         let mut run = None;
         if self.saved.is_none() || sequential {
-            let block = block_heads(&geometry, geometry.num_key_value_heads / heads.max(1));
+            let members = geometry.num_key_value_heads / cache.num_key_value_heads().max(1);
             self.advance(layer_idx, progress)?;
-            run = Some(self.visit(layer_idx, &geometry, weights, block, progress)?);
+            run = Some(self.visit(layer_idx, &geometry, weights, members, progress)?);
         }
         let mut sample = match (&self.saved, run.as_mut().and_then(|run| run.sample.take())) {
             (Some(saved), _) => saved.layer(layer_idx, &geometry)?,
@@ -167,30 +148,20 @@ impl<'a> CalibratedMerge<'a> {
         if large {
             return_freed_memory();
         }
-        let mut merged = match &self.method {
-            CalibratedMethod::Prune => {
-                let (weights, kept) = prune(weights, &geometry, heads, &sample.statistics).map_err(failed)?;
-                let report = LayerReport { num_key_value_heads: heads, ..LayerReport::default() };
-                CalibratedLayer { weights, report, refit: None, kept: Some(kept) }
-            }
-            CalibratedMethod::ClosedForm { options, .. } => {
-                let norms = qk_norm(self.checkpoint, layer_idx)?;
-                let (measurement, options) =
-                    measurement(weights, &geometry, norms, &mut sample, options, &self.calibration, &progressing)
-                        .map_err(failed)?;
-                let merged = closed_form::merge(
-                    weights,
-                    &geometry,
-                    heads,
-                    &sample.statistics,
-                    &options,
-                    measurement.as_ref(),
-                    &progressing,
-                );
-                let (weights, report) = merged.map_err(failed)?;
-                CalibratedLayer { weights, report, refit: None, kept: None }
-            }
+        let (inputs, other_inputs) = sample.take_inputs_for(&self.calibration.target_contexts, geometry.hidden_size);
+        let job = LayerJob {
+            weights,
+            shape: &geometry,
+            cache,
+            statistics: &sample.statistics,
+            norms: qk_norm(self.checkpoint, layer_idx)?,
+            inputs,
+            other_inputs,
+            target_contexts: &self.calibration.target_contexts,
+            options: self.options.of_layer(self.dtype),
         };
+        let (new, report) = self.method.merge(job, &progressing).map_err(failed)?;
+        let mut merged = CalibratedLayer { weights: new, report, refit: None };
         drop(sample);
         if large {
             return_freed_memory();
@@ -273,7 +244,7 @@ impl<'a> CalibratedMerge<'a> {
         layer_idx: usize,
         geometry: &AttentionShape,
         weights: &LayerWeights,
-        block: usize,
+        members: usize,
         progress: &dyn Progress,
     ) -> Result<Visit> {
         let layer = StreamedLayer::load(self.checkpoint, layer_idx, progress)?;
@@ -290,7 +261,14 @@ impl<'a> CalibratedMerge<'a> {
         let mut attention = Activations::new(lengths, features, folder.as_deref())?;
         let mut collector = match self.saved {
             Some(_) => None,
-            None => Some(Collector::new(geometry, &weights.o_proj, &self.calibration, layer_idx, block)?),
+            None => Some(Collector::new(
+                geometry,
+                &weights.o_proj,
+                &self.calibration,
+                layer_idx,
+                members,
+                self.method.needs(),
+            )?),
         };
         let mut look = |trace: &mqadapt_model::LayerTrace<'_>| {
             if sequential {
@@ -319,11 +297,8 @@ impl<'a> CalibratedMerge<'a> {
         let Some(stream) = self.streams.as_mut().and_then(|streams| streams.converted.as_mut()) else { return Ok(()) };
         let cache = LayerCache::heads(merged.report.num_key_value_heads);
         let refitting = Refitting { layer: &layer, geometry, original, cache, dtype: self.dtype };
-        let refine = match &self.method {
-            CalibratedMethod::ClosedForm { refine: Some(refine), .. } if !geometry.qk_norm => Some(refine),
-            _ => None,
-        };
-        let sums = if let Some(refine) = refine {
+        let refine = self.options.refine.filter(|_| !geometry.qk_norm);
+        let sums = if let Some(refine) = &refine {
             let mut moved = refined(&layer, &run, stream, original, merged, refine, progress)?;
             moved.round_to(self.dtype);
             let mut of_moved = run.attention.like(geometry.num_attention_heads * geometry.head_dim)?;
@@ -361,28 +336,4 @@ pub(crate) struct Visit {
     sample: Option<LayerSample>,
     /// What `o_proj` read of every sequence, for the refit; nothing where there is none.
     pub(crate) attention: Activations,
-}
-
-/// The measurement that cuts and solutions are chosen by. Where there is nothing to measure on at the target contexts, the cut
-/// follows from them, and solutions are compared on what there is.
-fn measurement(
-    weights: &LayerWeights,
-    geometry: &AttentionShape,
-    norms: Option<QkNorm>,
-    sample: &mut LayerSample,
-    options: &ClosedFormOptions,
-    calibration: &Calibration,
-    progress: &Progressing<'_>,
-) -> std::result::Result<(Option<Measurement>, ClosedFormOptions), mqadapt_compress::Error> {
-    let mut options = options.clone();
-    let (mut inputs, rest) = sample.take_inputs_for(&calibration.target_contexts, geometry.hidden_size);
-    if inputs.iter().all(Vec::is_empty) {
-        inputs = rest;
-        if options.cut == Cut::Measured {
-            options.cut = Cut::Context(calibration.target_contexts.clone());
-        }
-    }
-    let empty = inputs.iter().all(Vec::is_empty);
-    let measurement = if empty { None } else { Some(Measurement::new(weights, geometry, norms, inputs, progress)?) };
-    Ok((measurement, options))
 }

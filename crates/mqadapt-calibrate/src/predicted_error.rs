@@ -1,22 +1,22 @@
 //! What a merge will cost a layer, by saved statistics alone: no forward pass, and for most methods no merge either.
 
 use mqadapt_checkpoint::Checkpoint;
-use mqadapt_compress::LayerWeights;
-use mqadapt_compress::closed_form::{ClosedFormOptions, FixedMerge, predicted_error};
+use mqadapt_compress::closed_form::predicted_error;
+use mqadapt_compress::{LayerWeights, METHODS, Method, Prediction};
 use mqadapt_core::{LayerCache, NoProgress, Progress};
 
 use crate::calibration::Calibration;
-use crate::merge::{CalibratedMerge, CalibratedMethod};
+use crate::merge::CalibratedMerge;
 use crate::statistics_file::StatisticsFile;
 use crate::weights::{attention, layer_weights};
-use crate::{Error, Result};
+use crate::{CalibrationOptions, Error, Result};
 
 /// The error of a layer with so many K/V heads, given its weights.
 type Predict<'a> = dyn FnMut(usize, usize, &LayerWeights) -> Result<f64> + 'a;
 
 /// Relative error of the attention output of each of some layers, with so many K/V heads and everything else as it is.
 ///
-/// `contexts`: tokens that the result is for. For `closed-form` the layers are merged with `options` (not refitted).
+/// `contexts`: tokens that the result is for. Where the method has to merge the layers, it does with `options` (not refitted).
 ///
 /// # Errors
 /// [`Error::Argument`] for a method whose result does not follow from statistics; as
@@ -24,26 +24,22 @@ type Predict<'a> = dyn FnMut(usize, usize, &LayerWeights) -> Result<f64> + 'a;
 pub fn predicted_errors(
     checkpoint: &Checkpoint,
     saved: StatisticsFile,
-    method: &str,
-    options: &ClosedFormOptions,
+    method: &'static Method,
+    options: &CalibrationOptions,
     contexts: &[usize],
     layers: &[(usize, usize)],
     progress: &dyn Progress,
 ) -> Result<Vec<f64>> {
-    let fixed = match method {
-        "mean" => Some(FixedMerge::Mean),
-        "first" => Some(FixedMerge::First),
-        "prune" => Some(FixedMerge::Prune),
-        "closed-form" => None,
-        _ => {
-            let detail = format!("'{method}' has no prediction: expected mean, first, prune or closed-form");
-            return Err(Error::Argument { name: "method", detail });
-        }
+    let none = || {
+        let known: Vec<_> = METHODS.iter().filter(|m| m.prediction.is_some()).map(|method| method.name).collect();
+        let detail = format!("'{}' has no prediction: expected one of {}", method.name, known.join(", "));
+        Error::Argument { name: "method", detail }
     };
+    let prediction = method.prediction.ok_or_else(none)?;
     saved.check_model(&checkpoint.fingerprint()?)?;
     let text = Calibration { sequences: Vec::new(), target_contexts: contexts.to_vec() };
     text.check_target_contexts(&saved.lengths())?;
-    let mut error: Box<Predict<'_>> = if let Some(fixed) = fixed {
+    let mut error: Box<Predict<'_>> = if let Prediction::Fixed(fixed) = prediction {
         let context = contexts.iter().copied().max().unwrap_or(1);
         Box::new(move |layer_idx, heads, weights| {
             let geometry = attention(checkpoint.config(), layer_idx)?;
@@ -53,8 +49,8 @@ pub fn predicted_errors(
                 .map_err(Error::merge(layer_idx))
         })
     } else {
-        let method = CalibratedMethod::ClosedForm { options: options.clone(), sequential: false, refine: None };
-        let mut merge = CalibratedMerge::new(checkpoint, text, method, Some(saved), checkpoint.dtype())?;
+        let options = CalibrationOptions { sequential: false, refine: None, ..*options };
+        let mut merge = CalibratedMerge::new(checkpoint, text, method, options, Some(saved), checkpoint.dtype())?;
         Box::new(move |layer_idx, heads, weights| {
             Ok(merge.merge_layer(layer_idx, LayerCache::heads(heads), weights, &NoProgress)?.report.output_error)
         })

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use mqadapt_checkpoint::{Checkpoint, Header, HeaderEntry, MAX_HEADER_BYTES, Shard, open_regular};
-use mqadapt_compress::{LayerStatistics, NamedTensors, StatisticsShape};
+use mqadapt_compress::{LayerStatistics, Moment, NamedTensors, Needs, StatisticsShape};
 use mqadapt_core::AttentionShape;
 use mqadapt_core::family::{EMBED_TOKENS, LayerTensor};
 use mqadapt_core::{Progress, Progressing};
@@ -36,6 +36,9 @@ const HEADER_HASH: &str = "xxh3_128";
 const EMBEDDING_WEIGHTS: &str = "weights.embed_tokens";
 /// As long as every hash; in the header until the hashes are known.
 const UNKNOWN: &str = "00000000000000000000000000000000";
+
+/// Any method may be given the file.
+const EVERYTHING: Needs = Needs { moments: &Moment::ALL, inputs: true };
 
 /// Saved statistics, opened and checked.
 #[derive(Debug)]
@@ -111,9 +114,9 @@ pub fn collect_statistics(
             // they have just been read: this reads them from memory
             hashes.insert(layer_weights(layer_idx), checkpoint.weights_digest(names_of(checkpoint, layer_idx))?);
             let geometry = attention(config, layer_idx)?;
-            let block = block_heads(&geometry, 1);
             let progressing = layer.progressing(progress);
-            let mut collector = Collector::new(&geometry, &layer.o_proj(checkpoint)?, calibration, layer_idx, block)?;
+            let mut collector =
+                Collector::new(&geometry, &layer.o_proj(checkpoint)?, calibration, layer_idx, 1, EVERYTHING)?;
             let mut collect = |trace: &LayerTrace<'_>| collector.add(trace, &progressing);
             layer.run_observed(&mut hidden, &mut collect, progress)?;
             let sample = collector.finish();
@@ -247,7 +250,7 @@ fn layout(checkpoint: &Checkpoint, calibration: &Calibration, hashes: &Hashes) -
     };
     for layer_idx in 0..config.num_hidden_layers {
         let geometry = attention(config, layer_idx)?;
-        let block = block_heads(&geometry, 1);
+        let block = block_heads(&geometry, 1, &Moment::ALL);
         let shape = StatisticsShape::new(&geometry, Some(block)).map_err(Error::merge(layer_idx))?;
         for (name, shape) in shape.tensors() {
             add(format!("layers.{layer_idx}.{name}"), "F64", &shape, 8);
@@ -372,7 +375,7 @@ impl StatisticsFile {
     /// # Errors
     /// [`Error::Statistics`] where a tensor is missing or does not fit the layer; [`Error::Io`].
     pub fn layer(&self, layer_idx: usize, geometry: &AttentionShape) -> Result<LayerSample> {
-        let block = block_heads(geometry, 1);
+        let block = block_heads(geometry, 1, &Moment::ALL);
         let shape = StatisticsShape::new(geometry, Some(block)).map_err(Error::merge(layer_idx))?;
         let mut tensors = NamedTensors::new();
         for (name, expected) in shape.tensors() {

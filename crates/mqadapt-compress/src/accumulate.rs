@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use crate::Error;
 use crate::algebra::count;
-use crate::attention::{ColumnSums, Probabilities, ROWS, product, rotate, view};
+use crate::attention::{ColumnSums, Probabilities, ROWS, attend, product, rotate, view};
 use crate::layer::check_len;
 use crate::statistics::{HeadMoments, LayerStatistics, Moment, StatisticsShape, triangle};
 use mqadapt_core::AttentionShape;
@@ -47,6 +47,13 @@ impl Accumulator {
         Ok(Self { geometry, o_proj: o_proj.to_vec(), statistics: LayerStatistics::zeros(shape) })
     }
 
+    /// The same for some of the moments; the heads' contributions are always summed.
+    #[must_use]
+    pub fn with_moments(mut self, moments: &'static [Moment]) -> Self {
+        self.statistics = LayerStatistics::zeros(self.statistics.shape.with_moments(moments));
+        self
+    }
+
     /// Adds one sequence from position 0: `q [tokens, num_attention_heads * head_dim]`,
     /// `k`, `v [tokens, num_key_value_heads * head_dim]`, row-major, as they enter
     /// the rotary embedding (after biases and q/k norms). Returns the attention
@@ -77,6 +84,12 @@ impl Accumulator {
         let (mut q_rotated, mut k_rotated) = (q.to_vec(), k.to_vec());
         rotate(&mut q_rotated, heads, geometry);
         rotate(&mut k_rotated, kv, geometry);
+        if self.statistics.shape.moments.is_empty() {
+            let joined = attend(geometry, &q_rotated, &k_rotated, v, kv, progress)?;
+            self.add_contributions(&joined, tokens);
+            self.statistics.tokens += tokens as u64;
+            return Ok(joined);
+        }
         let block_heads = self.statistics.shape.block_heads;
         let blocks = stack(k, v, &k_rotated, kv * d, block_heads * d);
         let shape = self.statistics.shape;
@@ -92,7 +105,15 @@ impl Accumulator {
                     k: view(&k_rotated[g * d..], tokens, d, kv * d),
                     geometry,
                 };
-                add_gram(sums.get_mut(Moment::Query), view(&q[h * d..], tokens, d, heads * d), None, 1.0, progress)?;
+                if shape.moments.contains(&Moment::Query) {
+                    add_gram(
+                        sums.get_mut(Moment::Query),
+                        view(&q[h * d..], tokens, d, heads * d),
+                        None,
+                        1.0,
+                        progress,
+                    )?;
+                }
                 add_head(sums, &probabilities, &blocks[g / block_heads], g % block_heads, &shape, progress)
             })
             .collect::<Result<Vec<_>, Error>>()?;
@@ -171,6 +192,8 @@ fn add_head(
     let (d, width, stride) = (shape.head_dim, shape.width(), 3 * shape.width());
     let tokens = block.stacked.len() / stride;
     let own = width + slot * d;
+    let wanted = |moment| shape.moments.contains(&moment);
+    let pairs_wanted = wanted(Moment::KeyRotated) && shape.rotary_pairs > 0;
     let mut weight = vec![0.0f64; tokens];
     let mut output = Vec::with_capacity(tokens * d);
     // mu: probability-weighted means of the block's columns, [rows, 3 * width], some rows at a time
@@ -193,30 +216,28 @@ fn add_head(
         for column in &columns {
             weight.iter_mut().zip(column).for_each(|(w, c)| *w += c);
         }
-        add_gram(sums.get_mut(Moment::KeyCentred), view(mu, rows, width, stride), None, -1.0, progress)?;
-        add_gram(sums.get_mut(Moment::ValueOutput), view(&mu[width..], rows, width, stride), None, 1.0, progress)?;
-        if shape.rotary_pairs > 0 {
+        if wanted(Moment::KeyCentred) {
+            add_gram(sums.get_mut(Moment::KeyCentred), view(mu, rows, width, stride), None, -1.0, progress)?;
+        }
+        if wanted(Moment::ValueOutput) {
+            add_gram(sums.get_mut(Moment::ValueOutput), view(&mu[width..], rows, width, stride), None, 1.0, progress)?;
+        }
+        if pairs_wanted {
             add_pairs(sums.get_mut(Moment::KeyRotated), &mu[2 * width..], stride, None, -1.0, shape);
         }
         mu.chunks_exact(stride).for_each(|row| output.extend_from_slice(&row[own..own + d]));
     }
     drop(mu);
     let root: Vec<f32> = weight.iter().map(|w| crate::layer::round(w.sqrt())).collect();
-    add_gram(
-        sums.get_mut(Moment::KeyCentred),
-        view(&block.stacked, tokens, width, stride),
-        Some(&root),
-        1.0,
-        progress,
-    )?;
-    add_gram(
-        sums.get_mut(Moment::ValueSecond),
-        view(&block.stacked[own..], tokens, d, stride),
-        Some(&root),
-        1.0,
-        progress,
-    )?;
-    if shape.rotary_pairs > 0 {
+    if wanted(Moment::KeyCentred) {
+        let keys = view(&block.stacked, tokens, width, stride);
+        add_gram(sums.get_mut(Moment::KeyCentred), keys, Some(&root), 1.0, progress)?;
+    }
+    if wanted(Moment::ValueSecond) {
+        let values = view(&block.stacked[own..], tokens, d, stride);
+        add_gram(sums.get_mut(Moment::ValueSecond), values, Some(&root), 1.0, progress)?;
+    }
+    if pairs_wanted {
         add_pairs(sums.get_mut(Moment::KeyRotated), &block.stacked[2 * width..], stride, Some(&root), 1.0, shape);
     }
     Ok(output)

@@ -2,39 +2,44 @@
 
 use mqadapt_core::family::LayerTensor;
 
-use crate::{first::First, mean::Mean, random::Random};
+use crate::closed_form::{ClosedForm, FixedMerge};
+use crate::first::First;
+use crate::layer_merge::{LayerMerge, MethodOption};
+use crate::mean::Mean;
+use crate::prune::Prune;
+use crate::random::Random;
 
-/// Every merge method. A new one is a file and a line here.
+/// Every method. A new one is a file and an entry here.
 pub static METHODS: &[&Method] = &[
     &Method {
         name: "mean",
         summary: "mean of the group's heads (GQA paper, section 2.1)",
-        options: &[],
-        rows: Some(&Mean),
+        kind: MethodKind::Rows(&Mean),
+        prediction: Some(Prediction::Fixed(FixedMerge::Mean)),
     },
     &Method {
         name: "first",
         summary: "first head of the group (the GQA paper's ablation)",
-        options: &[],
-        rows: Some(&First),
+        kind: MethodKind::Rows(&First),
+        prediction: Some(Prediction::Fixed(FixedMerge::First)),
     },
     &Method {
         name: "random",
         summary: "freshly initialised, seeded (the GQA paper's ablation)",
-        options: &[],
-        rows: Some(&Random),
+        kind: MethodKind::Rows(&Random),
+        prediction: None,
     },
     &Method {
         name: "closed-form",
         summary: "second-order solution from calibration text; q_proj and o_proj compensated",
-        options: &["sequential", "refine", "fast_pairs", "regroup"],
-        rows: None,
+        kind: MethodKind::Layer(&ClosedForm),
+        prediction: Some(Prediction::Merged),
     },
     &Method {
         name: "prune",
         summary: "strongest head of the group by calibration text, the others silenced (NVIDIA Puzzle's default)",
-        options: &[],
-        rows: None,
+        kind: MethodKind::Layer(&Prune),
+        prediction: Some(Prediction::Fixed(FixedMerge::Prune)),
     },
 ];
 
@@ -44,22 +49,53 @@ pub struct Method {
     pub name: &'static str,
     /// What it does, in a line.
     pub summary: &'static str,
-    /// Options of a calibration that it uses, beside the text.
-    pub options: &'static [&'static str],
-    rows: Option<&'static dyn RowMerge>,
+    /// How it works.
+    pub kind: MethodKind,
+    /// How statistics predict its damage, where they do.
+    pub prediction: Option<Prediction>,
+}
+
+/// How a method works.
+#[derive(Clone, Copy)]
+pub enum MethodKind {
+    /// On K/V rows, independently of each other and of every other tensor.
+    Rows(&'static dyn RowMerge),
+    /// On the whole attention of a layer, from statistics of calibration text.
+    Layer(&'static dyn LayerMerge),
+}
+
+/// How statistics of a layer predict what a method costs it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prediction {
+    /// From the statistics alone: the merge is known beforehand.
+    Fixed(FixedMerge),
+    /// By merging the layer.
+    Merged,
 }
 
 impl Method {
-    /// Whether it merges from calibration text.
-    #[must_use]
-    pub fn needs_calibration(&self) -> bool {
-        self.rows.is_none()
-    }
-
-    /// The method as one that merges K/V rows independently of each other and of every other tensor, if it is such a one.
+    /// The method as one that works on K/V rows, if it is such a one.
     #[must_use]
     pub fn rows(&self) -> Option<&'static dyn RowMerge> {
-        self.rows
+        match self.kind {
+            MethodKind::Rows(rows) => Some(rows),
+            MethodKind::Layer(_) => None,
+        }
+    }
+
+    /// The method as one that needs whole layers and calibration text, if it is such a one.
+    #[must_use]
+    pub fn layer(&self) -> Option<&'static dyn LayerMerge> {
+        match self.kind {
+            MethodKind::Rows(_) => None,
+            MethodKind::Layer(layer) => Some(layer),
+        }
+    }
+
+    /// The options of a calibration that it takes.
+    #[must_use]
+    pub fn options(&self) -> &'static [MethodOption] {
+        self.layer().map_or(&[], |layer| layer.options())
     }
 }
 

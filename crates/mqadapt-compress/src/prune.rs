@@ -1,10 +1,32 @@
 //! Pruning: the strongest head of a group stays, the others' query heads fall
 //! silent. The default of NVIDIA's Puzzle, and the baseline others use.
 
+use mqadapt_core::{AttentionShape, Progressing};
+
 use crate::Error;
+use crate::closed_form::LayerReport;
 use crate::layer::{LayerWeights, check_target};
+use crate::layer_merge::{LayerJob, LayerMerge, MethodOption, Needs};
 use crate::statistics::LayerStatistics;
-use mqadapt_core::AttentionShape;
+
+/// The method.
+pub(crate) struct Prune;
+
+impl LayerMerge for Prune {
+    fn needs(&self) -> Needs {
+        Needs { moments: &[], inputs: false }
+    }
+
+    fn options(&self) -> &'static [MethodOption] {
+        &[]
+    }
+
+    fn merge(&self, job: LayerJob<'_>, _progress: &Progressing<'_>) -> Result<(LayerWeights, LayerReport), Error> {
+        let num_key_value_heads = job.cache.num_key_value_heads();
+        let (weights, kept) = prune(job.weights, job.shape, num_key_value_heads, job.statistics)?;
+        Ok((weights, LayerReport { num_key_value_heads, kept: Some(kept), ..LayerReport::default() }))
+    }
+}
 
 /// Keeps of every contiguous group the K/V head whose query heads together add
 /// the vectors of largest mean L2 norm to the output of `o_proj`, and zeroes the
@@ -20,7 +42,7 @@ pub fn prune(
 ) -> Result<(LayerWeights, Vec<usize>), Error> {
     check_target(geometry, target)?;
     weights.validate(geometry, geometry.num_key_value_heads)?;
-    statistics.check(geometry, 1)?;
+    statistics.check(geometry, 1, &[])?;
     let (d, hidden, r) = (geometry.head_dim, geometry.hidden_size, geometry.num_key_value_groups());
     let size = geometry.num_key_value_heads / target;
     let kept: Vec<usize> = (0..target)
@@ -46,8 +68,9 @@ pub fn prune(
 
 #[cfg(test)]
 mod tests {
-    use super::prune;
-    use crate::closed_form::tests::{Noise, geometry, inputs, random_layer, statistics};
+    use super::{Prune, prune};
+    use crate::LayerMerge;
+    use crate::closed_form::tests::{Noise, geometry, inputs, random_layer, statistics, statistics_of};
 
     #[test]
     fn keeps_the_strongest_head_of_each_group() {
@@ -66,6 +89,30 @@ mod tests {
             assert!(pruned[..8].iter().chain(&pruned[24..]).all(|v| *v == 0.0)); // query heads of 0 and 3
             assert_eq!(pruned[8..24], source[8..24]);
         }
+    }
+
+    #[test]
+    fn needs_contributions_only() {
+        let geometry = geometry(8, 4, 4, 2);
+        let weights = random_layer(&geometry, false, &mut Noise(34));
+        let x = inputs(&geometry, &[60, 7], &mut Noise(35));
+        let all = statistics(&weights, &geometry, &x);
+        let few = statistics_of(&weights, &geometry, &x, Prune.needs().moments);
+        assert_eq!(few.shape().bytes(), 0);
+        for head in 0..4 {
+            let (few, all) = (few.mean_contribution(head), all.mean_contribution(head));
+            assert!((few - all).abs() < 1e-6 * all, "{few} {all}"); // the same products, summed in another order
+        }
+        assert_eq!(prune(&weights, &geometry, 2, &few).unwrap(), prune(&weights, &geometry, 2, &all).unwrap());
+        let refused = crate::closed_form::predicted_error(
+            &weights,
+            &geometry,
+            2,
+            &few,
+            crate::closed_form::FixedMerge::Mean,
+            512,
+        );
+        assert!(refused.unwrap_err().to_string().contains("no moment `query`"));
     }
 
     /// The mean norm against its definition.

@@ -62,6 +62,8 @@ pub struct StatisticsShape {
     /// `num_key_value_heads` serves every target and regrouping; a smaller block
     /// serves the targets of at least `num_key_value_heads / block_heads` heads.
     pub block_heads: usize,
+    /// The moments that are kept, in the order of [`Moment::ALL`].
+    pub moments: &'static [Moment],
 }
 
 impl StatisticsShape {
@@ -82,7 +84,14 @@ impl StatisticsShape {
             head_dim: geometry.head_dim,
             rotary_pairs: geometry.rotary_pairs(),
             block_heads,
+            moments: &Moment::ALL,
         })
+    }
+
+    /// The same for some of the moments.
+    #[must_use]
+    pub fn with_moments(self, moments: &'static [Moment]) -> Self {
+        Self { moments, ..self }
     }
 
     /// Stacked dims of a block.
@@ -109,7 +118,7 @@ impl StatisticsShape {
     #[must_use]
     pub fn tensors(&self) -> BTreeMap<&'static str, Vec<usize>> {
         let mut tensors = BTreeMap::from([("contribution", vec![self.num_key_value_heads]), ("tokens", vec![1])]);
-        for moment in Moment::ALL {
+        for &moment in self.moments {
             let mut shape = vec![self.num_attention_heads];
             shape.extend(self.of(moment));
             tensors.insert(moment.name(), shape);
@@ -120,7 +129,7 @@ impl StatisticsShape {
     /// Bytes of one layer's statistics.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        8 * self.num_attention_heads * Moment::ALL.iter().map(|m| self.len(*m)).sum::<usize>()
+        8 * self.num_attention_heads * self.moments.iter().map(|m| self.len(*m)).sum::<usize>()
     }
 }
 
@@ -132,7 +141,7 @@ pub struct HeadMoments {
 
 impl HeadMoments {
     fn zeros(shape: &StatisticsShape) -> Self {
-        Self { sums: Moment::ALL.map(|m| vec![0.0; shape.len(m)]) }
+        Self { sums: Moment::ALL.map(|m| vec![0.0; if shape.moments.contains(&m) { shape.len(m) } else { 0 }]) }
     }
 
     pub(crate) fn get_mut(&mut self, moment: Moment) -> &mut [f64] {
@@ -229,7 +238,7 @@ impl LayerStatistics {
             Ok(values)
         };
         let mut statistics = Self::zeros(shape);
-        for moment in Moment::ALL {
+        for &moment in shape.moments {
             let mut expected = vec![shape.num_attention_heads];
             expected.extend(shape.of(moment));
             let values = take(moment.name(), &expected)?;
@@ -251,10 +260,13 @@ impl LayerStatistics {
         Ok(statistics)
     }
 
-    /// Checks that the statistics are of a layer of this geometry and cover the
-    /// merge of `members` K/V heads at a time.
-    pub(crate) fn check(&self, geometry: &AttentionShape, members: usize) -> Result<(), Error> {
-        let expected = StatisticsShape::new(geometry, Some(self.shape.block_heads))?;
+    /// Checks that the statistics are of a layer of this shape, hold some moments, and cover the merge of `members` K/V
+    /// heads at a time.
+    pub(crate) fn check(&self, geometry: &AttentionShape, members: usize, moments: &[Moment]) -> Result<(), Error> {
+        if let Some(missing) = moments.iter().find(|moment| !self.shape.moments.contains(moment)) {
+            return Err(Error::StatisticsMismatch(format!("they hold no moment `{}`", missing.name())));
+        }
+        let expected = StatisticsShape::new(geometry, Some(self.shape.block_heads))?.with_moments(self.shape.moments);
         if expected != self.shape {
             return Err(Error::StatisticsMismatch(format!("{:?}, the layer needs {expected:?}", self.shape)));
         }

@@ -3,17 +3,16 @@
 use std::path::PathBuf;
 
 use mqadapt_calibrate::{
-    CalibratedMerge, CalibratedMethod, Error, StatisticsFile, collect_statistics, predicted_errors,
+    CalibratedMerge, CalibrationOptions, Error, StatisticsFile, collect_statistics, predicted_errors,
 };
 use mqadapt_checkpoint::Checkpoint;
-use mqadapt_compress::closed_form::{ClosedFormOptions, Cut};
 use mqadapt_compress::{METHODS, Method, RefineOptions};
 use mqadapt_core::{DType, Progress};
 use mqadapt_model::Spill;
 use pyo3::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::arguments::{self, Place, Text, Whole};
+use crate::arguments::{self, Place, Text, Whole, method as parse_method};
 use crate::errors::{OrRaise, argument};
 use crate::plan::LayerCache;
 use crate::source::local_path;
@@ -30,9 +29,7 @@ pub(crate) struct Calibration {
     /// Without target contexts where none were named and only the statistics know the windows.
     text: mqadapt_calibrate::Calibration,
     stats: Option<PathBuf>,
-    sequential: bool,
-    refine: Option<RefineOptions>,
-    options: ClosedFormOptions,
+    options: CalibrationOptions,
 }
 
 #[pymethods]
@@ -70,10 +67,9 @@ impl Calibration {
             text.target_contexts = mqadapt_calibrate::Calibration::usual_contexts(*longest);
         }
         text.check_target_contexts(&lengths).or_raise()?;
-        let cut = fast_pairs.map_or(Cut::Measured, Cut::Pairs);
-        let options = ClosedFormOptions { cut, regroup, ..ClosedFormOptions::default() };
         let refine = (refine > 0).then(|| RefineOptions { steps: refine, ..RefineOptions::default() });
-        Ok(Self { text, stats, sequential: sequential || refine.is_some(), refine, options })
+        let options = CalibrationOptions { sequential, refine, fast_pairs, regroup };
+        Ok(Self { text, stats, options })
     }
 
     /// Tokens of the text.
@@ -120,6 +116,7 @@ impl Calibration {
             })
             .collect();
         let layers = layers?;
+        let method = parse_method(&method)?;
         let (py, path) = (src.py(), local_path(src, false)?);
         work::run(py, progress, |progress| {
             let checkpoint = Checkpoint::open(&path)?;
@@ -128,7 +125,7 @@ impl Calibration {
                 detail: "must name the file of the statistics, to be read or written".to_owned(),
             })?;
             let contexts = self.text_for(Some(&saved)).target_contexts;
-            predicted_errors(&checkpoint, saved, &method, &self.options, &contexts, &layers, progress)
+            predicted_errors(&checkpoint, saved, method, &self.options, &contexts, &layers, progress)
         })
     }
 
@@ -139,41 +136,35 @@ impl Calibration {
     }
 }
 
-/// The calibration of a method that needs one; refused where the method does nothing with it.
+/// The calibration of a method that needs one; refused where the method does nothing with it, or with one of its options.
 pub(crate) fn needed<'a>(
     method: &Method,
     calibration: Option<&'a Bound<'_, Calibration>>,
 ) -> PyResult<Option<&'a Calibration>> {
-    match (method.rows(), calibration) {
-        (Some(_), None) => Ok(None),
-        (Some(_), Some(_)) => {
-            let name = method.name;
-            Err(argument(format!(
-                "method '{name}' reads no text: leave the calibration out, or choose {}",
-                METHODS.iter().filter(|m| m.needs_calibration()).map(|m| m.name).collect::<Vec<_>>().join(" or ")
-            )))
+    let name = method.name;
+    match (method.layer(), calibration) {
+        (None, None) => Ok(None),
+        (None, Some(_)) => {
+            let others = names(|method| method.layer().is_some());
+            Err(argument(format!("method '{name}' reads no text: leave the calibration out, or choose {others}")))
         }
-        (None, Some(calibration)) => {
+        (Some(_), Some(calibration)) => {
             let calibration = calibration.get();
-            for (option, given) in [("sequential", calibration.sequential), ("refine", calibration.refine.is_some())] {
-                if given && !method.options.contains(&option) {
-                    let users = METHODS.iter().filter(|m| m.options.contains(&option));
-                    let users = users.map(|m| m.name).collect::<Vec<_>>().join(", ");
-                    let name = method.name;
-                    return Err(argument(format!(
-                        "the option {option} is for {users}; the method {name} does not use it"
-                    )));
-                }
-            }
-            Ok(Some(calibration))
+            let useless = calibration.options.given().into_iter().find(|option| !method.options().contains(option));
+            useless.map_or(Ok(Some(calibration)), |option| {
+                let (option, others) = (option.name(), names(|method| method.options().contains(&option)));
+                Err(argument(format!("method '{name}' does not take {option}: leave it out, or choose {others}")))
+            })
         }
-        (None, None) => {
-            let name = method.name;
-            Err(argument(format!(
-                "method '{name}' merges from text: give it a calibration (--calibration FILE or --stats FILE)"
-            )))
-        }
+        (Some(_), None) => Err(argument(format!(
+            "method '{name}' merges from text: give it a calibration (--calibration FILE or --stats FILE)"
+        ))),
     }
+}
+
+/// The methods of which something holds, in words.
+fn names(holds: impl Fn(&Method) -> bool) -> String {
+    METHODS.iter().filter(|method| holds(method)).map(|method| method.name).collect::<Vec<_>>().join(" or ")
 }
 
 impl Calibration {
@@ -181,22 +172,14 @@ impl Calibration {
     pub(crate) fn merge<'a>(
         &self,
         checkpoint: &'a Checkpoint,
-        method: &Method,
+        method: &'static Method,
         dtype: DType,
         spill: Option<Spill>,
         progress: &dyn Progress,
     ) -> Result<CalibratedMerge<'a>, Error> {
-        let method = match method.name {
-            "prune" => CalibratedMethod::Prune,
-            _ => CalibratedMethod::ClosedForm {
-                options: self.options.clone(),
-                sequential: self.sequential,
-                refine: self.refine,
-            },
-        };
         let saved = self.statistics(checkpoint, spill.as_ref(), progress)?;
         let text = self.text_for(saved.as_ref());
-        let merge = CalibratedMerge::new(checkpoint, text, method, saved, dtype)?;
+        let merge = CalibratedMerge::new(checkpoint, text, method, self.options, saved, dtype)?;
         Ok(match spill {
             Some(spill) => merge.with_spill(spill),
             None => merge,
@@ -271,14 +254,7 @@ impl Calibration {
         out.insert("calibration_fingerprint".to_owned(), json!(text));
         out.insert("calibration_context".to_owned(), json!(self.windows(saved.as_ref())));
         out.insert("target_context".to_owned(), json!(self.text_for(saved.as_ref()).target_contexts));
-        out.insert("sequential".to_owned(), json!(self.sequential));
-        if let Some(refine) = self.refine {
-            out.insert("refine".to_owned(), json!(refine.steps));
-        }
-        if let Cut::Pairs(pairs) = self.options.cut {
-            out.insert("fast_pairs".to_owned(), json!(pairs));
-        }
-        out.insert("regroup".to_owned(), json!(self.options.regroup));
+        out.extend(self.options.describe());
         out
     }
 }

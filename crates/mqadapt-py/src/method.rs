@@ -22,13 +22,13 @@ impl Method {
     /// Whether the method merges from calibration text.
     #[getter]
     fn needs_calibration(&self) -> bool {
-        self.0.needs_calibration()
+        self.0.layer().is_some()
     }
 
     /// Names of the options of a calibration that the method uses.
     #[getter]
     fn options(&self) -> Vec<&'static str> {
-        self.0.options.to_vec()
+        self.0.options().iter().map(|option| option.name()).collect()
     }
 
     fn __repr__(&self) -> String {

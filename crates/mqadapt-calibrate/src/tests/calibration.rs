@@ -2,14 +2,14 @@
 
 use std::sync::atomic::{AtomicIsize, Ordering};
 
-use mqadapt_compress::closed_form::{ClosedFormOptions, Cut, Fallback};
-use mqadapt_compress::{Accumulator, RefineOptions};
+use mqadapt_compress::closed_form::Fallback;
+use mqadapt_compress::{Accumulator, Method, RefineOptions, method};
 use mqadapt_core::{DType, Interrupted, LayerCache, NoProgress, Plan, Progress, Progressing};
 use serde_json::{Value, json};
 
 use super::fixtures::{Tiny, config, difference, ids};
 use crate::{
-    CalibratedMerge, CalibratedMethod, Calibration, Error, StatisticsFile, collect_statistics, layer_weights,
+    CalibratedMerge, Calibration, CalibrationOptions, Error, StatisticsFile, collect_statistics, layer_weights,
     load_calibrated, predicted_errors,
 };
 use mqadapt_model::{LoadOptions, Model, Precision, Spill};
@@ -18,19 +18,36 @@ fn calibration() -> Calibration {
     Calibration { sequences: vec![ids(1, 90), ids(2, 60), ids(3, 90)], target_contexts: vec![30, 80] }
 }
 
-fn closed_form(sequential: bool) -> CalibratedMethod {
-    let options = ClosedFormOptions { cut: Cut::Measured, ..ClosedFormOptions::default() };
-    CalibratedMethod::ClosedForm { options, sequential, refine: None }
+/// A method and what it is told.
+type Told = (&'static Method, CalibrationOptions);
+
+fn closed_form(sequential: bool) -> Told {
+    (method("closed-form").unwrap(), CalibrationOptions { sequential, ..CalibrationOptions::default() })
+}
+
+fn prune() -> Told {
+    (method("prune").unwrap(), CalibrationOptions::default())
+}
+
+/// A merge of the text, told what a [`Told`] says.
+fn merge_of<'a>(
+    tiny: &'a Tiny,
+    text: Calibration,
+    (method, options): Told,
+    saved: Option<StatisticsFile>,
+    dtype: DType,
+) -> crate::Result<CalibratedMerge<'a>> {
+    CalibratedMerge::new(&tiny.checkpoint, text, method, options, saved, dtype)
 }
 
 fn exact() -> LoadOptions {
     LoadOptions { precision: Precision::Exact, kv_dtype: Some(DType::F32), ..LoadOptions::default() }
 }
 
-fn merged(tiny: &Tiny, plan: &str, method: CalibratedMethod, saved: Option<StatisticsFile>) -> Model {
+fn merged(tiny: &Tiny, plan: &str, told: Told, saved: Option<StatisticsFile>) -> Model {
     let plan = Plan::parse(plan, tiny.checkpoint.config()).unwrap();
     let options = LoadOptions { plan: Some(plan), ..exact() };
-    let mut merge = CalibratedMerge::new(&tiny.checkpoint, calibration(), method, saved, DType::F32).unwrap();
+    let mut merge = merge_of(tiny, calibration(), told, saved, DType::F32).unwrap();
     load_calibrated(&tiny.checkpoint, &options, &mut merge, &NoProgress).unwrap()
 }
 
@@ -125,7 +142,7 @@ fn activations_in_files_change_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let spill = |max_memory| Spill { max_memory, folder: folder.path().to_owned() };
     let merged = |max_memory: u64| {
-        let merge = CalibratedMerge::new(&tiny.checkpoint, calibration(), closed_form(true), None, DType::BF16);
+        let merge = merge_of(&tiny, calibration(), closed_form(true), None, DType::BF16);
         let mut merge = merge.unwrap().with_spill(spill(max_memory));
         let layer = |layer_idx| layer_weights(&tiny.checkpoint, layer_idx).unwrap();
         [0, 2].map(|layer_idx| {
@@ -148,7 +165,7 @@ fn files_of_other_models_and_broken_ones_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tiny.stats");
     let saved = collect_statistics(&tiny.checkpoint, &calibration(), &path, None, &NoProgress).unwrap();
-    let refused = CalibratedMerge::new(&other.checkpoint, calibration(), closed_form(false), Some(saved), DType::F32);
+    let refused = merge_of(&other, calibration(), closed_form(false), Some(saved), DType::F32);
     let message = refused.err().unwrap().to_string();
     assert!(message.contains("collect them again"), "{message}");
     let bytes = std::fs::read(&path).unwrap();
@@ -157,7 +174,7 @@ fn files_of_other_models_and_broken_ones_are_refused() {
         assert!(matches!(StatisticsFile::open(&path), Err(Error::Statistics { .. })), "{why}");
     }
     let nothing = Calibration { sequences: Vec::new(), target_contexts: vec![80] };
-    let refused = CalibratedMerge::new(&tiny.checkpoint, nothing, closed_form(false), None, DType::F32);
+    let refused = merge_of(&tiny, nothing, closed_form(false), None, DType::F32);
     assert!(matches!(refused, Err(Error::Argument { name: "calibration", .. })));
 }
 
@@ -220,10 +237,9 @@ fn statistics_of_a_model_that_differs_in_one_weight_are_refused() {
     ] {
         let other = with_value(&tiny, tensor, 2000, 0.123); // in the middle, where no sample is taken
         assert_eq!(other.checkpoint.fingerprint().unwrap(), print);
-        for method in [closed_form(false), closed_form(true), CalibratedMethod::Prune] {
+        for method in [closed_form(false), closed_form(true), prune()] {
             let saved = StatisticsFile::open(&path).unwrap();
-            let mut merge =
-                CalibratedMerge::new(&other.checkpoint, calibration(), method, Some(saved), DType::F32).unwrap();
+            let mut merge = merge_of(&other, calibration(), method, Some(saved), DType::F32).unwrap();
             let weights = layer_weights(&other.checkpoint, 1).unwrap();
             let merged = merge
                 .merge_layer(1, LayerCache::heads(1), &weights, &NoProgress)
@@ -235,8 +251,16 @@ fn statistics_of_a_model_that_differs_in_one_weight_are_refused() {
             }
         }
         let saved = StatisticsFile::open(&path).unwrap();
-        let options = ClosedFormOptions::default();
-        let predicted = predicted_errors(&other.checkpoint, saved, "mean", &options, &[30], &[(1, 1)], &NoProgress);
+        let options = CalibrationOptions::default();
+        let predicted = predicted_errors(
+            &other.checkpoint,
+            saved,
+            method("mean").unwrap(),
+            &options,
+            &[30],
+            &[(1, 1)],
+            &NoProgress,
+        );
         assert_eq!(predicted.is_err(), words.is_some(), "{tensor}");
     }
 }
@@ -263,8 +287,8 @@ fn weights_that_are_not_finite_are_named() {
             assert!(!path.exists());
             let plan = Plan::parse("mqa:1", tiny.checkpoint.config()).unwrap();
             let options = LoadOptions { plan: Some(plan), ..exact() };
-            for method in [closed_form(false), closed_form(true), CalibratedMethod::Prune] {
-                let merge = CalibratedMerge::new(&broken.checkpoint, calibration(), method, None, DType::F32);
+            for method in [closed_form(false), closed_form(true), prune()] {
+                let merge = merge_of(&broken, calibration(), method, None, DType::F32);
                 named(&load_calibrated(&broken.checkpoint, &options, &mut merge.unwrap(), &NoProgress).err().unwrap());
             }
             let loaded = Model::load(&broken.checkpoint, &options, &NoProgress);
@@ -288,17 +312,16 @@ fn a_target_context_is_no_longer_than_the_windows() {
     let refusal = |message: String| {
         assert!(message.contains("91 tokens") && message.contains("has 90"), "{message}");
     };
-    for method in [closed_form(false), closed_form(true), CalibratedMethod::Prune] {
+    for method in [closed_form(false), closed_form(true), prune()] {
         let text = long(calibration().sequences);
-        let refused = CalibratedMerge::new(&tiny.checkpoint, text, method, None, DType::F32);
+        let refused = merge_of(&tiny, text, method, None, DType::F32);
         refusal(refused.err().unwrap().to_string());
     }
-    let refused =
-        CalibratedMerge::new(&tiny.checkpoint, long(Vec::new()), closed_form(false), Some(saved()), DType::F32);
+    let refused = merge_of(&tiny, long(Vec::new()), closed_form(false), Some(saved()), DType::F32);
     refusal(refused.err().unwrap().to_string());
-    let options = ClosedFormOptions::default();
+    let options = CalibrationOptions::default();
     let predict = |contexts: &[usize]| {
-        predicted_errors(&tiny.checkpoint, saved(), "mean", &options, contexts, &[(0, 1)], &NoProgress)
+        predicted_errors(&tiny.checkpoint, saved(), method("mean").unwrap(), &options, contexts, &[(0, 1)], &NoProgress)
     };
     refusal(predict(&[30, 91]).unwrap_err().to_string());
     predict(&[30, 90]).unwrap();
@@ -313,7 +336,7 @@ fn layers_say_what_was_done() {
     let tiny = Tiny::random(&config("qwen3", &json!({ "num_key_value_heads": 3 })), DType::F32);
     let weights = layer_weights(&tiny.checkpoint, 1).unwrap();
     let merge = |method| {
-        let mut merge = CalibratedMerge::new(&tiny.checkpoint, calibration(), method, None, DType::F32).unwrap();
+        let mut merge = merge_of(&tiny, calibration(), method, None, DType::F32).unwrap();
         let layer = merge.merge_layer(1, LayerCache::heads(1), &weights, &NoProgress).unwrap();
         // the stream is behind layer 1 now
         let back = merge.merge_layer(0, LayerCache::heads(1), &weights, &NoProgress);
@@ -325,9 +348,27 @@ fn layers_say_what_was_done() {
     assert_eq!(layer.report.fallbacks.first(), Some(&Fallback::MeanKeys));
     let (before, after) = layer.refit.unwrap();
     assert!(0.0 < after && after < before, "{before} {after}");
-    let pruned = merge(CalibratedMethod::Prune);
-    let kept = pruned.kept.unwrap()[0];
+    let pruned = merge(prune());
+    let kept = pruned.report.kept.unwrap()[0];
     assert_eq!(pruned.weights.k_proj, weights.k_proj[kept * 16 * 48..][..16 * 48]);
+}
+
+#[test]
+fn a_method_refuses_options_that_it_does_not_take() {
+    let tiny = Tiny::random(&config("llama", &json!({})), DType::F32);
+    let refused = |told: Told| merge_of(&tiny, calibration(), told, None, DType::F32).err().unwrap().to_string();
+    let none = CalibrationOptions::default();
+    let refine = Some(RefineOptions::default());
+    for (options, name) in [
+        (CalibrationOptions { sequential: true, ..none }, "sequential"),
+        (CalibrationOptions { refine, ..none }, "refine"),
+        (CalibrationOptions { fast_pairs: Some(2), ..none }, "fast_pairs"),
+        (CalibrationOptions { regroup: false, ..none }, "regroup"),
+    ] {
+        let message = refused((prune().0, options));
+        assert!(message.starts_with(name) && message.contains("'prune'"), "{message}");
+    }
+    assert!(refused((method("mean").unwrap(), none)).contains("'mean' reads no text"));
 }
 
 /// Stops the work after some calls, for good.
@@ -343,12 +384,10 @@ impl Progress for After {
 fn every_part_of_a_merge_can_be_interrupted() {
     let tiny = Tiny::random(&config("llama", &json!({ "num_key_value_heads": 6 })), DType::F32);
     let weights = layer_weights(&tiny.checkpoint, 1).unwrap();
-    let options = ClosedFormOptions { cut: Cut::Measured, ..ClosedFormOptions::default() };
     let refine = Some(RefineOptions { steps: 2, ..RefineOptions::default() });
-    let method = CalibratedMethod::ClosedForm { options, sequential: true, refine };
+    let told = (closed_form(true).0, CalibrationOptions { refine, ..CalibrationOptions::default() });
     let merged = |progress: &dyn Progress| {
-        let mut merge =
-            CalibratedMerge::new(&tiny.checkpoint, calibration(), method.clone(), None, DType::F32).unwrap();
+        let mut merge = merge_of(&tiny, calibration(), told, None, DType::F32).unwrap();
         merge.merge_layer(1, LayerCache::heads(2), &weights, progress)
     };
     let calls = After(AtomicIsize::new(isize::MAX));

@@ -15,7 +15,7 @@ use crate::Error;
 use crate::layer::{
     LayerWeights, affine_head, check_target, output_head, round_to, store_affine_head, store_output_head,
 };
-use crate::statistics::LayerStatistics;
+use crate::statistics::{LayerStatistics, Moment};
 
 /// Choices of [`merge`].
 #[derive(Clone, Debug, PartialEq)]
@@ -108,6 +108,8 @@ pub struct LayerReport {
     pub compared: Vec<(Solution, f64)>,
     /// Source K/V heads in the order of the groups, where not contiguous.
     pub regrouped: Option<Vec<usize>>,
+    /// Source K/V heads that are left, where the method prunes.
+    pub kept: Option<Vec<usize>>,
     /// What was done another way.
     pub fallbacks: Vec<Fallback>,
 }
@@ -136,7 +138,7 @@ pub fn merge(
         report.logit_error = Some(0.0);
         return Ok((weights.clone(), report));
     }
-    statistics.check(geometry, geometry.num_key_value_heads / target)?;
+    statistics.check(geometry, geometry.num_key_value_heads / target, &Moment::ALL)?;
     let prior = Prior::new(weights, geometry, statistics.shape().block_heads, progress)?;
     let (cuts, first_cut) = cuts(geometry, options, measurement)?;
     let groups = if options.regroup {

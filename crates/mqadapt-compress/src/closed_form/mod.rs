@@ -12,6 +12,7 @@ mod keys;
 mod lbfgs;
 mod measure;
 mod merge;
+mod method;
 mod pairs;
 mod predict;
 mod predicted;
@@ -27,4 +28,5 @@ pub use measure::{Measurement, QkNorm};
 #[cfg(test)]
 pub(crate) use measure::{features, outputs};
 pub use merge::{ClosedFormOptions, Fallback, LayerReport, Solution, merge};
+pub(crate) use method::ClosedForm;
 pub use predicted::{FixedMerge, predicted_error};

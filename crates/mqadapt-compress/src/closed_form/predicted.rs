@@ -11,7 +11,7 @@ use super::merge::share;
 use super::predict::{Loss, predict};
 use super::values::ValueSolution;
 use crate::layer::{LayerWeights, check_target};
-use crate::statistics::LayerStatistics;
+use crate::statistics::{LayerStatistics, Moment};
 use crate::{Error, prune};
 use mqadapt_core::AttentionShape;
 
@@ -46,7 +46,7 @@ pub fn predicted_error(
     if target == geometry.num_key_value_heads {
         return Ok(0.0);
     }
-    statistics.check(geometry, geometry.num_key_value_heads / target)?;
+    statistics.check(geometry, geometry.num_key_value_heads / target, &Moment::ALL)?;
     let kept = match merge {
         FixedMerge::Prune => prune(weights, geometry, target, statistics)?.1,
         _ => Vec::new(),

@@ -3,7 +3,7 @@
 use super::{ClosedFormOptions, Cut, Fallback, Measurement, merge};
 use mqadapt_core::AttentionShape;
 
-use crate::{Accumulator, Error, LayerStatistics, LayerWeights};
+use crate::{Accumulator, Error, LayerStatistics, LayerWeights, Moment};
 use mqadapt_core::Progressing;
 
 /// Gaussian-like numbers, seeded.
@@ -68,8 +68,17 @@ pub(crate) fn inputs(geometry: &AttentionShape, lengths: &[usize], noise: &mut N
 }
 
 pub(crate) fn statistics(weights: &LayerWeights, geometry: &AttentionShape, sequences: &[Vec<f32>]) -> LayerStatistics {
+    statistics_of(weights, geometry, sequences, &Moment::ALL)
+}
+
+pub(crate) fn statistics_of(
+    weights: &LayerWeights,
+    geometry: &AttentionShape,
+    sequences: &[Vec<f32>],
+    moments: &'static [Moment],
+) -> LayerStatistics {
     let hidden = geometry.hidden_size;
-    let mut sums = Accumulator::new(geometry.clone(), &weights.o_proj, None).unwrap();
+    let mut sums = Accumulator::new(geometry.clone(), &weights.o_proj, None).unwrap().with_moments(moments);
     for x in sequences {
         let project = |w: &[f32], b: &Option<Vec<f32>>| {
             crate::attention::project(x, w, b.as_deref(), hidden, &Progressing::UNWATCHED).unwrap()
