@@ -37,8 +37,11 @@
 mod activations;
 mod aligned;
 mod allocator;
+mod attention;
 mod backend;
 mod batch;
+mod block;
+mod cache;
 mod decoder;
 mod divergence;
 mod error;
@@ -53,10 +56,10 @@ mod rope;
 mod sample;
 mod score;
 mod session;
-mod slots;
 mod states;
 mod stream;
 mod trace;
+mod workspace;
 
 pub use activations::{Activations, Spill};
 pub use allocator::return_freed_memory;

@@ -12,8 +12,10 @@ use mqadapt_core::family::{EMBED_TOKENS, LM_HEAD, LayerTensor, Module, NORM};
 use mqadapt_core::{AttentionShape, DType, ModelConfig, Plan, Progress};
 
 use crate::aligned::Floats;
+use crate::attention::Attention;
 use crate::backend::{Backend, HostMatrix, Linear};
-use crate::decoder::{Attention, Block, Decoder, Mlp};
+use crate::block::{Block, Mlp};
+use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 
 #[cfg(target_endian = "big")]

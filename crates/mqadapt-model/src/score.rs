@@ -8,9 +8,10 @@ use mqadapt_core::{Progress, Progressing};
 use mqadapt_kernels::Span;
 
 use crate::backend::{Backend, Scored, Wanted};
-use crate::decoder::{Moment, Workspace};
+use crate::decoder::Moment;
 use crate::error::{Error, Result};
 use crate::session::{Runner, Session};
+use crate::workspace::Workspace;
 
 /// The residual streams of a list of requests at the entrance of a layer, as they were computed: pass after pass.
 ///

@@ -9,10 +9,11 @@ use mqadapt_kernels::Span;
 
 use crate::allocator;
 use crate::backend::{Backend, Wanted};
-use crate::decoder::{Moment, Workspace};
+use crate::decoder::Moment;
 use crate::error::{Error, Result};
 use crate::session::{Runner, Session};
 use crate::states::HiddenStates;
+use crate::workspace::Workspace;
 
 pub use layers::Visitor;
 

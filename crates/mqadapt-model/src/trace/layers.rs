@@ -4,10 +4,11 @@ use mqadapt_core::{Progress, Progressing};
 use mqadapt_kernels::Span;
 
 use crate::backend::Backend;
-use crate::decoder::{Moment, Workspace};
+use crate::decoder::Moment;
 use crate::error::{Error, Result};
 use crate::session::Runner;
 use crate::states::{HiddenStates, LayerTrace};
+use crate::workspace::Workspace;
 
 /// Most rows of a pass that is traced: its activations are small beside what is kept of a sequence.
 const TRACED_ROWS: usize = 512;
