@@ -27,7 +27,7 @@ pub(crate) struct Decoder<B: Backend> {
 
 /// Where a pass is when its observer is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Moment {
+pub(crate) enum Stage {
     /// Before a layer: `hidden` is what enters it.
     Entering,
     /// Within a layer: `normed`, `q`, `k`, `v` are there, and nothing has been rotated.
@@ -38,11 +38,11 @@ pub(crate) enum Moment {
 
 /// Watches a pass, and may end it by an error.
 pub(crate) trait Observer<B: Backend> {
-    fn at(&mut self, moment: Moment, layer_idx: usize, workspace: &Workspace<B>) -> Result<()>;
+    fn at(&mut self, moment: Stage, layer_idx: usize, workspace: &Workspace<B>) -> Result<()>;
 }
 
-impl<B: Backend, F: FnMut(Moment, usize, &Workspace<B>) -> Result<()>> Observer<B> for F {
-    fn at(&mut self, moment: Moment, layer_idx: usize, workspace: &Workspace<B>) -> Result<()> {
+impl<B: Backend, F: FnMut(Stage, usize, &Workspace<B>) -> Result<()>> Observer<B> for F {
+    fn at(&mut self, moment: Stage, layer_idx: usize, workspace: &Workspace<B>) -> Result<()> {
         self(moment, layer_idx, workspace)
     }
 }
@@ -88,12 +88,12 @@ impl<B: Backend> Decoder<B> {
         observer: &mut impl Observer<B>,
     ) -> Result<()> {
         let (block, backend, eps) = (&self.layers[layer_idx], &*self.backend, self.eps());
-        observer.at(Moment::Entering, layer_idx, ws)?;
+        observer.at(Stage::Entering, layer_idx, ws)?;
         backend.rms_norm(&ws.hidden, &block.input_layernorm, eps, &mut ws.normed)?;
         block.self_attn.project(backend, eps, ws)?;
-        observer.at(Moment::Projected, layer_idx, ws)?;
+        observer.at(Stage::Projected, layer_idx, ws)?;
         block.self_attn.attend(backend, ropes.of_layer(layer_idx), batch, cache, ws)?;
-        observer.at(Moment::Attended, layer_idx, ws)
+        observer.at(Stage::Attended, layer_idx, ws)
     }
 
     /// The second half of a layer: from `hidden` and `attention` to the `hidden` behind it.

@@ -9,7 +9,7 @@ use crate::allocator;
 use crate::backend::Backend;
 use crate::batch::Batch;
 use crate::cache::slots::Slots;
-use crate::decoder::{Decoder, Moment};
+use crate::decoder::{Decoder, Stage};
 use crate::error::{Error, Result};
 use crate::rope::RopeTables;
 use crate::workspace::Workspace;
@@ -174,7 +174,7 @@ impl<B: Backend> Session<B> {
         embed: bool,
         progressing: &Progressing<'_>,
     ) -> Result<()> {
-        self.observed_pass(decoder, layers, embed, &mut |_: Moment, _: usize, _: &Workspace<B>| Ok(progressing.tell()?))
+        self.observed_pass(decoder, layers, embed, &mut |_: Stage, _: usize, _: &Workspace<B>| Ok(progressing.tell()?))
     }
 
     /// [`Self::pass`], watched.

@@ -8,14 +8,14 @@ use mqadapt_kernels::{
     Segment, Store, WeightsRef,
 };
 
-use super::{Backend, HostMatrix, Linear, Scored, Wanted};
-use crate::aligned::Floats;
+use super::{Backend, HostMatrix, Linear, ScoreTarget, Scored};
 use crate::batch::Batch;
 use crate::cache::FloatCache;
 use crate::error::{Error, Result};
 use crate::int8::Int8;
 use crate::options::WeightFormat;
 use crate::rope::RopeTable;
+use crate::storage::Floats;
 
 /// The kernels, how precisely they multiply, and lists that are refilled on every call.
 pub(crate) struct Kernels {
@@ -274,7 +274,7 @@ impl Backend for Kernels {
         Ok(())
     }
 
-    fn score(&self, x: &Vec<f32>, lm_head: &KernelMatrix, wanted: &[Wanted], out: &mut Vec<Scored>) -> Result<()> {
+    fn score(&self, x: &Vec<f32>, lm_head: &KernelMatrix, wanted: &[ScoreTarget], out: &mut Vec<Scored>) -> Result<()> {
         let lists = &mut *self.lists();
         lists.targets.clear();
         lists.targets.extend(wanted.iter().map(|w| w.token));
