@@ -27,7 +27,8 @@ def test_the_code_blocks_run(hub: FakeHub, lookalike: Path, tmp_path: Path, monk
     hub.add("HuggingFaceTB/SmolLM2-135M-Instruct", lookalike)
     folder = tmp_path / "work"
     folder.mkdir()
-    (folder / "README.md").write_text((ROOT / "README.md").read_text())
+    for name in ("README.md", "LICENSE"):  # the texts that the examples read
+        (folder / name).write_text((ROOT / name).read_text())
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     env |= {"HF_DATASETS_CACHE": str(tmp_path / "datasets"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     # Python blocks continue each other, as a reader would have it

@@ -5,7 +5,7 @@ mod fault;
 mod foreign;
 mod hostile;
 mod injected;
-mod lent;
 mod not_finite;
+mod remote_shard;
 mod synthetic;
 mod verify;

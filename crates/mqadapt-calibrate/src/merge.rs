@@ -246,7 +246,7 @@ impl<'a> CalibratedMerge<'a> {
         weights: &LayerWeights,
         members: usize,
         progress: &dyn Progress,
-    ) -> Result<Visit> {
+    ) -> Result<LayerPass> {
         let layer = StreamedLayer::load(self.checkpoint, layer_idx, progress)?;
         let (sequential, folder) = (self.sequential(), self.folder());
         let progressing = layer.progressing(progress);
@@ -278,14 +278,14 @@ impl<'a> CalibratedMerge<'a> {
         };
         layer.run_observed(&mut streams.original, &mut look, progress)?;
         streams.layer_idx += 1;
-        Ok(Visit { geometry: geometry.clone(), sample: collector.map(Collector::finish), attention })
+        Ok(LayerPass { geometry: geometry.clone(), sample: collector.map(Collector::finish), attention })
     }
 
     /// Refits `o_proj` on the converted stream, and takes it through the converted layer.
     fn refit(
         &mut self,
         layer_idx: usize,
-        mut run: Visit,
+        mut run: LayerPass,
         original: &LayerWeights,
         merged: &mut CalibratedLayer,
         progress: &dyn Progress,
@@ -330,7 +330,7 @@ impl<'a> CalibratedMerge<'a> {
 }
 
 /// What a pass of the original stream through a layer left.
-pub(crate) struct Visit {
+pub(crate) struct LayerPass {
     pub(crate) geometry: AttentionShape,
     /// None where statistics are saved.
     sample: Option<LayerSample>,

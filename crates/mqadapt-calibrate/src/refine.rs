@@ -3,7 +3,7 @@
 use mqadapt_compress::{LayerWeights, RefineOptions, Target, refine};
 use mqadapt_core::Progress;
 
-use crate::merge::{CalibratedLayer, Visit};
+use crate::merge::{CalibratedLayer, LayerPass};
 use crate::{Error, Result};
 use mqadapt_model::Activations;
 use mqadapt_model::StreamedLayer;
@@ -11,7 +11,7 @@ use mqadapt_model::StreamedLayer;
 /// A merged layer after some gradient steps on its converted stream, towards the output of the original.
 pub(crate) fn refined(
     layer: &StreamedLayer,
-    run: &Visit,
+    run: &LayerPass,
     stream: &Activations,
     original: &LayerWeights,
     merged: &CalibratedLayer,

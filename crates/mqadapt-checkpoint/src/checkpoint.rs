@@ -7,9 +7,9 @@ use std::sync::Arc;
 use mqadapt_core::{DType, ModelConfig};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::cast::{convert_stored, first_not_finite};
 use crate::gguf::{self, Gguf};
 use crate::naming::by_name;
-use crate::numbers::{convert_stored, first_not_finite};
 use crate::{Error, Result, Shard, ShardHead, ShardSource, SideFile, StoredType, TensorInfo, folder, side_files};
 
 /// Bytes read at a time where values are converted while they are read.

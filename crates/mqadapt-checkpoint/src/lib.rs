@@ -27,6 +27,7 @@
 //! # Ok::<(), mqadapt_checkpoint::Error>(())
 //! ```
 
+mod cast;
 mod checkpoint;
 mod digest;
 mod error;
@@ -36,12 +37,12 @@ mod gguf;
 mod header;
 mod index;
 mod naming;
-mod numbers;
 mod plan_file;
 mod shard;
 mod side_files;
 mod tensor;
 
+pub use cast::{convert, convert_stored, first_not_finite, not_finite, round, store};
 pub use checkpoint::{Checkpoint, read_config};
 pub use error::{Error, HeaderProblem, Result};
 pub use file::{MAX_CONFIG_BYTES, open_regular, read_small};
@@ -50,7 +51,6 @@ pub use gguf::check_gguf_bytes;
 pub use header::{Header, HeaderEntry, MAX_HEADER_BYTES};
 #[doc(hidden)]
 pub use index::index_shards;
-pub use numbers::{convert, convert_stored, first_not_finite, not_finite, round, store};
 pub use plan_file::read_plan;
 pub use shard::{Shard, ShardHead, ShardSource};
 pub use side_files::{Content, SideFile};

@@ -30,7 +30,7 @@ pub struct Accumulator {
 
 /// Keys, values and rotated keys of one block of K/V heads, side by side:
 /// row-major `[tokens, 3 * width]`.
-struct Block {
+struct StackedHeads {
     stacked: Vec<f32>,
 }
 
@@ -155,7 +155,7 @@ impl Accumulator {
 }
 
 /// Centred keys, values and centred rotated keys, block by block.
-fn stack(k: &[f32], v: &[f32], k_rotated: &[f32], kv_width: usize, width: usize) -> Vec<Block> {
+fn stack(k: &[f32], v: &[f32], k_rotated: &[f32], kv_width: usize, width: usize) -> Vec<StackedHeads> {
     let tokens = k.len() / kv_width;
     let centre = |x: &[f32]| -> Vec<f32> {
         let mut mean = vec![0.0f64; kv_width];
@@ -175,7 +175,7 @@ fn stack(k: &[f32], v: &[f32], k_rotated: &[f32], kv_width: usize, width: usize)
                 stacked.extend_from_slice(&v[row.clone()]);
                 stacked.extend(k_rotated[row].iter().zip(&rotated_mean[at..]).map(|(x, m)| x - m));
             }
-            Block { stacked }
+            StackedHeads { stacked }
         })
         .collect()
 }
@@ -184,7 +184,7 @@ fn stack(k: &[f32], v: &[f32], k_rotated: &[f32], kv_width: usize, width: usize)
 fn add_head(
     sums: &mut HeadMoments,
     probabilities: &Probabilities<'_>,
-    block: &Block,
+    block: &StackedHeads,
     slot: usize,
     shape: &StatisticsShape,
     progress: &Progressing<'_>,

@@ -8,18 +8,14 @@ use mqadapt_compress::LayerMethod;
 use mqadapt_core::{DType, ModelConfig, Plan, Progress, cost};
 use serde_json::{Map, Value, json};
 
-use crate::engine::{Engine, Moved, PHASE};
-use crate::journal::Journal;
 use crate::layout::{INDEX_FILE, Layout, Request};
-use crate::manifest::{MANIFEST_FILE, MODELING_FILE, Manifest, PlanRecord, SourceRecord};
+use crate::manifest::{MANIFEST_FILE, Manifest, PlanRecord, SourceRecord};
 use crate::options::peak_rss_bytes;
 use crate::output::Output;
-use crate::whole_layers::LayerNotes;
-use crate::writer::Writer;
+use crate::resume::journal::Journal;
+use crate::transfer::{LayerNotes, Moved, PHASE, Transfer, Writer};
 use crate::{ConversionReport, ConvertOptions, Error, Result};
 
-/// The modelling file for Llama; in that of another family, the prefix of its transformers classes replaces `Llama`.
-const LLAMA_MODELING: &str = include_str!("../../../python/mqadapt_rs/modeling/modeling_mqadapt.py");
 /// Bytes besides the tensors that have to fit the disk: configuration, manifest, journal.
 const SLACK: u64 = 1 << 20;
 
@@ -72,24 +68,25 @@ fn run(
     let whole_layers = layers.is_some();
     let layout = Layout::new(Request { checkpoint, planned: &planned, plan, options, whole_layers })?;
     let side_files = checkpoint.side_files()?;
-    let files = file_names(&layout, &side_files, &planned);
+    let target_files = options.target.files(&planned);
+    let files = file_names(&layout, &side_files, &target_files);
     let job = job(checkpoint, plan, options);
     let (output, resumed) = Output::begin(checkpoint, dst, &files, &job, options)?;
     let (mut journal, past) = Journal::open(output.work(), &job, &files, resumed, options.sync)?;
     let side_bytes: u64 = side_files.iter().map(SideFile::bytes).sum();
     output.check_space((layout.bytes() + side_bytes + SLACK).saturating_sub(output.bytes_there()))?;
 
-    let mut engine = Engine::new(checkpoint, plan, options, output.work(), layout.bytes(), progress);
-    engine.verify(&layout, &past)?;
+    let mut transfer = Transfer::new(checkpoint, plan, options, output.work(), layout.bytes(), progress);
+    transfer.verify(&layout, &past)?;
     let notes = match layers {
         Some(layers) => {
-            let notes = engine.layers(&layout, &past, &mut journal, layers)?;
+            let notes = transfer.layers(&layout, &past, &mut journal, layers)?;
             journal.layers(output.work().path(), &past, &notes.xxh3_128)?;
             notes
         }
         None => LayerNotes::default(),
     };
-    let mut moved = engine.run(&layout, &past, Writer::start(journal, options.sync))?;
+    let mut moved = transfer.run(&layout, &past, Writer::start(journal, options.sync))?;
     let (bytes_read, not_finite) = (moved.bytes_read, moved.not_finite.clone());
     let redone = std::mem::take(&mut moved.notes);
 
@@ -102,12 +99,9 @@ fn run(
             Content::Bytes(bytes) => output.write(&file.name, bytes)?,
         };
     }
-    if layers_differ(&planned) {
-        let text = LLAMA_MODELING.replace("Llama", planned.class_prefix());
-        bytes_written += output.write(MODELING_FILE, text.as_bytes())?;
+    for (name, content) in &target_files {
+        bytes_written += output.write(name, content.as_bytes())?;
     }
-    let config = serde_json::to_string_pretty(&planned.json).unwrap_or_default() + "\n";
-    bytes_written += output.write("config.json", config.as_bytes())?;
     let manifest = manifest(checkpoint, plan, options, moved, notes, files)?;
     bytes_written += output.write(MANIFEST_FILE, manifest.to_json().as_bytes())?;
     if let Some(index) = &layout.index {
@@ -127,37 +121,21 @@ fn run(
 }
 
 /// The names of all files that are written, in order.
-fn file_names(layout: &Layout, side_files: &[SideFile], planned: &ModelConfig) -> Vec<String> {
+fn file_names(layout: &Layout, side_files: &[SideFile], target_files: &[(&str, String)]) -> Vec<String> {
     let mut names: Vec<String> = layout.shards.iter().map(|shard| shard.name.clone()).collect();
     names.extend(side_files.iter().map(|file| file.name.clone()));
-    names.extend(layers_differ(planned).then(|| MODELING_FILE.to_owned()));
-    names.extend(["config.json", MANIFEST_FILE].map(str::to_owned));
+    names.extend(target_files.iter().map(|(name, _)| (*name).to_owned()));
+    names.push(MANIFEST_FILE.to_owned());
     names.extend(layout.index.is_some().then(|| INDEX_FILE.to_owned()));
     names.sort_unstable();
     names
 }
 
-/// Whether transformers needs the modelling file.
-fn layers_differ(planned: &ModelConfig) -> bool {
-    planned.json.get("per_layer_config").is_some()
-}
-
 /// The configuration of the result.
 fn planned_config(checkpoint: &Checkpoint, plan: &Plan, options: &ConvertOptions) -> ModelConfig {
-    let mut planned = checkpoint
-        .config()
-        .with_num_key_value_heads(&plan.num_key_value_heads(), MODELING_FILE.trim_end_matches(".py"));
     let quantised = checkpoint.tensors().iter().any(|tensor| matches!(tensor.dtype, StoredType::Ggml(_)));
     let dtype = options.dtype.or_else(|| quantised.then(|| checkpoint.dtype()));
-    if let (Some(dtype), Some(fields)) = (dtype, planned.json.as_object_mut()) {
-        // transformers 5 reads `dtype`, 4 `torch_dtype` as well
-        let known: Vec<_> = ["dtype", "torch_dtype"].into_iter().filter(|name| fields.contains_key(*name)).collect();
-        for name in if known.is_empty() { vec!["dtype"] } else { known } {
-            fields.insert(name.to_owned(), json!(dtype.name()));
-        }
-        planned.dtype = Some(dtype);
-    }
-    planned
+    options.target.config(checkpoint.config(), plan, dtype)
 }
 
 /// Everything that the written bytes depend on: a conversion is continued only by the same job.

@@ -33,27 +33,22 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-mod cache;
 mod convert;
-mod directory;
-mod disk;
-mod engine;
 mod error;
-mod finite;
-mod journal;
+mod folder;
 mod layout;
 mod manifest;
 mod options;
 mod output;
-mod steps;
-mod unfinished;
+mod resume;
+pub mod target;
+mod transfer;
 mod verify;
-mod whole_layers;
-mod writer;
 
 pub use convert::{convert, convert_layers};
 pub use error::{Error, Result};
 pub use manifest::{MANIFEST_FILE, Manifest, PlanRecord, ShardRecord, SourceRecord};
 pub use options::{ConversionReport, ConvertOptions};
 pub use output::PARTIAL_SUFFIX;
+pub use target::{TARGETS, Target};
 pub use verify::{Verification, verify};

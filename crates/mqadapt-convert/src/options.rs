@@ -7,7 +7,7 @@ use mqadapt_core::DType;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::Manifest;
+use crate::{Manifest, TARGETS, Target};
 
 /// What a conversion can be told.
 #[derive(Clone)]
@@ -17,6 +17,8 @@ pub struct ConvertOptions {
     pub method: &'static Method,
     /// What the method is told.
     pub merge: MergeOptions,
+    /// How the result is written.
+    pub target: &'static dyn Target,
     /// Type of the written weights; `None`: as stored (quantised ones: [`mqadapt_checkpoint::Checkpoint::dtype`]).
     pub dtype: Option<DType>,
     /// Replace an existing checkpoint (only once the new one is complete), or start again instead of resuming.
@@ -36,12 +38,13 @@ pub struct ConvertOptions {
 }
 
 impl ConvertOptions {
-    /// The default: this method, everything else as stored, durable, 64 MiB of buffers.
+    /// The default: this method, a checkpoint for transformers, everything else as stored, durable, 64 MiB of buffers.
     #[must_use]
     pub fn new(method: &'static Method, merge: MergeOptions) -> Self {
         Self {
             method,
             merge,
+            target: TARGETS[0],
             dtype: None,
             overwrite: false,
             resume: false,

@@ -13,9 +13,9 @@ use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, fstatvfs, renameat_wit
 use rustix::io::Errno;
 use serde_json::Value;
 
-use crate::directory::{Directory, Trust, in_words, partial};
-use crate::journal::{self, JOURNAL_FILE};
+use crate::folder::directory::{Directory, Trust, in_words, partial};
 use crate::manifest::MAX_MANIFEST_BYTES;
+use crate::resume::journal::{self, JOURNAL_FILE};
 use crate::{ConvertOptions, Error, MANIFEST_FILE, Manifest, Result};
 
 /// What the name of an unfinished conversion ends in.

@@ -10,7 +10,7 @@ use mqadapt_core::{DType, Plan, Progress, TensorChange, cost};
 use serde::Serialize;
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::journal::JOURNAL_FILE;
+use crate::resume::journal::JOURNAL_FILE;
 use crate::{Error, MANIFEST_FILE, Manifest, PARTIAL_SUFFIX, Result};
 
 /// Bytes read at a time; a multiple of the size of any value.

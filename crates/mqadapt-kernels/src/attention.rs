@@ -7,19 +7,19 @@
 use crate::{Cpu, FloatsMut, FloatsRef, Isa, Precision, pool::Parts, scratch, simd::Element};
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod chunk;
 mod exact;
-mod item;
-#[cfg(target_arch = "x86_64")]
-mod pairs;
 mod partial;
 mod store;
+mod work_item;
 
 #[cfg(test)]
 mod tests;
 
-use item::{Item, Views};
 use partial::Partial;
+use work_item::{Item, Views};
 
 /// K or V of one layer: `head_dim` contiguous values for each K/V head and position.
 ///
@@ -127,7 +127,7 @@ impl Cpu {
             (FloatsRef::F32(a), FloatsRef::F32(b)) => attend!(a, b, chunk::attend),
             (FloatsRef::F16(a), FloatsRef::F16(b)) => attend!(a, b, chunk::attend),
             #[cfg(target_arch = "x86_64")]
-            (FloatsRef::Bf16(a), FloatsRef::Bf16(b)) if self.takes_pairs(params, k) => attend!(a, b, pairs::attend),
+            (FloatsRef::Bf16(a), FloatsRef::Bf16(b)) if self.takes_pairs(params, k) => attend!(a, b, bf16::attend),
             (FloatsRef::Bf16(a), FloatsRef::Bf16(b)) => attend!(a, b, chunk::attend),
             _ => panic!("K and V share a dtype"),
         }

@@ -9,7 +9,7 @@ pub use divergence::DivergenceHead;
 
 use crate::{
     Cpu, Precision, Store, WeightsRef,
-    act::softcap,
+    activation::softcap,
     matmul::{Operand, Target, Tile},
     pool::Parts,
     scratch,

@@ -36,7 +36,7 @@
 )]
 #![allow(clippy::needless_range_loop, reason = "indices into register tiles run in step")]
 
-mod act;
+mod activation;
 mod attention;
 mod convert;
 mod cpu;
@@ -52,7 +52,7 @@ mod simd;
 mod testing;
 mod weights;
 
-pub use act::Activation;
+pub use activation::Activation;
 pub use attention::{AttentionParams, KvMut, KvRef, Segment, Span};
 pub use cpu::Cpu;
 pub use head::{DivergenceHead, RowScore, ScoreHead};

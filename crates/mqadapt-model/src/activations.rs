@@ -21,10 +21,10 @@ pub struct Spill {
 pub struct Activations {
     lengths: Vec<usize>,
     width: usize,
-    store: Store,
+    backing: Backing,
 }
 
-enum Store {
+enum Backing {
     /// One vector a sequence.
     Memory(Vec<Vec<f32>>),
     /// Sequences one after the other, as they are in memory.
@@ -37,16 +37,16 @@ impl Activations {
     /// # Errors
     /// [`Error::Io`] where the file cannot be written.
     pub fn new(lengths: Vec<usize>, width: usize, folder: Option<&Path>) -> Result<Self> {
-        let store = match folder {
-            None => Store::Memory(lengths.iter().map(|length| vec![0.0; length * width]).collect()),
+        let backing = match folder {
+            None => Backing::Memory(lengths.iter().map(|length| vec![0.0; length * width]).collect()),
             Some(folder) => {
                 let file = tempfile::tempfile_in(folder).map_err(failed(folder))?;
                 let bytes = lengths.iter().map(|length| (length * width * 4) as u64).sum();
                 file.set_len(bytes).map_err(failed(folder))?;
-                Store::File { file, folder: folder.to_owned() }
+                Backing::File { file, folder: folder.to_owned() }
             }
         };
-        Ok(Self { lengths, width, store })
+        Ok(Self { lengths, width, backing })
     }
 
     /// Tokens of each sequence.
@@ -60,9 +60,9 @@ impl Activations {
     /// # Errors
     /// [`Error::Io`].
     pub fn read(&self, sequence: usize) -> Result<Cow<'_, [f32]>> {
-        match &self.store {
-            Store::Memory(rows) => Ok(Cow::Borrowed(rows.get(sequence).map_or(&[], Vec::as_slice))),
-            Store::File { file, folder } => {
+        match &self.backing {
+            Backing::Memory(rows) => Ok(Cow::Borrowed(rows.get(sequence).map_or(&[], Vec::as_slice))),
+            Backing::File { file, folder } => {
                 let mut values = vec![0.0; self.values(sequence)];
                 let bytes = bytemuck::cast_slice_mut(&mut values);
                 file.read_exact_at(bytes, self.offset(sequence)).map_err(failed(folder))?;
@@ -81,9 +81,9 @@ impl Activations {
             return Err(Error::Argument { name: "activations", detail });
         }
         let at = self.offset(sequence);
-        match &mut self.store {
-            Store::Memory(rows) => rows.get_mut(sequence).map_or((), |row| *row = values),
-            Store::File { file, folder } => {
+        match &mut self.backing {
+            Backing::Memory(rows) => rows.get_mut(sequence).map_or((), |row| *row = values),
+            Backing::File { file, folder } => {
                 file.write_all_at(bytemuck::cast_slice(&values), at).map_err(failed(folder))?;
             }
         }
@@ -95,9 +95,9 @@ impl Activations {
     /// # Errors
     /// [`Error::Io`].
     pub fn like(&self, width: usize) -> Result<Self> {
-        let folder = match &self.store {
-            Store::Memory(_) => None,
-            Store::File { folder, .. } => Some(folder.as_path()),
+        let folder = match &self.backing {
+            Backing::Memory(_) => None,
+            Backing::File { folder, .. } => Some(folder.as_path()),
         };
         Self::new(self.lengths.clone(), width, folder)
     }

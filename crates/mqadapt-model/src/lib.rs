@@ -35,14 +35,17 @@
 //! ```
 
 mod activations;
-mod aligned;
 mod allocator;
+mod attention;
 mod backend;
 mod batch;
+mod block;
+mod cache;
 mod decoder;
 mod divergence;
 mod error;
 mod generate;
+mod hidden_states;
 mod int8;
 mod load;
 mod measure;
@@ -53,20 +56,20 @@ mod rope;
 mod sample;
 mod score;
 mod session;
-mod slots;
-mod states;
-mod stream;
+mod storage;
+mod streamed_layer;
 mod trace;
+mod workspace;
 
 pub use activations::{Activations, Spill};
 pub use allocator::return_freed_memory;
 pub use error::{Error, Result};
+pub use hidden_states::{HiddenStates, LayerTrace};
 pub use model::Model;
 pub use mqadapt_kernels::Precision;
 pub use options::{Device, GenerateOptions, LoadOptions, MOST_TOKENS_IN_FLIGHT, Perplexity, WeightFormat};
 pub use score::{Likelihood, RequestStates};
-pub use states::{HiddenStates, LayerTrace};
-pub use stream::{CALIBRATE, StreamedLayer, embed};
+pub use streamed_layer::{CALIBRATE, StreamedLayer, embed};
 pub use trace::Visitor;
 
 #[cfg(test)]

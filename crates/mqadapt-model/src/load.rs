@@ -11,10 +11,12 @@ use mqadapt_compress::{KvMerge, METHODS, MergeOptions, Method, RowMerge, merge_t
 use mqadapt_core::family::{EMBED_TOKENS, LM_HEAD, LayerTensor, Module, NORM};
 use mqadapt_core::{AttentionShape, DType, ModelConfig, Plan, Progress};
 
-use crate::aligned::Floats;
+use crate::attention::Attention;
 use crate::backend::{Backend, HostMatrix, Linear};
-use crate::decoder::{Attention, Block, Decoder, Mlp};
+use crate::block::{Block, Mlp};
+use crate::decoder::Decoder;
 use crate::error::{Error, Result};
+use crate::storage::Floats;
 
 #[cfg(target_endian = "big")]
 compile_error!("weights are read as the little-endian numbers that safetensors holds");
@@ -49,7 +51,7 @@ impl<'a> Overlay<'a> {
 }
 
 /// What one tensor becomes.
-struct Wanted<'a> {
+struct TensorLoad<'a> {
     info: &'a TensorInfo,
     /// How it is merged, where the plan changes it.
     merge: Option<KvMerge<'a>>,
@@ -77,7 +79,7 @@ pub(crate) fn read(
     let places = Floats::try_zeros_together(&sizes)
         .map_err(|nth| Error::Weights { tensor: names[nth].clone(), values: sizes[nth].0 })?;
     let mut wanted: Vec<_> =
-        sources.into_iter().zip(places).map(|((info, merge), floats)| Wanted { info, merge, floats }).collect();
+        sources.into_iter().zip(places).map(|((info, merge), floats)| TensorLoad { info, merge, floats }).collect();
     fill(checkpoint, &mut wanted, progress)?;
     Ok(names.iter().cloned().zip(wanted.into_iter().map(|wanted| wanted.floats)).collect())
 }
@@ -90,9 +92,9 @@ enum Task<'a> {
     Merge { info: &'a TensorInfo, merge: &'a KvMerge<'a>, out: &'a mut Floats },
 }
 
-fn fill(checkpoint: &Checkpoint, wanted: &mut [Wanted<'_>], progress: &dyn Progress) -> Result<()> {
+fn fill(checkpoint: &Checkpoint, wanted: &mut [TensorLoad<'_>], progress: &dyn Progress) -> Result<()> {
     let mut tasks = Vec::new();
-    for Wanted { info, merge, floats } in wanted {
+    for TensorLoad { info, merge, floats } in wanted {
         if let Some(merge) = merge {
             tasks.push(Task::Merge { info, merge, out: floats });
             continue;

@@ -8,11 +8,13 @@ use mqadapt_core::family::{LayerTensor, Module};
 use mqadapt_core::{DType, ModelConfig, Progress};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::aligned::Floats;
+use crate::attention::Attention;
 use crate::backend::{Backend, HostMatrix, Linear};
-use crate::decoder::{Attention, Block, Decoder};
+use crate::block::Block;
+use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::load::{self, Overlay, Weights};
+use crate::storage::Floats;
 
 /// A name for these values.
 pub(crate) fn fingerprint(weights: &LayerWeights) -> String {

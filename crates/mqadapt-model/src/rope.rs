@@ -1,6 +1,7 @@
 //! Tables of the rotary embedding, computed in f64, kept in f32.
 
-use mqadapt_core::Rope;
+use crate::backend::Backend;
+use crate::decoder::Decoder;
 
 /// Positions are added by this many at least.
 const STEP: usize = 512;
@@ -10,20 +11,19 @@ const STEP: usize = 512;
 pub(crate) struct RopeTable {
     pub cos: Vec<f32>,
     pub sin: Vec<f32>,
-    /// `head_dim / 2`
+    /// Rotated pairs of a head; 0: no rotary embedding.
     pub pairs: usize,
     inv_freq: Vec<f64>,
 }
 
 impl RopeTable {
-    pub(crate) fn new(rope: &Rope) -> Self {
-        let inv_freq = rope.inv_freq();
+    pub(crate) fn new(inv_freq: Vec<f64>) -> Self {
         Self { cos: Vec::new(), sin: Vec::new(), pairs: inv_freq.len(), inv_freq }
     }
 
     /// Makes sure of the positions below `end`.
     pub(crate) fn reach(&mut self, end: usize) {
-        let have = self.cos.len() / self.pairs;
+        let Some(have) = self.cos.len().checked_div(self.pairs) else { return };
         if end <= have {
             return;
         }
@@ -37,20 +37,69 @@ impl RopeTable {
     }
 }
 
+/// The tables of a model: one for the layers that rotate by the same frequencies.
+#[derive(Debug)]
+pub(crate) struct RopeTables {
+    tables: Vec<RopeTable>,
+    /// The table of each layer.
+    of_layer: Vec<usize>,
+}
+
+impl RopeTables {
+    /// The tables of a decoder's layers.
+    pub(crate) fn new<B: Backend>(decoder: &Decoder<B>) -> Self {
+        Self::of(decoder.layers.iter().map(|block| block.self_attn.shape.inv_freq.as_slice()))
+    }
+
+    fn of<'a>(layers: impl Iterator<Item = &'a [f64]>) -> Self {
+        let mut tables: Vec<RopeTable> = Vec::new();
+        let of_layer = layers
+            .map(|inv_freq| {
+                tables.iter().position(|table| table.inv_freq == inv_freq).unwrap_or_else(|| {
+                    tables.push(RopeTable::new(inv_freq.to_vec()));
+                    tables.len() - 1
+                })
+            })
+            .collect();
+        Self { tables, of_layer }
+    }
+
+    /// Makes sure of the positions below `end`.
+    pub(crate) fn reach(&mut self, end: usize) {
+        self.tables.iter_mut().for_each(|table| table.reach(end));
+    }
+
+    /// The table of a layer of the decoder.
+    pub(crate) fn of_layer(&self, layer_idx: usize) -> &RopeTable {
+        &self.tables[self.of_layer[layer_idx]]
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use mqadapt_core::RopeScaling;
-
     use super::*;
 
     #[test]
     fn grows_and_keeps() {
-        let mut table = RopeTable::new(&Rope { theta: 100.0, scaling: RopeScaling::None, head_dim: 4 });
+        let mut table = RopeTable::new(vec![1.0, 0.1]);
         table.reach(1);
         let first = table.cos.clone();
         table.reach(STEP + 1);
         assert_eq!((table.cos.len(), &table.cos[..first.len()]), (2 * 2 * STEP, &first[..]));
         // pair 1 of position 3: 3 * 100^(-1/2)
         assert_eq!(table.sin[3 * 2 + 1], 0.3f64.sin() as f32);
+    }
+
+    #[test]
+    fn layers_share_the_table_of_their_frequencies() {
+        let layers = [vec![1.0, 0.1], vec![1.0, 0.01], vec![], vec![1.0, 0.1]];
+        let mut tables = RopeTables::of(layers.iter().map(Vec::as_slice));
+        tables.reach(2);
+        assert_eq!((tables.tables.len(), &tables.of_layer), (3, &vec![0, 1, 2, 0]));
+        for (layer_idx, inv_freq) in layers.iter().enumerate() {
+            let table = tables.of_layer(layer_idx);
+            assert_eq!((&table.inv_freq, table.pairs), (inv_freq, inv_freq.len()));
+        }
+        assert!(tables.of_layer(2).cos.is_empty());
     }
 }

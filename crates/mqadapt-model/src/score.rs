@@ -7,10 +7,11 @@
 use mqadapt_core::{Progress, Progressing};
 use mqadapt_kernels::Span;
 
-use crate::backend::{Backend, Scored, Wanted};
-use crate::decoder::{Moment, Workspace};
+use crate::backend::{Backend, ScoreTarget, Scored};
+use crate::decoder::Stage;
 use crate::error::{Error, Result};
 use crate::session::{Runner, Session};
+use crate::workspace::Workspace;
 
 /// The residual streams of a list of requests at the entrance of a layer, as they were computed: pass after pass.
 ///
@@ -77,7 +78,7 @@ struct Walk<'a, B: Backend> {
     passes: usize,
     /// Buffers that are refilled for every pass.
     rows: Vec<usize>,
-    wanted: Vec<Wanted>,
+    wanted: Vec<ScoreTarget>,
     scored: Vec<Scored>,
 }
 
@@ -220,8 +221,8 @@ impl<B: Backend> Walk<'_, B> {
                 decoder.backend.upload(values.ok_or_else(other_requests)?, width, &mut session.ws.hidden)?;
             }
             let kept = &mut self.kept;
-            let observer = &mut |moment: Moment, layer_idx: usize, ws: &Workspace<B>| {
-                for states in kept.iter_mut().filter(|kept| moment == Moment::Entering && kept.layer_idx == layer_idx) {
+            let observer = &mut |moment: Stage, layer_idx: usize, ws: &Workspace<B>| {
+                for states in kept.iter_mut().filter(|kept| moment == Stage::Entering && kept.layer_idx == layer_idx) {
                     states.passes.push(decoder.backend.download(&ws.hidden)?);
                 }
                 Ok(progressing.tell()?)
@@ -237,7 +238,7 @@ impl<B: Backend> Walk<'_, B> {
                 if self.rows.last() != Some(&pending.row) {
                     self.rows.push(pending.row);
                 }
-                self.wanted.push(Wanted { row: self.rows.len() - 1, token: pending.token });
+                self.wanted.push(ScoreTarget { row: self.rows.len() - 1, token: pending.token });
             }
             decoder.finish(&self.rows, &mut session.ws)?;
             decoder.backend.score(&session.ws.normed, &decoder.lm_head, &self.wanted, &mut self.scored)?;

@@ -8,10 +8,11 @@ use mqadapt_core::{AttentionShape, DType, LayerShape, Progressing};
 use crate::allocator;
 use crate::backend::Backend;
 use crate::batch::Batch;
-use crate::decoder::{Decoder, Moment, Workspace};
+use crate::cache::slots::Slots;
+use crate::decoder::{Decoder, Stage};
 use crate::error::{Error, Result};
-use crate::rope::RopeTable;
-use crate::slots::Slots;
+use crate::rope::RopeTables;
+use crate::workspace::Workspace;
 
 /// Capacities are multiples of this many slots.
 const SLOTS: usize = 64;
@@ -39,7 +40,7 @@ pub(crate) struct Session<B: Backend> {
     shapes: Vec<LayerShape>,
     pub slots: Slots,
     capacity: usize,
-    pub rope: RopeTable,
+    pub ropes: RopeTables,
     pub batch: Batch,
     pub ws: Workspace<B>,
 }
@@ -159,7 +160,7 @@ impl<B: Backend> Session<B> {
             shapes: Vec::new(),
             slots: Slots::default(),
             capacity: 0,
-            rope: RopeTable::new(&decoder.config.rope),
+            ropes: RopeTables::new(decoder),
             batch: Batch::default(),
             ws: Workspace::default(),
         }
@@ -173,7 +174,7 @@ impl<B: Backend> Session<B> {
         embed: bool,
         progressing: &Progressing<'_>,
     ) -> Result<()> {
-        self.observed_pass(decoder, layers, embed, &mut |_: Moment, _: usize, _: &Workspace<B>| Ok(progressing.tell()?))
+        self.observed_pass(decoder, layers, embed, &mut |_: Stage, _: usize, _: &Workspace<B>| Ok(progressing.tell()?))
     }
 
     /// [`Self::pass`], watched.
@@ -184,11 +185,11 @@ impl<B: Backend> Session<B> {
         embed: bool,
         observer: &mut impl crate::decoder::Observer<B>,
     ) -> Result<()> {
-        self.rope.reach(self.batch.positions_end());
+        self.ropes.reach(self.batch.positions_end());
         if embed {
             decoder.embed(&self.batch, &mut self.ws)?;
         }
-        decoder.run(layers, &self.batch, &self.rope, &mut self.caches, &mut self.ws, observer)
+        decoder.run(layers, &self.batch, &self.ropes, &mut self.caches, &mut self.ws, observer)
     }
 
     /// The first half of a layer, from `ws.hidden` to `ws.attention`, watched.
@@ -198,8 +199,8 @@ impl<B: Backend> Session<B> {
         layer_idx: usize,
         observer: &mut impl crate::decoder::Observer<B>,
     ) -> Result<()> {
-        self.rope.reach(self.batch.positions_end());
+        self.ropes.reach(self.batch.positions_end());
         let Some(cache) = self.caches.get_mut(layer_idx) else { return Ok(()) };
-        decoder.attend(layer_idx, &self.batch, &self.rope, cache, &mut self.ws, observer)
+        decoder.attend(layer_idx, &self.batch, &self.ropes, cache, &mut self.ws, observer)
     }
 }

@@ -8,11 +8,12 @@ use mqadapt_core::{Progress, Progressing};
 use mqadapt_kernels::Span;
 
 use crate::allocator;
-use crate::backend::{Backend, Wanted};
-use crate::decoder::{Moment, Workspace};
+use crate::backend::{Backend, ScoreTarget};
+use crate::decoder::Stage;
 use crate::error::{Error, Result};
+use crate::hidden_states::HiddenStates;
 use crate::session::{Runner, Session};
-use crate::states::HiddenStates;
+use crate::workspace::Workspace;
 
 pub use layers::Visitor;
 
@@ -90,7 +91,7 @@ impl<B: Backend> Runner<B> {
         session.one_piece(ids, 0);
         let backend = &self.decoder.backend;
         session.observed_pass(&self.decoder, 0..layers, true, &mut |moment, layer: usize, ws: &Workspace<B>| {
-            if moment == Moment::Entering {
+            if moment == Stage::Entering {
                 out[layer] = backend.download(&ws.hidden)?;
             }
             Ok(progressing.tell()?)
@@ -210,7 +211,7 @@ impl<B: Backend> Runner<B> {
         let mut first = 0;
         for (index, sequence) in sequences.iter().enumerate() {
             self.check_tokens(sequence, index)?;
-            wanted.extend(sequence.iter().skip(1).enumerate().map(|(i, &token)| Wanted { row: first + i, token }));
+            wanted.extend(sequence.iter().skip(1).enumerate().map(|(i, &token)| ScoreTarget { row: first + i, token }));
             first += sequence.len();
         }
         let (width, mut session) = (self.decoder.config.hidden_size, self.session());
@@ -220,7 +221,7 @@ impl<B: Backend> Runner<B> {
             let end = first.min(start + self.max_tokens_in_flight);
             self.finish_rows(&hidden.values[start * width..end * width], &mut session)?;
             let mine = wanted.partition_point(|w| w.row < start)..wanted.partition_point(|w| w.row < end);
-            let mine: Vec<_> = wanted[mine].iter().map(|w| Wanted { row: w.row - start, ..*w }).collect();
+            let mine: Vec<_> = wanted[mine].iter().map(|w| ScoreTarget { row: w.row - start, ..*w }).collect();
             self.decoder.backend.score(&session.ws.normed, &self.decoder.lm_head, &mine, &mut scored)?;
             out.extend(scored.iter().map(|scored| -scored.logprob));
         }

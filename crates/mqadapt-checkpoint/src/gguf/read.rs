@@ -9,7 +9,7 @@ use super::dequantize;
 use super::ggml_type::GgmlType;
 use super::names::permuted_row;
 use super::source::Source;
-use crate::numbers::convert;
+use crate::cast::convert;
 use crate::{Result, TensorInfo};
 
 /// Bytes of the file that a call holds at a time.

@@ -2,11 +2,11 @@
 
 use super::{
     exact::Widened,
-    item::{CHUNK, Item, Run, TILE, find_runs},
     partial::Partial,
+    work_item::{CHUNK, Item, Run, TILE, find_runs},
 };
 use crate::{
-    act::softcap_lanes,
+    activation::softcap_lanes,
     simd::{Element, Simd, kernel},
 };
 use std::ops::Range;

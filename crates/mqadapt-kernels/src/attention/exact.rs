@@ -2,7 +2,7 @@
 
 use super::{
     chunk::{Method, fetch},
-    item::{Item, Run, TILE},
+    work_item::{Item, Run, TILE},
 };
 use crate::simd::{Element, Simd};
 use std::marker::PhantomData;

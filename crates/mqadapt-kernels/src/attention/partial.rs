@@ -1,6 +1,6 @@
 //! Softmax over a part of the positions, and how parts merge.
 
-use super::item::Item;
+use super::work_item::Item;
 use crate::{
     Isa,
     simd::{Simd, kernel},

@@ -5,7 +5,7 @@
 
 use crate::{
     Cpu, Precision, Store, WeightsRef,
-    act::softcap,
+    activation::softcap,
     matmul::{Operand, Target, Tile},
     pool::Parts,
     scratch,
@@ -60,7 +60,7 @@ impl Cpu {
             &[head.lm_head].into_iter(),
             |operand| {
                 for first in (0..rows).step_by(ROWS) {
-                    let block = Block { first, len: ROWS.min(rows - first), rows, others, vocab };
+                    let block = VocabularyTile { first, len: ROWS.min(rows - first), rows, others, vocab };
                     self.divergence_block(head, operand, block, out);
                 }
             },
@@ -68,8 +68,14 @@ impl Cpu {
     }
 
     /// Compares a block of rows.
-    fn divergence_block(&self, head: &DivergenceHead<'_>, operand: &Operand<'_>, block: Block, out: &mut [f64]) {
-        let Block { len, others, vocab, .. } = block;
+    fn divergence_block(
+        &self,
+        head: &DivergenceHead<'_>,
+        operand: &Operand<'_>,
+        block: VocabularyTile,
+        out: &mut [f64],
+    ) {
+        let VocabularyTile { len, others, vocab, .. } = block;
         let (tasks, part, area) = (vocab.div_ceil(TOKENS), block.part(), len * TILE);
         let room = 3 * area + len;
         scratch::with(room * self.threads(), |buffer: &mut [f32]| {
@@ -135,7 +141,7 @@ impl Cpu {
 
 /// Rows that are compared at a time.
 #[derive(Clone, Copy)]
-struct Block {
+struct VocabularyTile {
     first: usize,
     len: usize,
     /// Rows of each model.
@@ -144,7 +150,7 @@ struct Block {
     vocab: usize,
 }
 
-impl Block {
+impl VocabularyTile {
     /// Values of a row's running result.
     fn part(&self) -> usize {
         REFERENCE + self.others * COMPARED

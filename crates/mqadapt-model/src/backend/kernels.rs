@@ -4,17 +4,18 @@ use std::sync::{Mutex, PoisonError};
 
 use mqadapt_core::{Activation, AttentionShape, DType};
 use mqadapt_kernels::{
-    AttentionParams, Cpu, DivergenceHead, KvMut, KvRef, Linear as LinearRef, MatmulOut, Precision, RopeTables,
-    RowScore, ScoreHead, Segment, Store, WeightsRef,
+    AttentionParams, Cpu, DivergenceHead, Linear as LinearRef, MatmulOut, Precision, RopeTables, RowScore, ScoreHead,
+    Segment, Store, WeightsRef,
 };
 
-use super::{Backend, HostMatrix, Linear, Scored, Wanted};
-use crate::aligned::Floats;
+use super::{Backend, HostMatrix, Linear, ScoreTarget, Scored};
 use crate::batch::Batch;
+use crate::cache::FloatCache;
 use crate::error::{Error, Result};
 use crate::int8::Int8;
 use crate::options::WeightFormat;
 use crate::rope::RopeTable;
+use crate::storage::Floats;
 
 /// The kernels, how precisely they multiply, and lists that are refilled on every call.
 pub(crate) struct Kernels {
@@ -52,13 +53,6 @@ struct Lists {
     targets: Vec<u32>,
     target_starts: Vec<usize>,
     target_logits: Vec<f32>,
-}
-
-/// A cache of one layer: keys and values, `[num_key_value_heads, slots, head_dim]`.
-pub(crate) struct KernelCache {
-    k: Floats,
-    v: Floats,
-    slots: usize,
 }
 
 fn matrix(linear: &Linear<Kernels>) -> LinearRef<'_> {
@@ -103,7 +97,7 @@ impl Backend for Kernels {
     type Matrix = KernelMatrix;
     type Vector = Vec<f32>;
     type Buffer = Vec<f32>;
-    type Cache = KernelCache;
+    type Cache = FloatCache;
 
     fn matrix(&self, matrix: HostMatrix) -> Result<KernelMatrix> {
         let HostMatrix { values, out_features, in_features } = matrix;
@@ -126,14 +120,12 @@ impl Backend for Kernels {
         true
     }
 
-    fn cache(&self, shape: &AttentionShape, slots: usize, dtype: DType) -> Result<KernelCache> {
-        let len = (shape.num_key_value_heads * shape.head_dim).saturating_mul(slots);
-        let zeros = || Floats::try_zeros(len, dtype).ok_or(Error::Cache { tokens: slots });
-        Ok(KernelCache { k: zeros()?, v: zeros()?, slots })
+    fn cache(&self, shape: &AttentionShape, slots: usize, dtype: DType) -> Result<FloatCache> {
+        FloatCache::new(shape, slots, dtype)
     }
 
-    fn cache_bytes(&self, cache: &KernelCache) -> u64 {
-        (cache.k.bytes() + cache.v.bytes()) as u64
+    fn cache_bytes(&self, cache: &FloatCache) -> u64 {
+        cache.bytes()
     }
 
     fn upload(&self, values: &[f32], _width: usize, out: &mut Vec<f32>) -> Result<()> {
@@ -228,18 +220,9 @@ impl Backend for Kernels {
         v: &Vec<f32>,
         shape: &AttentionShape,
         batch: &Batch,
-        cache: &mut KernelCache,
+        cache: &mut FloatCache,
     ) -> Result<()> {
-        let (kv, head_dim) = (shape.num_key_value_heads, shape.head_dim);
-        let width = kv * head_dim;
-        for (new, stored) in [(k, &mut cache.k), (v, &mut cache.v)] {
-            let data = stored.as_mut();
-            let mut to = KvMut { data, head_stride: cache.slots * head_dim, row_stride: head_dim, head_dim };
-            for segment in &batch.segments {
-                let rows = &new[segment.row * width..(segment.row + segment.rows) * width];
-                self.cpu.store_kv(rows, kv, &mut to, segment.slot);
-            }
-        }
+        cache.store(self.cpu, k, v, shape, batch);
         Ok(())
     }
 
@@ -248,7 +231,7 @@ impl Backend for Kernels {
         q: &Vec<f32>,
         shape: &AttentionShape,
         batch: &Batch,
-        cache: &KernelCache,
+        cache: &FloatCache,
         out: &mut Vec<f32>,
     ) -> Result<()> {
         out.resize(q.len(), 0.0);
@@ -260,8 +243,6 @@ impl Backend for Kernels {
             sliding_window: shape.sliding_window,
             precision: self.precision,
         };
-        let head_dim = shape.head_dim;
-        let view = |floats| KvRef { data: floats, head_stride: cache.slots * head_dim, row_stride: head_dim, head_dim };
         let mut lists = self.lists();
         let mut segments: Vec<Segment<'_>> = std::mem::take(&mut lists.segments);
         segments.extend(batch.segments.iter().map(|segment| Segment {
@@ -270,7 +251,7 @@ impl Backend for Kernels {
             prefix: batch.prefix(segment),
             own_start: segment.slot,
         }));
-        self.cpu.attention(&params, q, view(cache.k.as_ref()), view(cache.v.as_ref()), &segments, out);
+        cache.attend(self.cpu, &params, q, shape.head_dim, &segments, out);
         segments.clear();
         // an empty list collected in place keeps its memory
         lists.segments = segments.into_iter().map(|segment| Segment { prefix: &[], ..segment }).collect();
@@ -293,7 +274,7 @@ impl Backend for Kernels {
         Ok(())
     }
 
-    fn score(&self, x: &Vec<f32>, lm_head: &KernelMatrix, wanted: &[Wanted], out: &mut Vec<Scored>) -> Result<()> {
+    fn score(&self, x: &Vec<f32>, lm_head: &KernelMatrix, wanted: &[ScoreTarget], out: &mut Vec<Scored>) -> Result<()> {
         let lists = &mut *self.lists();
         lists.targets.clear();
         lists.targets.extend(wanted.iter().map(|w| w.token));

@@ -11,10 +11,10 @@ use std::sync::Arc;
 
 use mqadapt_core::{Activation, AttentionShape, DType};
 
-use crate::aligned::Floats;
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::rope::RopeTable;
+use crate::storage::Floats;
 
 pub(crate) use kernels::Kernels;
 pub(crate) use stock::Stock;
@@ -36,7 +36,7 @@ pub(crate) struct Linear<B: Backend> {
 
 /// The log-likelihood of a token is wanted: of which of the scored rows, and of which token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Wanted {
+pub(crate) struct ScoreTarget {
     pub row: usize,
     pub token: u32,
 }
@@ -117,7 +117,13 @@ pub(crate) trait Backend: Sized + Send + Sync + 'static {
     /// Logits of all rows, `[rows, vocab_size]`.
     fn logits(&self, x: &Self::Buffer, lm_head: &Self::Matrix, out: &mut Vec<f32>) -> Result<()>;
     /// Log-likelihoods; `wanted` ascends by row.
-    fn score(&self, x: &Self::Buffer, lm_head: &Self::Matrix, wanted: &[Wanted], out: &mut Vec<Scored>) -> Result<()>;
+    fn score(
+        &self,
+        x: &Self::Buffer,
+        lm_head: &Self::Matrix,
+        wanted: &[ScoreTarget],
+        out: &mut Vec<Scored>,
+    ) -> Result<()>;
     /// `KL(reference | other)` of every row of every other model, in nats, `[others, rows]`. `x` (behind the final norm):
     /// `rows` rows of the reference, then as many of each other model.
     fn divergences(&self, x: &Self::Buffer, lm_head: &Self::Matrix, rows: usize, out: &mut Vec<f64>) -> Result<()>;

@@ -7,7 +7,7 @@ use mqadapt_core::{Activation, AttentionShape, DType};
 
 use mqadapt_kernels::{FloatsRef, Span};
 
-use super::{Backend, HostMatrix, Linear, Scored, Wanted};
+use super::{Backend, HostMatrix, Linear, ScoreTarget, Scored};
 use crate::batch::{Batch, Segment};
 use crate::divergence::divergence;
 use crate::error::{Error, Result};
@@ -308,7 +308,7 @@ impl Backend for Stock {
         })
     }
 
-    fn score(&self, x: &Buffer, lm_head: &Tensor, wanted: &[Wanted], out: &mut Vec<Scored>) -> Result<()> {
+    fn score(&self, x: &Buffer, lm_head: &Tensor, wanted: &[ScoreTarget], out: &mut Vec<Scored>) -> Result<()> {
         out.clear();
         let mut rest = wanted;
         Self::logit_tiles(held(x)?, lm_head, |first, logits| {

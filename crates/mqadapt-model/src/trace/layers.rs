@@ -4,10 +4,11 @@ use mqadapt_core::{Progress, Progressing};
 use mqadapt_kernels::Span;
 
 use crate::backend::Backend;
-use crate::decoder::{Moment, Workspace};
+use crate::decoder::Stage;
 use crate::error::{Error, Result};
+use crate::hidden_states::{HiddenStates, LayerTrace};
 use crate::session::Runner;
-use crate::states::{HiddenStates, LayerTrace};
+use crate::workspace::Workspace;
 
 /// Most rows of a pass that is traced: its activations are small beside what is kept of a sequence.
 const TRACED_ROWS: usize = 512;
@@ -21,7 +22,7 @@ struct Seen([Vec<f32>; 5]);
 
 impl Seen {
     /// `pieces` of these rows are to come, this one included.
-    fn keep<B: Backend>(&mut self, moment: Moment, ws: &Workspace<B>, backend: &B, pieces: usize) -> Result<()> {
+    fn keep<B: Backend>(&mut self, moment: Stage, ws: &Workspace<B>, backend: &B, pieces: usize) -> Result<()> {
         let keep = |seen: &mut Vec<f32>, buffer: &B::Buffer| -> Result<()> {
             let values = backend.download(buffer)?;
             seen.reserve_exact(pieces * values.len());
@@ -30,13 +31,13 @@ impl Seen {
         };
         let [projected @ .., attention] = &mut self.0;
         match moment {
-            Moment::Entering => {}
-            Moment::Projected => {
+            Stage::Entering => {}
+            Stage::Projected => {
                 for (seen, buffer) in projected.iter_mut().zip([&ws.normed, &ws.q, &ws.k, &ws.v]) {
                     keep(seen, buffer)?;
                 }
             }
-            Moment::Attended => keep(attention, &ws.attention)?,
+            Stage::Attended => keep(attention, &ws.attention)?,
         }
         Ok(())
     }

@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 
-use crate::directory::partial;
-use crate::journal::{Journal, Mark};
-use crate::writer::Destination;
-use crate::{Error, Result, ShardRecord, cache};
+use crate::folder::destination::Destination;
+use crate::folder::directory::partial;
+use crate::folder::page_cache;
+use crate::resume::journal::{Journal, Mark};
+use crate::{Error, Result, ShardRecord};
 
 /// Bytes of output after which their way to the disk begins.
 const WRITE_BACK_EVERY: u64 = 16 << 20;
@@ -32,7 +33,7 @@ pub(crate) enum Task {
 }
 
 /// The thread, as the one that writes sees it.
-pub(crate) struct Disk {
+pub(crate) struct Flusher {
     tasks: Option<Sender<Task>>,
     thread: Option<JoinHandle<Result<Vec<ShardRecord>>>>,
     sync: bool,
@@ -40,7 +41,7 @@ pub(crate) struct Disk {
     told: u64,
 }
 
-impl Disk {
+impl Flusher {
     /// Without `sync`, files are completed without waiting for the disk.
     pub fn start(journal: Journal, sync: bool, stop: Arc<AtomicBool>) -> Self {
         let (tasks, received) = channel();
@@ -118,7 +119,7 @@ impl Worker {
     fn write_back(&mut self, to: &Destination, end: u64) {
         while self.begun < end && !self.stopped() {
             let next = end.min(self.begun + WRITE_BACK_EVERY);
-            cache::begin_write_back(&to.file, self.begun, next);
+            page_cache::begin_write_back(&to.file, self.begun, next);
             self.begun = next;
         }
     }
@@ -127,8 +128,8 @@ impl Worker {
     fn wait(&mut self, to: &Destination, end: u64) -> Result<()> {
         while self.there < end && !self.stopped() {
             let next = end.min(self.there + WAIT);
-            cache::wait_for_disk(&to.file, self.there, next).map_err(Error::io("write", &to.partial))?;
-            cache::forget(&to.file, self.there, next);
+            page_cache::wait_for_disk(&to.file, self.there, next).map_err(Error::io("write", &to.partial))?;
+            page_cache::forget(&to.file, self.there, next);
             self.there = next;
         }
         Ok(())

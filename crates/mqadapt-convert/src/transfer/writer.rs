@@ -1,17 +1,15 @@
 //! A second thread that writes while the first one reads, computes and hashes what comes next.
 
-use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::directory::Directory;
-use crate::disk::{Disk, Task};
-use crate::journal::{Journal, Mark};
+use super::flusher::{Flusher, Task};
+use crate::folder::destination::Destination;
+use crate::resume::journal::{Journal, Mark};
 use crate::{Error, Result, ShardRecord};
 
 /// Buffers that are filled, wait, or are written. Few, so that what is read is still in the processor's cache when it is
@@ -19,7 +17,7 @@ use crate::{Error, Result, ShardRecord};
 pub(crate) const BUFFERS: usize = 8;
 /// How often a thread that waits for the other one looks up.
 const LOOK_UP: Duration = Duration::from_millis(5);
-/// How long a stopped conversion waits for the thread, which may be waiting for the disk.
+/// How long a stopped conversion waits for the thread, which may be waiting for the flusher.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// What to do next.
 pub(crate) enum Message {
@@ -31,17 +29,6 @@ pub(crate) enum Message {
     Mark(Mark),
     /// The file is complete.
     Complete(Mark),
-}
-
-/// A file that is being written.
-#[derive(Clone)]
-pub(crate) struct Destination {
-    pub file: Arc<File>,
-    pub folder: Arc<Directory>,
-    /// Its path while it is unfinished.
-    pub partial: PathBuf,
-    /// Its name in the folder afterwards.
-    pub name: String,
 }
 
 /// The thread, as the first one sees it.
@@ -69,9 +56,9 @@ impl Writer {
             let _ = emptied.send(Vec::new()); // `empty` is there to receive it
         }
         let shared = Arc::new(Shared::default());
-        let disk = Disk::start(journal, sync, Arc::clone(&shared.stop));
+        let flusher = Flusher::start(journal, sync, Arc::clone(&shared.stop));
         let seen = Arc::clone(&shared);
-        let thread = thread::spawn(move || write(&received, &emptied, &seen, disk));
+        let thread = thread::spawn(move || write(&received, &emptied, &seen, flusher));
         Self { messages: Some(messages), empty, thread: Some(thread), shared }
     }
 
@@ -143,7 +130,7 @@ fn write(
     messages: &Receiver<Message>,
     emptied: &Sender<Vec<u8>>,
     shared: &Shared,
-    mut disk: Disk,
+    mut flusher: Flusher,
 ) -> Result<Vec<ShardRecord>> {
     let mut current: Option<Destination> = None;
     for message in messages {
@@ -153,24 +140,24 @@ fn write(
         match (message, &current) {
             (Message::Begin(destination), _) => {
                 current = Some(destination.clone());
-                disk.send(Task::Begin(destination))?;
+                flusher.send(Task::Begin(destination))?;
             }
             (Message::Data(bytes, offset), Some(to)) => {
                 to.file.write_all_at(&bytes, offset).map_err(Error::io("write", &to.partial))?;
                 shared.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                 let end = offset + bytes.len() as u64;
-                if disk.wants(end) {
-                    disk.send(Task::Written(end))?;
+                if flusher.wants(end) {
+                    flusher.send(Task::Written(end))?;
                 }
                 let _ = emptied.send(bytes); // nobody takes it when the first thread has stopped
             }
-            (Message::Mark(mark), Some(_)) => disk.send(Task::Mark(mark))?,
+            (Message::Mark(mark), Some(_)) => flusher.send(Task::Mark(mark))?,
             (Message::Complete(mark), Some(_)) => {
-                disk.send(Task::Complete(mark))?;
+                flusher.send(Task::Complete(mark))?;
                 current = None;
             }
             (_, None) => {}
         }
     }
-    disk.finish()
+    flusher.finish()
 }

@@ -62,7 +62,7 @@ mod tests {
     use mqadapt_core::DType;
 
     use super::FiniteScan;
-    use crate::layout::{How, OutputTensor};
+    use crate::layout::{Operation, OutputTensor};
 
     #[test]
     fn however_the_bytes_are_cut() {
@@ -74,11 +74,12 @@ mod tests {
         bytes.extend([0x80, 0x7f, 0x80, 0xff, 0x00, 0x3f]); // bf16: inf, -inf, 0.5
         let tensor = |source, dtype, offset, bytes| OutputTensor {
             source,
+            name: String::new(),
             shape: Vec::new(),
             dtype,
             offset,
             bytes,
-            how: How::Copy,
+            operation: Operation::Copy,
         };
         let tensors = [
             tensor(0, StoredType::Other(safetensors::Dtype::U8), 8, 3),

@@ -95,14 +95,14 @@ use hints::{is_cold, sequential};
 
 /// A range of a file that will be read soon, and once. Afterwards the page cache has of it what it had before.
 #[derive(Debug)]
-pub(crate) struct Visit {
+pub(crate) struct ReadHint {
     file: Arc<File>,
     start: u64,
     end: u64,
     cold: bool,
 }
 
-impl Visit {
+impl ReadHint {
     /// Tells the system how the range is read.
     pub fn announce(file: Arc<File>, start: u64, end: u64) -> Self {
         let cold = is_cold(&file, start, end);
@@ -113,7 +113,7 @@ impl Visit {
     }
 }
 
-impl Drop for Visit {
+impl Drop for ReadHint {
     fn drop(&mut self) {
         if self.cold {
             forget(&self.file, self.start, self.end);

@@ -22,7 +22,7 @@ enum Memory {
     Own(Vec<Line>),
     /// Lines of a block that nobody else has.
     Part {
-        block: Arc<Block>,
+        block: Arc<Allocation>,
         first: usize,
         lines: usize,
     },
@@ -30,17 +30,17 @@ enum Memory {
 
 /// Memory that several matrices share, in large pages where the system has them: decoding reads all of it for every token, 8 %
 /// faster than in pages of 4 KB.
-struct Block {
+struct Allocation {
     start: *mut Line,
     _map: MmapMut,
 }
 
 // SAFETY: it is memory of its own; its parts are handed out once each.
-unsafe impl Send for Block {}
+unsafe impl Send for Allocation {}
 // SAFETY: as above.
-unsafe impl Sync for Block {}
+unsafe impl Sync for Allocation {}
 
-impl Block {
+impl Allocation {
     const LARGE_PAGE: usize = 2 << 20;
     /// Bytes of a block, unless one matrix needs more: enough for several large pages, little to keep for one matrix that is left.
     const BYTES: usize = 32 << 20;
@@ -171,11 +171,11 @@ impl Floats {
             let mut firsts = vec![0];
             for next in &wanted[begin + 1..] {
                 let next = lines(next).and_then(|lines| lines.checked_add(total));
-                let Some(end) = next.filter(|&end| end <= Block::BYTES / size_of::<Line>()) else { break };
+                let Some(end) = next.filter(|&end| end <= Allocation::BYTES / size_of::<Line>()) else { break };
                 firsts.push(total);
                 total = end;
             }
-            let block = Arc::new(Block::zeros(total).ok_or(begin)?);
+            let block = Arc::new(Allocation::zeros(total).ok_or(begin)?);
             let ends = firsts[1..].iter().copied().chain([total]);
             for ((&first, end), &(len, dtype)) in firsts.iter().zip(ends).zip(&wanted[begin..]) {
                 let lines = Lines(Memory::Part { block: Arc::clone(&block), first, lines: end - first });
@@ -293,7 +293,7 @@ mod tests {
     }
     #[test]
     fn neighbours_share_blocks_and_nothing_else() {
-        let large = Block::BYTES / 2 + 64;
+        let large = Allocation::BYTES / 2 + 64;
         let wanted = [(3, DType::F32), (0, DType::BF16), (large, DType::BF16), (5, DType::F16), (large, DType::F32)];
         let mut all = Floats::try_zeros_together(&wanted).unwrap();
         for (nth, (floats, (len, dtype))) in all.iter_mut().zip(wanted).enumerate() {

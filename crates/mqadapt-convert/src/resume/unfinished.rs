@@ -10,11 +10,11 @@ use std::sync::Arc;
 
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::cache::Visit;
-use crate::directory::{Directory, partial};
-use crate::journal::{Learnt, Mark};
+use crate::folder::destination::Destination;
+use crate::folder::directory::{Directory, partial};
+use crate::folder::page_cache::ReadHint;
 use crate::layout::OutputShard;
-use crate::writer::Destination;
+use crate::resume::journal::{Learnt, Mark};
 use crate::{Error, Result, ShardRecord};
 
 /// Bytes hashed at a time: they stay in the second-level cache between the copy out of the kernel and the hash.
@@ -146,7 +146,7 @@ pub(crate) fn completed_before(
     let path = work.path().join(&shard.name);
     let file = Arc::new(file);
     if file.metadata().map_err(Error::io("open", &path))?.len() == shard.bytes {
-        let _visit = Visit::announce(Arc::clone(&file), 0, shard.bytes);
+        let _visit = ReadHint::announce(Arc::clone(&file), 0, shard.bytes);
         let (mut hash, mut piece, mut at) = (Xxh3::new(), vec![0; PIECE], 0);
         while at < shard.bytes {
             let most = usize::try_from(shard.bytes - at).unwrap_or(usize::MAX).min(PIECE);

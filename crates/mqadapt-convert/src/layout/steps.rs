@@ -4,7 +4,7 @@ use mqadapt_checkpoint::{Checkpoint, StoredType};
 use mqadapt_core::DType;
 use mqadapt_core::family::LayerTensor;
 
-use crate::layout::{How, OutputShard, OutputTensor};
+use crate::layout::{Operation, OutputShard, OutputTensor};
 
 /// Most bytes of one step that can be cut: progress is reported and an interrupt noticed between steps.
 const STEP: u64 = 8 << 20;
@@ -39,7 +39,7 @@ pub(crate) fn steps(shard: &OutputShard, checkpoint: &Checkpoint) -> Vec<Step> {
     for tensor in &shard.tensors {
         let (start, end) = (tensor.offset, tensor.offset + tensor.bytes);
         let source = checkpoint.tensors().get(tensor.source);
-        if let (How::Copy, Some(source)) = (tensor.how, source) {
+        if let (Operation::Copy, Some(source)) = (tensor.operation, source) {
             let here = Work::Copy { shard: source.shard, offset: source.offset };
             match &mut copy {
                 Some(run) if run.continues_to(&here) => run.end = end,
@@ -50,9 +50,9 @@ pub(crate) fn steps(shard: &OutputShard, checkpoint: &Checkpoint) -> Vec<Step> {
             continue;
         }
         cut_copy(copy.take().as_ref(), &mut steps);
-        match (tensor.how, tensor.dtype.float()) {
-            (How::Read, Some(dtype)) => cut_read(tensor, dtype, &mut steps),
-            (How::Merge(layer), _) => {
+        match (tensor.operation, tensor.dtype.float()) {
+            (Operation::Read, Some(dtype)) => cut_read(tensor, dtype, &mut steps),
+            (Operation::Merge(layer), _) => {
                 let stored = tensor.dtype;
                 steps.push(Step { start, end, work: Work::Merge { tensor: tensor.source, layer, stored } });
             }

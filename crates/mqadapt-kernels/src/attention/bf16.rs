@@ -5,8 +5,8 @@
 
 use super::{
     chunk::{Method, attend_body, fetch},
-    item::{Item, Run, TILE},
     partial::Partial,
+    work_item::{Item, Run, TILE},
 };
 use crate::{
     Isa, convert,

@@ -48,6 +48,8 @@ pub(crate) struct OutputShard {
 /// A tensor of the output.
 #[derive(Debug, Clone)]
 pub(crate) struct OutputTensor {
+    /// Its name in the file.
+    pub name: String,
     /// Index in the source's tensors.
     pub source: usize,
     pub shape: Vec<usize>,
@@ -55,12 +57,12 @@ pub(crate) struct OutputTensor {
     /// Where it begins in the file.
     pub offset: u64,
     pub bytes: u64,
-    pub how: How,
+    pub operation: Operation,
 }
 
 /// How a tensor gets into the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum How {
+pub(crate) enum Operation {
     /// Its bytes are copied.
     Copy,
     /// Its values are read in another type.
@@ -97,7 +99,7 @@ impl Layout {
             let next = source(shards[number].tensors.first());
             shards[number - 1].ends_source = source(shards[number - 1].tensors.last()) != next;
         }
-        let index = (count > 1).then(|| index_text(&shards, checkpoint));
+        let index = (count > 1).then(|| index_text(&shards));
         Ok(Self { shards, index })
     }
 
@@ -125,10 +127,9 @@ impl OutputShard {
         for tensor in &mut tensors {
             tensor.offset = end;
             end += tensor.bytes;
-            let source = checkpoint.tensors().get(tensor.source).map_or("", |source| stored_name(checkpoint, source));
             let dtype = tensor.dtype.safetensors().map_or(Value::Null, |dtype| json!(dtype));
             let entry = json!({ "dtype": dtype, "shape": tensor.shape, "data_offsets": [tensor.offset, end] });
-            header.insert(source.to_owned(), entry);
+            header.insert(tensor.name.clone(), entry);
         }
         let mut json = Value::Object(header).to_string().into_bytes();
         json.resize(json.len().next_multiple_of(8), b' ');
@@ -149,17 +150,18 @@ impl Request<'_> {
             (StoredType::Ggml(_), asked) => StoredType::Float(asked.unwrap_or(self.checkpoint.dtype())),
             (stored, _) => stored,
         };
-        let (how, shape) = match self.changed(tensor) {
-            Some((how, layer)) => {
+        let (operation, shape) = match self.changed(tensor) {
+            Some((operation, layer)) => {
                 let shape = self.planned.weight_shape(layer.layer_idx, layer.module);
                 let shape = shape.map(|shape| if layer.bias { shape.into_iter().take(1).collect() } else { shape });
-                (how, shape.unwrap_or_else(|| tensor.shape.clone()))
+                (operation, shape.unwrap_or_else(|| tensor.shape.clone()))
             }
-            None if tensor.dtype == dtype && tensor.verbatim => (How::Copy, tensor.shape.clone()),
-            None => (How::Read, tensor.shape.clone()),
+            None if tensor.dtype == dtype && tensor.verbatim => (Operation::Copy, tensor.shape.clone()),
+            None => (Operation::Read, tensor.shape.clone()),
         };
-        let bytes = match (how, dtype.value_bytes()) {
-            (How::Copy, _) => tensor.bytes, // of any type, sub-byte ones too
+        let name = self.options.target.tensor_name(self.checkpoint.config(), &tensor.name).to_owned();
+        let bytes = match (operation, dtype.value_bytes()) {
+            (Operation::Copy, _) => tensor.bytes, // of any type, sub-byte ones too
             (_, Some(width)) => (shape.iter().product::<usize>() * width) as u64,
             (_, None) => {
                 let (path, name) = (self.checkpoint.path().to_owned(), tensor.name.clone());
@@ -167,25 +169,20 @@ impl Request<'_> {
                 return Err(Error::Checkpoint(mqadapt_checkpoint::Error::Dtype { path, name, found }));
             }
         };
-        Ok(OutputTensor { source: at, shape, dtype, offset: 0, bytes, how })
+        Ok(OutputTensor { source: at, name, shape, dtype, offset: 0, bytes, operation })
     }
 
     /// How a tensor changes, if the plan changes it.
-    fn changed(&self, tensor: &TensorInfo) -> Option<(How, LayerTensor)> {
+    fn changed(&self, tensor: &TensorInfo) -> Option<(Operation, LayerTensor)> {
         let layer = LayerTensor::parse(&tensor.name)?;
-        let how = match self.plan.change(self.checkpoint.config(), layer) {
+        let operation = match self.plan.change(self.checkpoint.config(), layer) {
             TensorChange::Keep => return None,
-            _ if self.whole_layers => How::Layer(layer),
-            TensorChange::Heads { .. } => How::Merge(layer),
+            _ if self.whole_layers => Operation::Layer(layer),
+            TensorChange::Heads { .. } => Operation::Merge(layer),
             TensorChange::Compensate => return None,
         };
-        Some((how, layer))
+        Some((operation, layer))
     }
-}
-
-/// The name of a tensor in the source's files, and in ours.
-fn stored_name<'a>(checkpoint: &Checkpoint, tensor: &'a TensorInfo) -> &'a str {
-    checkpoint.config().stored_name(&tensor.name)
 }
 
 /// The source's own shards.
@@ -220,14 +217,13 @@ fn cut(outputs: Vec<OutputTensor>, limit: u64) -> Vec<Vec<OutputTensor>> {
 }
 
 /// `model.safetensors.index.json`, as `save_pretrained` writes it.
-fn index_text(shards: &[OutputShard], checkpoint: &Checkpoint) -> String {
+fn index_text(shards: &[OutputShard]) -> String {
     let mut places: Vec<(&str, &str)> = Vec::new();
     let mut total_size = 0;
     for shard in shards {
         for tensor in &shard.tensors {
             total_size += tensor.bytes;
-            let source = checkpoint.tensors().get(tensor.source);
-            places.extend(source.map(|source| (stored_name(checkpoint, source), shard.name.as_str())));
+            places.push((tensor.name.as_str(), shard.name.as_str()));
         }
     }
     places.sort_unstable();

@@ -10,11 +10,11 @@ use mqadapt_core::{DType, LayerCache};
 use serde_json::{Map, Value};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::directory::partial;
-use crate::engine::{Engine, refuse_overflow};
-use crate::journal::{Journal, LayerLine, Past};
-use crate::layout::{How, Layout, OutputShard, OutputTensor};
-use crate::unfinished::digest;
+use super::tensors::{Transfer, refuse_overflow};
+use crate::folder::directory::partial;
+use crate::layout::{Layout, Operation, OutputShard, OutputTensor};
+use crate::resume::journal::{Journal, LayerLine, Past};
+use crate::resume::unfinished::digest;
 use crate::{Error, Result};
 
 /// What a method that needs whole layers said of them.
@@ -26,7 +26,7 @@ pub(crate) struct LayerNotes {
     pub xxh3_128: String,
 }
 
-impl Engine<'_> {
+impl Transfer<'_> {
     /// Puts the layers into their places.
     pub fn layers(
         &mut self,
@@ -37,28 +37,28 @@ impl Engine<'_> {
     ) -> Result<LayerNotes> {
         let mut out = LayerNotes::default();
         let mut hash = Xxh3::new();
-        for layer_idx in 0..self.checkpoint.config().num_hidden_layers {
+        for layer_idx in 0..self.reader.checkpoint.config().num_hidden_layers {
             let places: Vec<_> =
                 layout.shards.iter().flat_map(|shard| shard.of_layer(layer_idx).map(move |t| (shard, t))).collect();
             if places.is_empty() {
                 continue;
             }
-            self.report(0)?;
+            self.report.report(0)?;
             let line = match past.layer(layer_idx) {
                 Some(line) if self.resumed_layer(line, &places, method)? => line.clone(),
                 before => {
                     if before.is_some() {
                         let path = self.work.path().display();
                         let what = "is damaged or lost (its checksum is wrong) and is merged again";
-                        self.notes.push(format!("{path}: what is stored of layer {layer_idx} {what}"));
+                        self.resumed.notes.push(format!("{path}: what is stored of layer {layer_idx} {what}"));
                     }
                     let mut merged = self.merged_layer(layer_idx, &places, method)?;
                     let mut of_layer = Xxh3::new();
                     for (shard, tensor) in places {
-                        let write = !self.complete.contains_key(&shard.name);
+                        let write = !self.resumed.complete(shard).is_some();
                         self.put(shard, tensor, &mut merged.weights, write, &mut of_layer)?;
                     }
-                    self.checkpoint.shards().iter().for_each(Shard::release);
+                    self.reader.checkpoint.shards().iter().for_each(Shard::release);
                     let line = LayerLine {
                         layer_idx,
                         layer_xxh3_128: digest(&of_layer),
@@ -86,7 +86,7 @@ impl Engine<'_> {
     ) -> Result<bool> {
         let (mut hash, mut weights) = (Xxh3::new(), LayerWeights::default());
         for (shard, tensor) in places {
-            let complete = self.complete.contains_key(&shard.name);
+            let complete = self.resumed.complete(shard).is_some();
             let file = self.work.open_file(&if complete { shard.name.clone() } else { partial(&shard.name) })?;
             let (Some(file), Some(width)) = (file, tensor.dtype.value_bytes()) else { return Ok(false) };
             let count = tensor.shape.iter().product::<usize>();
@@ -97,7 +97,7 @@ impl Engine<'_> {
             hash.update(&stored);
             convert_stored(tensor.dtype, &stored, DType::F32, &mut wide);
             let values = wide.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-            if let How::Layer(LayerTensor { module, bias, .. }) = tensor.how {
+            if let Operation::Layer(LayerTensor { module, bias, .. }) = tensor.operation {
                 weights.insert(module, bias, values);
             }
         }
@@ -133,18 +133,18 @@ impl Engine<'_> {
     ) -> Result<MergedLayer> {
         let mut weights = LayerWeights::default();
         for (_, place) in places {
-            let How::Layer(LayerTensor { module, bias, .. }) = place.how else { continue };
-            let source = self.source(place.source)?;
+            let Operation::Layer(LayerTensor { module, bias, .. }) = place.operation else { continue };
+            let source = self.reader.source(place.source)?;
             let mut values = vec![0.0; source.len()];
-            self.checkpoint.read_finite(source, 0, &mut values)?;
-            self.bytes_read += source.bytes;
+            self.reader.checkpoint.read_finite(source, 0, &mut values)?;
+            self.reader.bytes_read += source.bytes;
             weights.insert(module, bias, values);
         }
         let mut merged =
             method.merge_layer(layer_idx, self.cache(layer_idx)?, &weights).map_err(|error| self.refused(error))?;
         for (_, place) in places {
-            let How::Layer(LayerTensor { module, bias, .. }) = place.how else { continue };
-            let name = &self.source(place.source)?.name;
+            let Operation::Layer(LayerTensor { module, bias, .. }) = place.operation else { continue };
+            let name = &self.reader.source(place.source)?.name;
             let expected = place.shape.iter().product::<usize>();
             match merged.weights.tensor_mut(module, bias) {
                 Some(values) if values.len() == expected => {}
@@ -167,8 +167,8 @@ impl Engine<'_> {
         write: bool,
         hash: &mut Xxh3,
     ) -> Result<()> {
-        let name = &self.source(tensor.source)?.name;
-        let How::Layer(LayerTensor { module, bias, .. }) = tensor.how else { return Ok(()) };
+        let name = &self.reader.source(tensor.source)?.name;
+        let Operation::Layer(LayerTensor { module, bias, .. }) = tensor.operation else { return Ok(()) };
         let values = weights.tensor_mut(module, bias);
         let (Some(values), Some(width)) = (values, tensor.dtype.value_bytes()) else { return Ok(()) };
         let unfinished = partial(&shard.name);
@@ -193,6 +193,6 @@ impl OutputShard {
     fn of_layer(&self, layer_idx: usize) -> impl Iterator<Item = &OutputTensor> {
         self.tensors
             .iter()
-            .filter(move |tensor| matches!(tensor.how, How::Layer(layer) if layer.layer_idx == layer_idx))
+            .filter(move |tensor| matches!(tensor.operation, Operation::Layer(layer) if layer.layer_idx == layer_idx))
     }
 }

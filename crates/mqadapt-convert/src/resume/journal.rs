@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::directory::Directory;
+use crate::folder::directory::Directory;
 use crate::{Error, Result, ShardRecord};
 
 /// Its name in the working folder.

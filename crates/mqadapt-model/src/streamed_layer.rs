@@ -13,13 +13,13 @@ use mqadapt_core::{DType, LayerCache, ModelConfig, Progress, Progressing};
 use mqadapt_kernels::Precision;
 
 use crate::activations::Activations;
-use crate::aligned::Floats;
 use crate::backend::{Backend, HostMatrix, Kernels};
 use crate::decoder::Decoder;
+use crate::hidden_states::{HiddenStates, LayerTrace};
 use crate::load::{self, Weights};
 use crate::overlay;
 use crate::session::Runner;
-use crate::states::{HiddenStates, LayerTrace};
+use crate::storage::Floats;
 use crate::trace::Visitor;
 use crate::{Error, Result, WeightFormat};
 

@@ -1,0 +1,7 @@
+//! All of the output before the first byte is written. In: checkpoint, plan, target; out: files, tensors, and the steps that
+//! make them.
+
+mod layout;
+pub(crate) mod steps;
+
+pub(crate) use layout::{INDEX_FILE, Layout, Operation, OutputShard, OutputTensor, Request};

@@ -1,0 +1,47 @@
+//! The layout that transformers reads (`PreTrainedModel.save_pretrained`). Layers alike: an ordinary checkpoint; layers that
+//! differ: `per_layer_config`, and a modelling file.
+
+use mqadapt_core::{DType, ModelConfig, Plan};
+use serde_json::json;
+
+use super::Target;
+use crate::manifest::MODELING_FILE;
+
+/// The modelling file for Llama; in that of another family, the prefix of its transformers classes replaces `Llama`.
+const LLAMA_MODELING: &str = include_str!("../../../../python/mqadapt_rs/modeling/modeling_mqadapt.py");
+
+pub(super) struct HuggingFace;
+
+impl Target for HuggingFace {
+    fn name(&self) -> &'static str {
+        "hugging-face"
+    }
+
+    fn config(&self, source: &ModelConfig, plan: &Plan, dtype: Option<DType>) -> ModelConfig {
+        let mut planned =
+            source.with_num_key_value_heads(&plan.num_key_value_heads(), MODELING_FILE.trim_end_matches(".py"));
+        if let (Some(dtype), Some(fields)) = (dtype, planned.json.as_object_mut()) {
+            // transformers 5 reads `dtype`, 4 `torch_dtype` as well
+            let known: Vec<_> =
+                ["dtype", "torch_dtype"].into_iter().filter(|name| fields.contains_key(*name)).collect();
+            for name in if known.is_empty() { vec!["dtype"] } else { known } {
+                fields.insert(name.to_owned(), json!(dtype.name()));
+            }
+            planned.dtype = Some(dtype);
+        }
+        planned
+    }
+
+    fn tensor_name<'a>(&self, source: &ModelConfig, name: &'a str) -> &'a str {
+        source.stored_name(name)
+    }
+
+    fn files(&self, planned: &ModelConfig) -> Vec<(&'static str, String)> {
+        let mut files = Vec::new();
+        if planned.json.get("per_layer_config").is_some() {
+            files.push((MODELING_FILE, LLAMA_MODELING.replace("Llama", planned.class_prefix())));
+        }
+        files.push(("config.json", serde_json::to_string_pretty(&planned.json).unwrap_or_default() + "\n"));
+        files
+    }
+}

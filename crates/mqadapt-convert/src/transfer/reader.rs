@@ -1,0 +1,87 @@
+//! Reading the source of a conversion: one shard at a time, announced to the page cache, given back when it is read.
+
+use mqadapt_checkpoint::{Checkpoint, TensorInfo};
+
+use super::finite::FiniteScan;
+use crate::folder::page_cache::ReadHint;
+use crate::layout::steps::{Step, Work};
+use crate::{Error, Result};
+
+/// The source, and what was read of it.
+pub(super) struct Reader<'a> {
+    pub checkpoint: &'a Checkpoint,
+    /// Who asks, for errors.
+    method: &'static str,
+    pub bytes_read: u64,
+    /// What is copied although it is not finite.
+    pub scan: FiniteScan,
+    /// The source shard that is being read.
+    pub reading: Option<usize>,
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(checkpoint: &'a Checkpoint, method: &'static str) -> Self {
+        Self { checkpoint, method, bytes_read: 0, scan: FiniteScan::default(), reading: None }
+    }
+
+    /// A tensor of the source.
+    pub fn source(&self, at: usize) -> Result<&'a TensorInfo> {
+        let none = || Error::Method { method: self.method.to_owned(), detail: format!("no tensor {at}") };
+        self.checkpoint.tensors().get(at).ok_or_else(none)
+    }
+
+    /// Says that a step's bytes of the source will be read soon.
+    pub fn announce(&self, step: &Step) -> Result<Option<ReadHint>> {
+        let (shard, offset, len) = match step.work {
+            Work::Copy { shard, offset } => (shard, offset, step.end - step.start),
+            Work::Read { tensor, first_value, dtype } => {
+                let source = self.source(tensor)?;
+                let count = (step.end - step.start) as usize / dtype.bytes();
+                (source.shard, source.offset + stored(source, first_value), stored(source, count))
+            }
+            Work::Merge { tensor, .. } => {
+                let source = self.source(tensor)?;
+                (source.shard, source.offset, source.bytes)
+            }
+            Work::Skip => return Ok(None),
+        };
+        let Some(shard) = self.checkpoint.shards().get(shard) else { return Ok(None) };
+        Ok(Some(ReadHint::announce(shard.file()?, offset, offset + len)))
+    }
+
+    /// The source shard that a step reads.
+    pub fn shard_of(&self, step: &Step) -> Option<usize> {
+        match step.work {
+            Work::Copy { shard, .. } => Some(shard),
+            Work::Read { tensor, .. } | Work::Merge { tensor, .. } => Some(self.source(tensor).ok()?.shard),
+            Work::Skip => self.reading,
+        }
+    }
+
+    /// Gives the source shard back that the steps before were read from, if this one needs another; its sample for the
+    /// fingerprint.
+    pub fn read_from(&mut self, step: &Step) -> Result<Option<(usize, String)>> {
+        let next = self.shard_of(step);
+        if next == self.reading {
+            return Ok(None);
+        }
+        let sample = self.done_reading()?;
+        self.reading = next;
+        Ok(sample)
+    }
+
+    /// Gives the source shard back that was read from; its sample for the fingerprint.
+    pub fn done_reading(&mut self) -> Result<Option<(usize, String)>> {
+        let Some(number) = self.reading.take() else { return Ok(None) };
+        let sample = (number, self.checkpoint.sample_shard(number)?.to_owned());
+        if let Some(shard) = self.checkpoint.shards().get(number) {
+            shard.release();
+        }
+        Ok(Some(sample))
+    }
+}
+
+/// Bytes in which so many values of a tensor are stored.
+pub(super) fn stored(tensor: &TensorInfo, values: usize) -> u64 {
+    (u128::from(tensor.bytes) * values as u128 / tensor.len().max(1) as u128) as u64
+}
