@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int, int], None]
 
 NAME = "SmolLM2-135M-Instruct"
-CALIBRATION_WINDOWS = 16
+WINDOWS = 4
+"""Of 512 tokens, of the text whose perplexity is measured."""
+CALIBRATION_WINDOWS = 8
 """Windows of 512 tokens, for methods that need calibration text."""
 PROMPT = "The three most important things about a good meal are"
 
@@ -82,9 +84,9 @@ class Outcome:
     num_key_value_heads: list[int]
     kv_bytes_per_token: int
     perplexity: float
-    hellaswag: float
-    """Fraction of correct answers by log-likelihood per character (`acc_norm` of lm-eval)."""
-    hellaswag_stderr: float
+    hellaswag: float | None
+    """Fraction of correct answers by log-likelihood per character (`acc_norm` of lm-eval). `None` where none were asked."""
+    hellaswag_stderr: float | None
     text: str
     """The text that the model generates after `PROMPT`."""
 
@@ -94,8 +96,8 @@ def run(
     *,
     plans: tuple[str, ...] = ("mqa:last8", "mqa:alternate15"),
     methods: tuple[str, ...] = ("mean", "closed-form"),
-    questions: int = 100,
-    windows: int = 8,
+    questions: int = 0,
+    windows: int = WINDOWS,
     say: Say = lambda _: None,
     progress: Progress | None = None,
 ) -> list[Outcome]:
@@ -210,10 +212,10 @@ def _measure(
     progress: Progress | None,
 ) -> Outcome:
     model = Model.load(folder, progress=progress)
-    correct = hellaswag(model, tokenizer, questions, progress)
+    correct = hellaswag(model, tokenizer, questions, progress) if questions else []
     perplexity = model.perplexity(ids, context=512, progress=progress)
     new = model.generate(texts.token_ids(tokenizer, PROMPT), max_new_tokens=24)
-    accuracy = sum(correct) / len(correct)
+    accuracy = sum(correct) / len(correct) if correct else None
     return Outcome(
         plan=plan,
         method=method,
@@ -222,7 +224,7 @@ def _measure(
         kv_bytes_per_token=model.kv_bytes_per_token,
         perplexity=perplexity,
         hellaswag=accuracy,
-        hellaswag_stderr=math.sqrt(accuracy * (1 - accuracy) / max(len(correct) - 1, 1)),
+        hellaswag_stderr=None if accuracy is None else math.sqrt(accuracy * (1 - accuracy) / max(len(correct) - 1, 1)),
         text=tokenizer.decode(new),
     )
 
