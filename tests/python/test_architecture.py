@@ -9,6 +9,10 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
+import rust_modules
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "python"
 PACKAGE = SOURCES / "mqadapt_rs"
@@ -97,6 +101,18 @@ def test_no_python_module_imports_itself_through_others() -> None:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         raise AssertionError(f"circular import: {' -> '.join(error.args[1])}") from None
+
+
+@pytest.mark.parametrize("crate", sorted(CRATES))
+def test_no_rust_file_uses_itself_through_others(crate: str) -> None:
+    graph = rust_modules.uses(ROOT / "crates" / crate / "src")
+    # the trait of vectors and the macro that picks one of its implementations stand in one file
+    graph = {file: {used for used in uses if used != ("simd",)} for file, uses in graph.items()}
+    assert any(graph.values())
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(" -> ".join("/".join(file) for file in error.args[1])) from None
 
 
 def test_private_names_stay_in_their_module() -> None:

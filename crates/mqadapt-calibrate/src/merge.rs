@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use mqadapt_checkpoint::Checkpoint;
-use mqadapt_compress::closed_form::{Fallback, LayerReport};
+use mqadapt_compress::closed_form::Fallback;
 use mqadapt_compress::{LayerJob, LayerMerge, LayerWeights, Method, REFIT_LAMBDA};
 use mqadapt_core::{AttentionShape, DType, LayerCache, Progress, Progressing};
 
-use crate::calibration::{Calibration, LayerSample};
+use crate::calibration::Calibration;
 use crate::collector::Collector;
+use crate::layer_pass::{CalibratedLayer, LayerPass};
 use crate::refine::refined;
 use crate::refit::Refitting;
 use crate::statistics_file::StatisticsFile;
@@ -22,17 +23,6 @@ use mqadapt_model::{CALIBRATE, StreamedLayer, embed};
 /// Bytes of sums from which on freed memory is given back between the phases of a merge; below, taking it again costs more
 /// time than it is worth.
 const LARGE_BYTES: usize = 64 << 20;
-
-/// A merged layer.
-#[derive(Debug, Clone, PartialEq)]
-pub struct CalibratedLayer {
-    /// Its weights.
-    pub weights: LayerWeights,
-    /// What was done, and the damage predicted.
-    pub report: LayerReport,
-    /// Relative error of the attention output on the converted stream, before and after the refit.
-    pub refit: Option<(f64, f64)>,
-}
 
 /// Runs the original layer, and the converted one beside it, over the calibration text.
 struct Streams {
@@ -327,13 +317,4 @@ impl<'a> CalibratedMerge<'a> {
         let converted = layer.with_attention(cache, &merged.weights, self.dtype)?;
         Ok(converted.leave(stream, &run.attention, progress)?)
     }
-}
-
-/// What a pass of the original stream through a layer left.
-pub(crate) struct LayerPass {
-    pub(crate) geometry: AttentionShape,
-    /// None where statistics are saved.
-    sample: Option<LayerSample>,
-    /// What `o_proj` read of every sequence, for the refit; nothing where there is none.
-    pub(crate) attention: Activations,
 }

@@ -3,7 +3,7 @@
 use mqadapt_compress::{LayerWeights, RefineOptions, Target, refine};
 use mqadapt_core::Progress;
 
-use crate::merge::{CalibratedLayer, LayerPass};
+use crate::layer_pass::{CalibratedLayer, LayerPass};
 use crate::{Error, Result};
 use mqadapt_model::Activations;
 use mqadapt_model::StreamedLayer;

@@ -8,6 +8,7 @@ use mqadapt_core::{DType, ModelConfig};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::cast::{convert_stored, first_not_finite};
+use crate::contents::Contents;
 use crate::gguf::{self, Gguf};
 use crate::naming::by_name;
 use crate::{Error, Result, Shard, ShardHead, ShardSource, SideFile, StoredType, TensorInfo, folder, side_files};
@@ -23,14 +24,6 @@ pub struct Checkpoint {
     by_name: HashMap<String, usize>,
     stored: StoredType,
     gguf: Option<Gguf>,
-}
-
-/// What opening any kind of checkpoint finds.
-#[derive(Debug)]
-pub(crate) struct Contents {
-    pub config: ModelConfig,
-    pub shards: Vec<Shard>,
-    pub tensors: Vec<TensorInfo>,
 }
 
 impl Checkpoint {

@@ -9,7 +9,7 @@ use mqadapt_core::ModelConfig;
 use mqadapt_core::config::ExpectedTensor;
 use mqadapt_core::family::LM_HEAD;
 
-use crate::checkpoint::Contents;
+use crate::contents::Contents;
 use crate::error::HeaderProblem;
 use crate::file::{self, MAX_CONFIG_BYTES, read_exact_at, read_small};
 use crate::header::{Header, header_bytes};

@@ -29,6 +29,7 @@
 
 mod cast;
 mod checkpoint;
+mod contents;
 mod digest;
 mod error;
 mod file;

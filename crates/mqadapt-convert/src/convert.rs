@@ -8,8 +8,9 @@ use mqadapt_compress::LayerMethod;
 use mqadapt_core::{DType, ModelConfig, Plan, Progress, cost};
 use serde_json::{Map, Value, json};
 
-use crate::layout::{INDEX_FILE, Layout, Request};
-use crate::manifest::{MANIFEST_FILE, Manifest, PlanRecord, SourceRecord};
+use crate::file_names::{INDEX_FILE, MANIFEST_FILE};
+use crate::layout::{Layout, Request};
+use crate::manifest::{Manifest, PlanRecord, SourceRecord};
 use crate::options::peak_rss_bytes;
 use crate::output::Output;
 use crate::resume::journal::Journal;

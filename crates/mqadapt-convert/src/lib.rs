@@ -35,6 +35,7 @@
 
 mod convert;
 mod error;
+mod file_names;
 mod folder;
 mod layout;
 mod manifest;
@@ -47,7 +48,8 @@ mod verify;
 
 pub use convert::{convert, convert_layers};
 pub use error::{Error, Result};
-pub use manifest::{MANIFEST_FILE, Manifest, PlanRecord, ShardRecord, SourceRecord};
+pub use file_names::MANIFEST_FILE;
+pub use manifest::{Manifest, PlanRecord, ShardRecord, SourceRecord};
 pub use options::{ConversionReport, ConvertOptions};
 pub use output::PARTIAL_SUFFIX;
 pub use target::{TARGETS, Target};

@@ -8,13 +8,9 @@ use mqadapt_checkpoint::read_small;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::layout::INDEX_FILE;
+use crate::file_names::{INDEX_FILE, MANIFEST_FILE, MODELING_FILE};
 use crate::{Error, Result};
 
-/// Its name in the folder.
-pub const MANIFEST_FILE: &str = "mqadapt.json";
-/// The modelling file of checkpoints whose layers differ.
-pub(crate) const MODELING_FILE: &str = "modeling_mqadapt.py";
 /// Longest manifest that is read.
 pub(crate) const MAX_MANIFEST_BYTES: u64 = 64 << 20;
 

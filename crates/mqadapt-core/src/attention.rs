@@ -1,6 +1,7 @@
 //! The shape of one attention. In: a model's configuration; out: what its projections compute and its cache is made of.
 
-use crate::{LayerShape, ModelConfig};
+use crate::ModelConfig;
+use crate::cache::{LayerShape, divisors};
 
 /// What the attention of one layer does with its projections.
 #[derive(Debug, Clone, PartialEq)]
@@ -74,11 +75,6 @@ impl AttentionShape {
         }
         Ok(())
     }
-}
-
-/// The divisors of a head count, ascending.
-pub(crate) fn divisors(heads: usize) -> Vec<usize> {
-    (1..=heads).filter(|n| heads.is_multiple_of(*n)).collect()
 }
 
 impl ModelConfig {

@@ -2,8 +2,6 @@
 
 use std::fmt;
 
-use crate::attention::divisors;
-
 /// What a layer caches of every token: what a plan asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LayerCache {
@@ -104,4 +102,9 @@ impl LayerShape {
             Self::Heads { num_key_value_heads, head_dim } => 2 * (num_key_value_heads * head_dim) as u64, // a key, a value
         }
     }
+}
+
+/// The divisors of a head count, ascending.
+pub(crate) fn divisors(heads: usize) -> Vec<usize> {
+    (1..=heads).filter(|n| heads.is_multiple_of(*n)).collect()
 }

@@ -124,11 +124,11 @@ impl Cpu {
             };
         }
         match (k.data, v.data) {
-            (FloatsRef::F32(a), FloatsRef::F32(b)) => attend!(a, b, chunk::attend),
-            (FloatsRef::F16(a), FloatsRef::F16(b)) => attend!(a, b, chunk::attend),
+            (FloatsRef::F32(a), FloatsRef::F32(b)) => attend!(a, b, exact::attend),
+            (FloatsRef::F16(a), FloatsRef::F16(b)) => attend!(a, b, exact::attend),
             #[cfg(target_arch = "x86_64")]
             (FloatsRef::Bf16(a), FloatsRef::Bf16(b)) if self.takes_pairs(params, k) => attend!(a, b, bf16::attend),
-            (FloatsRef::Bf16(a), FloatsRef::Bf16(b)) => attend!(a, b, chunk::attend),
+            (FloatsRef::Bf16(a), FloatsRef::Bf16(b)) => attend!(a, b, exact::attend),
             _ => panic!("K and V share a dtype"),
         }
     }
@@ -186,8 +186,8 @@ impl Cpu {
                 let buffer = unsafe { buffer.part(worker * each, each) };
                 let (total, rest) = buffer.split_at_mut(partial_len);
                 let (part, work) = rest.split_at_mut(partial_len);
-                let mut total = Partial::new(total, &item);
-                let mut part = Partial::new(part, &item);
+                let mut total = item.partial(total);
+                let mut part = item.partial(part);
                 total.clear();
                 for chunk in item.chunks() {
                     // SAFETY: shapes were checked by `check`.
@@ -224,7 +224,7 @@ impl Cpu {
                     if start + nth < end {
                         // SAFETY: each worker has its own part.
                         let work = unsafe { work.part(worker * work_len, work_len) };
-                        let mut part = Partial::new(part(index, nth), &item);
+                        let mut part = item.partial(part(index, nth));
                         // SAFETY: shapes were checked by `check`.
                         unsafe { attend(self.isa, &item, start + nth, &mut part, work) };
                     }
@@ -232,9 +232,9 @@ impl Cpu {
                 for index in 0..items {
                     let item = item(index);
                     // The first chunk's part is merged into as if it were empty before: it holds the same bits.
-                    let mut total = Partial::new(part(index, 0), &item);
+                    let mut total = item.partial(part(index, 0));
                     for nth in 1..item.chunks().len() {
-                        total.merge(self.isa, &Partial::new(part(index, nth), &item));
+                        total.merge(self.isa, &item.partial(part(index, nth)));
                     }
                     item.finish(self.isa, &mut total, out);
                 }

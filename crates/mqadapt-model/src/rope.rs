@@ -1,8 +1,5 @@
 //! Tables of the rotary embedding, computed in f64, kept in f32.
 
-use crate::backend::Backend;
-use crate::decoder::Decoder;
-
 /// Positions are added by this many at least.
 const STEP: usize = 512;
 
@@ -46,12 +43,8 @@ pub(crate) struct RopeTables {
 }
 
 impl RopeTables {
-    /// The tables of a decoder's layers.
-    pub(crate) fn new<B: Backend>(decoder: &Decoder<B>) -> Self {
-        Self::of(decoder.layers.iter().map(|block| block.self_attn.shape.inv_freq.as_slice()))
-    }
-
-    fn of<'a>(layers: impl Iterator<Item = &'a [f64]>) -> Self {
+    /// The tables of layers with these frequencies.
+    pub(crate) fn new<'a>(layers: impl Iterator<Item = &'a [f64]>) -> Self {
         let mut tables: Vec<RopeTable> = Vec::new();
         let of_layer = layers
             .map(|inv_freq| {
@@ -93,7 +86,7 @@ mod tests {
     #[test]
     fn layers_share_the_table_of_their_frequencies() {
         let layers = [vec![1.0, 0.1], vec![1.0, 0.01], vec![], vec![1.0, 0.1]];
-        let mut tables = RopeTables::of(layers.iter().map(Vec::as_slice));
+        let mut tables = RopeTables::new(layers.iter().map(Vec::as_slice));
         tables.reach(2);
         assert_eq!((tables.tables.len(), &tables.of_layer), (3, &vec![0, 1, 2, 0]));
         for (layer_idx, inv_freq) in layers.iter().enumerate() {

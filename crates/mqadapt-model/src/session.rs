@@ -160,7 +160,7 @@ impl<B: Backend> Session<B> {
             shapes: Vec::new(),
             slots: Slots::default(),
             capacity: 0,
-            ropes: RopeTables::new(decoder),
+            ropes: RopeTables::new(decoder.layers.iter().map(|block| block.self_attn.shape.inv_freq.as_slice())),
             batch: Batch::default(),
             ws: Workspace::default(),
         }

@@ -13,8 +13,8 @@ use pyo3::prelude::*;
 use serde_json::{Map, Value, json};
 
 use crate::arguments::{self, Place, Text, Whole, method as parse_method};
+use crate::config::LayerCache;
 use crate::errors::{OrRaise, argument};
-use crate::plan::LayerCache;
 use crate::source::local_path;
 use crate::work;
 

@@ -1,4 +1,4 @@
-//! `ModelConfig`.
+//! `ModelConfig`, and `LayerCache`: what its layers may cache.
 
 use mqadapt_core::{DType, Plan, cost};
 use pyo3::prelude::*;
@@ -6,7 +6,6 @@ use pyo3::types::PyType;
 
 use crate::arguments::{Text, Whole};
 use crate::errors::OrRaise;
-use crate::plan::LayerCache;
 use crate::source::local_path;
 
 /// What a model is: the validated content of its `config.json`.
@@ -106,5 +105,56 @@ impl ModelConfig {
             self.0.head_dim,
             self.0.hidden_size,
         )
+    }
+}
+
+/// A `ModelConfig` as it is, or that of anything that names a model.
+pub(crate) fn model_config(config: &Bound<'_, PyAny>) -> PyResult<ModelConfig> {
+    if let Ok(config) = config.extract::<ModelConfig>() {
+        return Ok(config);
+    }
+    config.py().get_type::<ModelConfig>().call_method1("load", (config,))?.extract().map_err(Into::into)
+}
+
+/// What a layer caches of every token.
+#[pyclass(module = "mqadapt_rs._core", frozen, eq, hash, from_py_object)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct LayerCache(pub(crate) mqadapt_core::LayerCache);
+
+#[pymethods]
+impl LayerCache {
+    /// K/V heads, stored in the dtype that they are computed in.
+    #[new]
+    fn new(num_key_value_heads: Whole) -> PyResult<Self> {
+        num_key_value_heads.positive("num_key_value_heads").map(|heads| Self(mqadapt_core::LayerCache::heads(heads)))
+    }
+
+    #[getter]
+    fn num_key_value_heads(&self) -> usize {
+        self.0.num_key_value_heads()
+    }
+
+    /// What a layer that caches this may be reduced to, ascending by bytes; the last is this.
+    fn reductions(&self) -> Vec<Self> {
+        self.0.reductions().into_iter().map(Self).collect()
+    }
+
+    /// Bytes that one token adds to the cache of a layer, with `value_bytes` bytes a computed value.
+    #[pyo3(signature = (config, value_bytes = Whole::from(2)), text_signature = "($self, config, value_bytes=2)")]
+    fn bytes_per_token(&self, config: &Bound<'_, PyAny>, value_bytes: Whole) -> PyResult<u64> {
+        let value_bytes = value_bytes.within("value_bytes", 1..=64)?;
+        Ok(self.0.bytes_per_token(model_config(config)?.0.head_dim, value_bytes))
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> (Bound<'py, PyType>, (usize,)) {
+        (py.get_type::<Self>(), (self.num_key_value_heads(),))
+    }
+
+    fn __str__(&self) -> String {
+        self.0.to_string()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("LayerCache(num_key_value_heads={})", self.num_key_value_heads())
     }
 }

@@ -27,6 +27,8 @@ mod _core {
     #[pymodule_export]
     use crate::calibration::Calibration;
     #[pymodule_export]
+    use crate::config::LayerCache;
+    #[pymodule_export]
     use crate::config::ModelConfig;
     #[pymodule_export]
     use crate::convert::{ConversionReport, convert};
@@ -37,7 +39,7 @@ mod _core {
     #[pymodule_export]
     use crate::model::{HiddenStates, Model, RequestStates};
     #[pymodule_export]
-    use crate::plan::{LayerCache, Plan};
+    use crate::plan::Plan;
     #[pymodule_export]
     use crate::verify::{Verification, verify};
 

@@ -25,7 +25,7 @@ use std::path::Path;
 
 use mqadapt_core::DType;
 
-use crate::checkpoint::Contents;
+use crate::contents::Contents;
 use crate::{Error, Result, Shard, SideFile, TensorInfo, file};
 use ggml_type::GgmlType;
 use metadata::Metadata;

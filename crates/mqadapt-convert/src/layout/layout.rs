@@ -5,12 +5,8 @@ use mqadapt_core::family::LayerTensor;
 use mqadapt_core::{ModelConfig, Plan, TensorChange};
 use serde_json::{Map, Value, json};
 
+use crate::file_names::SINGLE_FILE;
 use crate::{ConvertOptions, Error, Result};
-
-/// Name of the only file of a checkpoint without an index.
-const SINGLE_FILE: &str = "model.safetensors";
-/// Name of the index.
-pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// What the layout follows from.
 #[derive(Clone, Copy)]

@@ -4,4 +4,4 @@
 mod layout;
 pub(crate) mod steps;
 
-pub(crate) use layout::{INDEX_FILE, Layout, Operation, OutputShard, OutputTensor, Request};
+pub(crate) use layout::{Layout, Operation, OutputShard, OutputTensor, Request};

@@ -5,7 +5,7 @@ use mqadapt_core::{DType, ModelConfig, Plan};
 use serde_json::json;
 
 use super::Target;
-use crate::manifest::MODELING_FILE;
+use crate::file_names::MODELING_FILE;
 
 /// The modelling file for Llama; in that of another family, the prefix of its transformers classes replaces `Llama`.
 const LLAMA_MODELING: &str = include_str!("../../../../python/mqadapt_rs/modeling/modeling_mqadapt.py");

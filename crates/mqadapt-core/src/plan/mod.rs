@@ -5,7 +5,7 @@ mod change;
 mod document;
 mod grammar;
 
-use crate::attention::divisors;
+use crate::cache::divisors;
 use crate::{Error, LayerCache, ModelConfig, Result};
 pub use change::TensorChange;
 

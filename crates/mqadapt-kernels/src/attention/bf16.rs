@@ -22,7 +22,7 @@ use std::arch::x86_64::{
 /// Products of pairs of `bf16`.
 struct Pairs;
 
-/// [`super::chunk::attend`] in pairs.
+/// [`super::exact::attend`] in pairs.
 ///
 /// # Safety
 /// The processor has AVX-512 BF16, `k.head_dim` is even, and the contract of [`attend_body`] holds.

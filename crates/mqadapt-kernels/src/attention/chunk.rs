@@ -1,14 +1,10 @@
 //! Attention of a block of query rows to one chunk of positions: tiles with an online softmax.
 
 use super::{
-    exact::Widened,
     partial::Partial,
     work_item::{CHUNK, Item, Run, TILE, find_runs},
 };
-use crate::{
-    activation::softcap_lanes,
-    simd::{Element, Simd, kernel},
-};
+use crate::{activation::softcap_lanes, simd::Simd};
 use std::ops::Range;
 
 /// How scores and weighted sums are computed.
@@ -34,25 +30,6 @@ pub(super) unsafe trait Method {
         scores: &mut [f32],
         to: *mut f32,
     );
-}
-
-kernel! {
-    pub(super) fn attend<E: Element> = attend_exact(
-        item: &Item<'_, E>, chunk: usize, part: &mut Partial<'_>, work: &mut [f32],
-    )
-}
-
-/// # Safety
-/// As for [`attend_body`].
-#[inline(always)]
-unsafe fn attend_exact<S: Simd, E: Element>(
-    item: &Item<'_, E>,
-    chunk: usize,
-    part: &mut Partial<'_>,
-    work: &mut [f32],
-) {
-    // SAFETY: the caller's promise.
-    unsafe { attend_body::<Widened<S, E>>(item, chunk, part, work) };
 }
 
 /// Calls a function with the number of rows as its last constant parameter.

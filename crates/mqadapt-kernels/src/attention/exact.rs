@@ -1,11 +1,31 @@
 //! Attention in `f32`: K and V widened in registers, nothing rounded.
 
 use super::{
-    chunk::{Method, fetch},
+    chunk::{Method, attend_body, fetch},
+    partial::Partial,
     work_item::{Item, Run, TILE},
 };
-use crate::simd::{Element, Simd};
+use crate::simd::{Element, Simd, kernel};
 use std::marker::PhantomData;
+
+kernel! {
+    pub(super) fn attend<E: Element> = attend_exact(
+        item: &Item<'_, E>, chunk: usize, part: &mut Partial<'_>, work: &mut [f32],
+    )
+}
+
+/// # Safety
+/// As for [`attend_body`].
+#[inline(always)]
+unsafe fn attend_exact<S: Simd, E: Element>(
+    item: &Item<'_, E>,
+    chunk: usize,
+    part: &mut Partial<'_>,
+    work: &mut [f32],
+) {
+    // SAFETY: the caller's promise.
+    unsafe { attend_body::<Widened<S, E>>(item, chunk, part, work) };
+}
 
 /// Products of `f32` with a cache of `E` widened to it.
 pub(super) struct Widened<S, E>(PhantomData<(S, E)>);

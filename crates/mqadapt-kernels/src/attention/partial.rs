@@ -1,6 +1,5 @@
 //! Softmax over a part of the positions, and how parts merge.
 
-use super::work_item::Item;
 use crate::{
     Isa,
     simd::{Simd, kernel},
@@ -16,11 +15,10 @@ pub(super) struct Partial<'a> {
 }
 
 impl<'a> Partial<'a> {
-    pub(super) fn new<E>(memory: &'a mut [f32], item: &Item<'_, E>) -> Self {
-        let queries = item.queries();
+    pub(super) fn new(memory: &'a mut [f32], queries: usize, head_dim: usize) -> Self {
         let (largest, rest) = memory.split_at_mut(queries);
         let (sums, rest) = rest.split_at_mut(queries);
-        Self { largest, sums, values: &mut rest[..queries * item.views.v.head_dim] }
+        Self { largest, sums, values: &mut rest[..queries * head_dim] }
     }
 
     pub(super) fn clear(&mut self) {

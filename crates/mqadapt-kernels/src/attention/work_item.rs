@@ -127,6 +127,11 @@ impl<'a, E> Item<'a, E> {
         self.visible(0).start / CHUNK..(self.position + self.rows).div_ceil(CHUNK)
     }
 
+    /// The item's part of a softmax in this memory.
+    pub(super) fn partial<'m>(&self, memory: &'m mut [f32]) -> Partial<'m> {
+        Partial::new(memory, self.queries(), self.views.v.head_dim)
+    }
+
     /// Divides by the sums and writes the item's part of the output.
     pub(super) fn finish(&self, isa: Isa, total: &mut Partial<'_>, out: Parts<'_, f32>) {
         let (group, dim) = (self.views.group, self.views.v.head_dim);
