@@ -122,6 +122,7 @@ pub(crate) fn model_config(config: &Bound<'_, PyAny>) -> PyResult<ModelConfig> {
 pub(crate) struct LayerCache(pub(crate) mqadapt_core::LayerCache);
 
 #[pymethods]
+#[allow(clippy::trivially_copy_pass_by_ref)] // PyO3 lends what it holds
 impl LayerCache {
     /// K/V heads, stored in the dtype that they are computed in.
     #[new]

@@ -1,7 +1,7 @@
 //! All of the output before the first byte is written. In: checkpoint, plan, target; out: files, tensors, and the steps that
 //! make them.
 
-mod layout;
+mod shards;
 pub(crate) mod steps;
 
-pub(crate) use layout::{Layout, Operation, OutputShard, OutputTensor, Request};
+pub(crate) use shards::{Layout, Operation, OutputShard, OutputTensor, Request};

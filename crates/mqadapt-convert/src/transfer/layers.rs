@@ -55,7 +55,7 @@ impl Transfer<'_> {
                     let mut merged = self.merged_layer(layer_idx, &places, method)?;
                     let mut of_layer = Xxh3::new();
                     for (shard, tensor) in places {
-                        let write = !self.resumed.complete(shard).is_some();
+                        let write = self.resumed.complete(shard).is_none();
                         self.put(shard, tensor, &mut merged.weights, write, &mut of_layer)?;
                     }
                     self.reader.checkpoint.shards().iter().for_each(Shard::release);
