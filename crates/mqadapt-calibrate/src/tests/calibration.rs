@@ -30,13 +30,13 @@ fn prune() -> Told {
 }
 
 /// A merge of the text, told what a [`Told`] says.
-fn merge_of<'a>(
-    tiny: &'a Tiny,
+fn merge_of(
+    tiny: &Tiny,
     text: Calibration,
     (method, options): Told,
     saved: Option<StatisticsFile>,
     dtype: DType,
-) -> crate::Result<CalibratedMerge<'a>> {
+) -> crate::Result<CalibratedMerge<'_>> {
     CalibratedMerge::new(&tiny.checkpoint, text, method, options, saved, dtype)
 }
 
