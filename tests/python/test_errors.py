@@ -193,15 +193,20 @@ KINDS: dict[str, tuple[Case, type[BaseException], str] | str] = {
     "convert::Interrupted": "tested in test_work.py",
     "model::Checkpoint": (lambda _, out: mq.Model.load(out), MqadaptError, "config.json"),
     "model::Config": (lambda model, _: mq.Model.load(model, "gqa2:0"), ArgumentError, "1 and 3 are possible"),
-    "model::Io": (
+    "calibrate::Io": (
         lambda model, out: mq.convert(
             model, out / "x", "mqa:0", "closed-form", calibration=mq.Calibration([[5] * 40], stats=out / "no" / "stats")
         ),
         FileNotFoundError,
         "stats",
     ),
-    "model::Merge": "algebra that fails in spite of its jitter; tested in Rust",
-    "model::Statistics": "tested in test_closed_form.py",
+    "calibrate::Checkpoint": "as model::Checkpoint",
+    "calibrate::Model": "as the kinds of model",
+    "calibrate::Argument": "tested in test_closed_form.py",
+    "calibrate::Merge": "algebra that fails in spite of its jitter; tested in Rust",
+    "calibrate::Statistics": "tested in test_closed_form.py",
+    "calibrate::Interrupted": "tested in test_work.py",
+    "model::Io": "needs a file that fails while it is read",
     "model::Missing": "Checkpoint::open finds missing tensors before",
     "model::Method": (lambda model, _: mq.Model.load(model, "mqa:0", "median"), ArgumentError, "'median'"),
     "model::Token": (run(lambda m: m.logits([1, 49152])), ArgumentError, "49152 is outside the vocabulary"),
@@ -218,7 +223,7 @@ KINDS: dict[str, tuple[Case, type[BaseException], str] | str] = {
 def variants() -> set[str]:
     """Every variant of the crates' error enums."""
     out = set()
-    for crate in ("core", "checkpoint", "convert", "model"):
+    for crate in ("core", "checkpoint", "calibrate", "convert", "model"):
         name = crate
         for line in (ROOT / "crates" / f"mqadapt-{crate}" / "src" / "error.rs").read_text().splitlines():
             if line.startswith("pub enum "):

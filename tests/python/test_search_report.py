@@ -293,5 +293,5 @@ def test_malformed_times(content: bytes, searched: Path, tmp_path: Path) -> None
     with pytest.raises(ArgumentError, match="not what 'mqadapt bench"):
         plot(searched, out=tmp_path, latency=tmp_path / "bench.json")
     (tmp_path / "latency.json").write_bytes(content)
-    with pytest.raises(JournalError, match="remove it to measure them again"):
+    with pytest.raises(JournalError, match="remove the file to measure them again"):
         measured(tmp_path, None, SPACE, 64, resume=True)  # type: ignore[arg-type] # no model is needed
