@@ -3,7 +3,7 @@
 
 use mqadapt_core::{AttentionShape, DType, LayerCache, Progressing};
 
-use crate::closed_form::{LayerReport, QkNorm};
+use crate::heads::closed_form::{LayerReport, QkNorm};
 use crate::statistics::{LayerStatistics, Moment};
 use crate::{Error, LayerWeights};
 

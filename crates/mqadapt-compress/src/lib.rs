@@ -17,36 +17,28 @@
 //! assert_eq!(merged, [1.0, 1.0, 1.0, 3.0, 3.0, 3.0]);
 //! ```
 
-mod accumulate;
 mod algebra;
 mod attention;
-pub mod closed_form;
 mod error;
-mod error_sum;
-mod first;
+mod heads;
 mod layer;
 mod layer_merge;
 mod layer_method;
-mod mean;
 mod method;
-mod piecewise;
-mod prune;
-mod random;
 mod refine;
 mod refit;
-mod row_merge;
 mod statistics;
 
-pub use accumulate::Accumulator;
 pub use error::Error;
-pub use error_sum::ErrorSum;
+pub use heads::closed_form;
+pub use heads::error_sum::ErrorSum;
+pub use heads::piecewise::KvMerge;
+pub use heads::prune::prune;
+pub use heads::row_merge::{MergeOptions, RowMerge, RowsAt};
 pub use layer::LayerWeights;
 pub use layer_merge::{LayerJob, LayerMerge, LayerOptions, MethodOption, Needs};
 pub use layer_method::{LayerError, LayerMethod, MergedLayer};
 pub use method::{METHODS, Method, MethodKind, Prediction, merge_tensor, method};
-pub use piecewise::KvMerge;
-pub use prune::prune;
 pub use refine::{RefineOptions, Target, refine};
 pub use refit::{REFIT_LAMBDA, Refit, Refitted};
-pub use row_merge::{MergeOptions, RowMerge, RowsAt};
-pub use statistics::{HeadMoments, LayerStatistics, Moment, NamedTensors, StatisticsShape};
+pub use statistics::{Accumulator, HeadMoments, LayerStatistics, Moment, NamedTensors, StatisticsShape};

@@ -2,13 +2,13 @@
 
 use mqadapt_core::family::LayerTensor;
 
-use crate::closed_form::{ClosedForm, FixedMerge};
-use crate::first::First;
+use crate::heads::closed_form::{ClosedForm, FixedMerge};
+use crate::heads::first::First;
+use crate::heads::mean::Mean;
+use crate::heads::prune::Prune;
+use crate::heads::random::Random;
+use crate::heads::row_merge::{MergeOptions, RowMerge, RowsAt};
 use crate::layer_merge::{LayerMerge, MethodOption};
-use crate::mean::Mean;
-use crate::prune::Prune;
-use crate::random::Random;
-use crate::row_merge::{MergeOptions, RowMerge, RowsAt};
 
 /// Every method. A new one is a file and an entry here.
 pub static METHODS: &[&Method] = &[

@@ -263,7 +263,7 @@ mod tests {
 
     use super::Refit;
     use crate::attention::project;
-    use crate::closed_form::tests::Noise;
+    use crate::heads::closed_form::tests::Noise;
 
     const FEATURES: usize = 6;
     const HIDDEN: usize = 5;

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use mqadapt_core::ModelConfig;
 
 use crate::backend::Backend;
-use crate::batch::Batch;
 use crate::block::Block;
 use crate::error::Result;
 use crate::rope::RopeTables;
+use crate::run::batch::Batch;
 use crate::workspace::Workspace;
 
 /// The model without what surrounds it: embedding, layers, final norm, output projection.

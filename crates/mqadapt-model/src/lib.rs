@@ -34,43 +34,30 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-mod activations;
 mod allocator;
 mod attention;
 mod backend;
-mod batch;
 mod block;
 mod cache;
 mod decoder;
-mod divergence;
 mod error;
-mod generate;
-mod hidden_states;
-mod int8;
 mod load;
-mod measure;
 mod model;
 mod options;
-mod overlay;
 mod rope;
-mod sample;
-mod score;
-mod session;
-mod storage;
-mod streamed_layer;
-mod trace;
+mod run;
 mod workspace;
 
-pub use activations::{Activations, Spill};
 pub use allocator::return_freed_memory;
 pub use error::{Error, Result};
-pub use hidden_states::{HiddenStates, LayerTrace};
+pub use load::activations::{Activations, Spill};
+pub use load::streamed_layer::{CALIBRATE, StreamedLayer, embed};
 pub use model::Model;
 pub use mqadapt_kernels::Precision;
 pub use options::{Device, GenerateOptions, LoadOptions, MOST_TOKENS_IN_FLIGHT, Perplexity, WeightFormat};
-pub use score::{Likelihood, RequestStates};
-pub use streamed_layer::{CALIBRATE, StreamedLayer, embed};
-pub use trace::Visitor;
+pub use run::hidden_states::{HiddenStates, LayerTrace};
+pub use run::score::{Likelihood, RequestStates};
+pub use run::trace::Visitor;
 
 #[cfg(test)]
 mod tests;

@@ -7,9 +7,9 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::backend::{Backend, Kernels, Stock};
 use crate::decoder::Decoder;
-use crate::load::{self, Overlay};
-use crate::overlay;
-use crate::session::Runner;
+use crate::load::overlay;
+use crate::load::weights::{self, Overlay};
+use crate::run::session::Runner;
 use crate::{Device, Error, LoadOptions, MOST_TOKENS_IN_FLIGHT, Result, WeightFormat};
 
 /// A decoder-only language model, ready to run. Calls from several threads wait for each other.
@@ -256,7 +256,7 @@ impl Loading<'_> {
     /// `kv_dtype`: of the cache, unless the options say otherwise.
     fn runner<B: Backend>(&self, backend: B, kv_dtype: DType) -> Result<Runner<B>> {
         let Self { checkpoint, config, overlay, options, progress } = *self;
-        let decoder: Decoder<B> = load::decoder(checkpoint, backend, config, overlay, options.dtype, progress)?;
+        let decoder: Decoder<B> = weights::decoder(checkpoint, backend, config, overlay, options.dtype, progress)?;
         Ok(Runner::new(decoder, options.kv_dtype.unwrap_or(kv_dtype), options.max_tokens_in_flight))
     }
 }

@@ -1,8 +1,8 @@
 use super::{RefineOptions, Target, gradient, refine};
 use mqadapt_core::Progressing;
 
-use crate::closed_form::outputs;
-use crate::closed_form::tests::{Noise, geometry, random_layer};
+use crate::heads::closed_form::outputs;
+use crate::heads::closed_form::tests::{Noise, geometry, random_layer};
 use mqadapt_core::AttentionShape;
 
 use crate::Error;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use mqadapt_core::AttentionShape;
 
 use crate::backend::{Backend, Linear};
-use crate::batch::Batch;
 use crate::error::Result;
 use crate::rope::RopeTable;
+use crate::run::batch::Batch;
 use crate::workspace::Workspace;
 
 /// Grouped attention with rotary embedding.

@@ -9,13 +9,13 @@ use mqadapt_kernels::{
 };
 
 use super::{Backend, HostMatrix, Linear, ScoreTarget, Scored};
-use crate::batch::Batch;
 use crate::cache::FloatCache;
 use crate::error::{Error, Result};
-use crate::int8::Int8;
+use crate::load::int8::Int8;
+use crate::load::storage::Floats;
 use crate::options::WeightFormat;
 use crate::rope::RopeTable;
-use crate::storage::Floats;
+use crate::run::batch::Batch;
 
 /// The kernels, how precisely they multiply, and lists that are refilled on every call.
 pub(crate) struct Kernels {

@@ -11,10 +11,10 @@ use std::sync::Arc;
 
 use mqadapt_core::{Activation, AttentionShape, DType};
 
-use crate::batch::Batch;
 use crate::error::Result;
+use crate::load::storage::Floats;
 use crate::rope::RopeTable;
-use crate::storage::Floats;
+use crate::run::batch::Batch;
 
 pub(crate) use kernels::Kernels;
 pub(crate) use stock::Stock;

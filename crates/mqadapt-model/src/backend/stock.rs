@@ -8,10 +8,10 @@ use mqadapt_core::{Activation, AttentionShape, DType};
 use mqadapt_kernels::{FloatsRef, Span};
 
 use super::{Backend, HostMatrix, Linear, ScoreTarget, Scored};
-use crate::batch::{Batch, Segment};
-use crate::divergence::divergence;
 use crate::error::{Error, Result};
 use crate::rope::RopeTable;
+use crate::run::batch::{Batch, Segment};
+use crate::run::divergence::divergence;
 
 /// Query rows of a piece whose scores are held at a time.
 const QUERY_ROWS: usize = 128;

@@ -3,9 +3,9 @@
 use mqadapt_core::{AttentionShape, DType};
 use mqadapt_kernels::{AttentionParams, Cpu, KvMut, KvRef, Segment};
 
-use crate::batch::Batch;
 use crate::error::{Error, Result};
-use crate::storage::Floats;
+use crate::load::storage::Floats;
+use crate::run::batch::Batch;
 
 /// The cache of one layer, `[num_key_value_heads, slots, head_dim]` each.
 pub(crate) struct FloatCache {

@@ -3,8 +3,8 @@
 use mqadapt_core::Progress;
 
 use super::{Engine, Model};
-use crate::hidden_states::{HiddenStates, LayerTrace};
-use crate::score::{Likelihood, RequestStates};
+use crate::run::hidden_states::{HiddenStates, LayerTrace};
+use crate::run::score::{Likelihood, RequestStates};
 use crate::{Error, GenerateOptions, Perplexity, Result};
 
 impl Model {

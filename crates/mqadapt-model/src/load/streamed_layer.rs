@@ -12,15 +12,15 @@ use mqadapt_core::family::{EMBED_TOKENS, LayerTensor, Module};
 use mqadapt_core::{DType, LayerCache, ModelConfig, Progress, Progressing};
 use mqadapt_kernels::Precision;
 
-use crate::activations::Activations;
 use crate::backend::{Backend, HostMatrix, Kernels};
 use crate::decoder::Decoder;
-use crate::hidden_states::{HiddenStates, LayerTrace};
-use crate::load::{self, Weights};
-use crate::overlay;
-use crate::session::Runner;
-use crate::storage::Floats;
-use crate::trace::Visitor;
+use crate::load::activations::Activations;
+use crate::load::overlay;
+use crate::load::storage::Floats;
+use crate::load::weights::{self, Weights};
+use crate::run::hidden_states::{HiddenStates, LayerTrace};
+use crate::run::session::Runner;
+use crate::run::trace::Visitor;
 use crate::{Error, Result, WeightFormat};
 
 /// The residual stream entering the first layer, in a file of `folder` where there is one. Reads only the rows of the embedding that the sequences need.
@@ -31,7 +31,7 @@ pub fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>], folder: Option<&Pa
     let config = checkpoint.config();
     let (width, vocab_size) = (config.hidden_size, config.vocab_size);
     let table = checkpoint.tensor(EMBED_TOKENS).ok_or_else(|| Error::Missing { tensor: EMBED_TOKENS.to_owned() })?;
-    let scale = load::embedding_scale(config, table.dtype.computed().unwrap_or(checkpoint.dtype()));
+    let scale = weights::embedding_scale(config, table.dtype.computed().unwrap_or(checkpoint.dtype()));
     let mut rows: HashMap<u32, Vec<f32>> = HashMap::new();
     let mut out = Activations::new(sequences.iter().map(Vec::len).collect(), width, folder)?;
     for (sequence, ids) in sequences.iter().enumerate() {
@@ -79,7 +79,7 @@ impl StreamedLayer {
         let names: Vec<String> = config.tensors().into_iter().map(|tensor| tensor.name).filter(of_layer).collect();
         let (done, total) = (layer_idx as u64, config.num_hidden_layers as u64);
         let within = Progressing { progress, phase: CALIBRATE, done, total };
-        let tensors = load::read(checkpoint, &names, None, None, &within)?;
+        let tensors = weights::read(checkpoint, &names, None, None, &within)?;
         for name in &names {
             refuse_not_finite(checkpoint, name, tensors.get(name))?;
         }

@@ -1,6 +1,6 @@
 //! The mean of the group's heads (GQA paper, arXiv 2305.13245, section 2.1).
 
-use crate::row_merge::{MergeOptions, RowMerge, RowsAt};
+use crate::heads::row_merge::{MergeOptions, RowMerge, RowsAt};
 
 /// Values summed at a time, so that the f64 sums stay in the L1 cache.
 const BLOCK: usize = 512;

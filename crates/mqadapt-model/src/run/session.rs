@@ -7,11 +7,11 @@ use mqadapt_core::{AttentionShape, DType, LayerShape, Progressing};
 
 use crate::allocator;
 use crate::backend::Backend;
-use crate::batch::Batch;
 use crate::cache::slots::Slots;
 use crate::decoder::{Decoder, Stage};
 use crate::error::{Error, Result};
 use crate::rope::RopeTables;
+use crate::run::batch::Batch;
 use crate::workspace::Workspace;
 
 /// Capacities are multiples of this many slots.

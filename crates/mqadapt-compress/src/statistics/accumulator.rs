@@ -9,11 +9,11 @@ use mqadapt_core::Progressing;
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::sums::{HeadMoments, LayerStatistics, Moment, StatisticsShape, triangle};
 use crate::Error;
 use crate::algebra::count;
 use crate::attention::{ColumnSums, Probabilities, ROWS, attend, product, rotate, view};
 use crate::layer::check_len;
-use crate::statistics::{HeadMoments, LayerStatistics, Moment, StatisticsShape, triangle};
 use mqadapt_core::AttentionShape;
 
 /// Rows whose products are summed in f32 before they go to f64.

@@ -7,7 +7,7 @@ use mqadapt_kernels::Span;
 
 use crate::backend::{Backend, Linear};
 use crate::error::{Error, Result};
-use crate::session::{Runner, Session};
+use crate::run::session::{Runner, Session};
 
 /// Rows of keys and values that are made up at a time.
 const ROWS: usize = 256;

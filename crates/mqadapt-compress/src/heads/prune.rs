@@ -4,7 +4,7 @@
 use mqadapt_core::{AttentionShape, Progressing};
 
 use crate::Error;
-use crate::closed_form::LayerReport;
+use crate::heads::closed_form::LayerReport;
 use crate::layer::{LayerWeights, check_target};
 use crate::layer_merge::{LayerJob, LayerMerge, MethodOption, Needs};
 use crate::statistics::LayerStatistics;
@@ -70,7 +70,7 @@ pub fn prune(
 mod tests {
     use super::{Prune, prune};
     use crate::LayerMerge;
-    use crate::closed_form::tests::{Noise, geometry, inputs, random_layer, statistics, statistics_of};
+    use crate::heads::closed_form::tests::{Noise, geometry, inputs, random_layer, statistics, statistics_of};
 
     #[test]
     fn keeps_the_strongest_head_of_each_group() {
@@ -104,12 +104,12 @@ mod tests {
             assert!((few - all).abs() < 1e-6 * all, "{few} {all}"); // the same products, summed in another order
         }
         assert_eq!(prune(&weights, &geometry, 2, &few).unwrap(), prune(&weights, &geometry, 2, &all).unwrap());
-        let refused = crate::closed_form::predicted_error(
+        let refused = crate::heads::closed_form::predicted_error(
             &weights,
             &geometry,
             2,
             &few,
-            crate::closed_form::FixedMerge::Mean,
+            crate::heads::closed_form::FixedMerge::Mean,
             512,
         );
         assert!(refused.unwrap_err().to_string().contains("no moment `query`"));
@@ -130,9 +130,14 @@ mod tests {
             let norms: f64 = x
                 .iter()
                 .flat_map(|x| {
-                    let y =
-                        crate::closed_form::outputs(&silent, &geometry, 2, x, &mqadapt_core::Progressing::UNWATCHED)
-                            .unwrap();
+                    let y = crate::heads::closed_form::outputs(
+                        &silent,
+                        &geometry,
+                        2,
+                        x,
+                        &mqadapt_core::Progressing::UNWATCHED,
+                    )
+                    .unwrap();
                     y.chunks_exact(40)
                         .map(|y| y.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt())
                         .collect::<Vec<_>>()

@@ -13,8 +13,8 @@ use crate::backend::{Backend, HostMatrix, Linear};
 use crate::block::Block;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
-use crate::load::{self, Overlay, Weights};
-use crate::storage::Floats;
+use crate::load::storage::Floats;
+use crate::load::weights::{self, Overlay, Weights};
 
 /// A name for these values.
 pub(crate) fn fingerprint(weights: &LayerWeights) -> String {
@@ -77,14 +77,14 @@ pub(crate) fn with_plan<B: Backend>(
             }
         }
     }
-    let tensors = load::read(checkpoint, &names, Some(overlay), dtype, progress)?;
+    let tensors = weights::read(checkpoint, &names, Some(overlay), dtype, progress)?;
     let mut out = shared(decoder, config.clone());
     let mut weights = Weights { backend: &*decoder.backend, config, tensors };
     for &layer_idx in layers {
         let Some(layer) = decoder.layers.get(layer_idx) else { continue };
         let old = &layer.self_attn;
         let self_attn = Attention {
-            shape: load::attention(config, layer_idx)?,
+            shape: weights::attention(config, layer_idx)?,
             q_proj: old.q_proj.shared(),
             k_proj: weights.linear(layer_idx, Module::KProj)?,
             v_proj: weights.linear(layer_idx, Module::VProj)?,
@@ -148,7 +148,7 @@ pub(crate) fn with_layer<B: Backend>(
         Ok(linear)
     };
     let self_attn = Attention {
-        shape: load::attention(config, layer_idx)?,
+        shape: weights::attention(config, layer_idx)?,
         q_proj: linear(Module::QProj, &new.q_proj, new.q_proj_bias.as_ref(), &old.q_proj)?,
         k_proj: linear(Module::KProj, &new.k_proj, new.k_proj_bias.as_ref(), &old.k_proj)?,
         v_proj: linear(Module::VProj, &new.v_proj, new.v_proj_bias.as_ref(), &old.v_proj)?,

@@ -5,7 +5,7 @@ use mqadapt_core::Progressing;
 
 use crate::Error;
 use crate::algebra::{count, dot};
-use crate::closed_form::prior::Prior;
+use crate::heads::closed_form::prior::Prior;
 use crate::layer::{LayerWeights, output_head};
 use crate::statistics::{LayerStatistics, Moment};
 use mqadapt_core::AttentionShape;

@@ -1,6 +1,6 @@
 //! The first head of the group (the GQA paper's ablation, arXiv 2305.13245, section 3.3).
 
-use crate::row_merge::{MergeOptions, RowMerge, RowsAt};
+use crate::heads::row_merge::{MergeOptions, RowMerge, RowsAt};
 
 pub(crate) struct First;
 

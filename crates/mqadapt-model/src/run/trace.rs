@@ -11,8 +11,8 @@ use crate::allocator;
 use crate::backend::{Backend, ScoreTarget};
 use crate::decoder::Stage;
 use crate::error::{Error, Result};
-use crate::hidden_states::HiddenStates;
-use crate::session::{Runner, Session};
+use crate::run::hidden_states::HiddenStates;
+use crate::run::session::{Runner, Session};
 use crate::workspace::Workspace;
 
 pub use layers::Visitor;

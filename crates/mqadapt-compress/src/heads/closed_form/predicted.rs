@@ -78,8 +78,8 @@ pub fn predicted_error(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::closed_form::tests::{Noise, geometry, inputs, random_layer, statistics};
-    use crate::closed_form::{ClosedFormOptions, Cut, features, merge};
+    use crate::heads::closed_form::tests::{Noise, geometry, inputs, random_layer, statistics};
+    use crate::heads::closed_form::{ClosedFormOptions, Cut, features, merge};
     use mqadapt_core::family::{LayerTensor, Module};
 
     use crate::{MergeOptions, merge_tensor, method};
@@ -146,7 +146,7 @@ mod tests {
         merge_tensor(mean, &options, LayerTensor::weight(0, Module::KProj), &weights.k_proj, 2, &mut merged.k_proj);
         merge_tensor(mean, &options, LayerTensor::weight(0, Module::VProj), &weights.v_proj, 2, &mut merged.v_proj);
         let outputs = |weights: &LayerWeights, heads| {
-            crate::closed_form::outputs(weights, &geometry, heads, &x[0], &Progressing::UNWATCHED).unwrap()
+            crate::heads::closed_form::outputs(weights, &geometry, heads, &x[0], &Progressing::UNWATCHED).unwrap()
         };
         let (y, z) = (outputs(&weights, 2), outputs(&merged, 1));
         let energy = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();

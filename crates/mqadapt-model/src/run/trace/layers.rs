@@ -6,8 +6,8 @@ use mqadapt_kernels::Span;
 use crate::backend::Backend;
 use crate::decoder::Stage;
 use crate::error::{Error, Result};
-use crate::hidden_states::{HiddenStates, LayerTrace};
-use crate::session::Runner;
+use crate::run::hidden_states::{HiddenStates, LayerTrace};
+use crate::run::session::Runner;
 use crate::workspace::Workspace;
 
 /// Most rows of a pass that is traced: its activations are small beside what is kept of a sequence.

@@ -10,7 +10,7 @@ use mqadapt_kernels::Span;
 use crate::backend::{Backend, ScoreTarget, Scored};
 use crate::decoder::Stage;
 use crate::error::{Error, Result};
-use crate::session::{Runner, Session};
+use crate::run::session::{Runner, Session};
 use crate::workspace::Workspace;
 
 /// The residual streams of a list of requests at the entrance of a layer, as they were computed: pass after pass.

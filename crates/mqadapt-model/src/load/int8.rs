@@ -4,7 +4,7 @@ use std::thread;
 
 use mqadapt_kernels::{Int8Weights, WeightsRef};
 
-use crate::storage::{Floats, Lines};
+use crate::load::storage::{Floats, Lines};
 
 /// The largest integer: symmetric, so that the negative of a weight has the negative integer.
 const LARGEST: f32 = 127.0;

@@ -5,7 +5,7 @@ use std::f64::consts::TAU;
 
 use mqadapt_core::family::Module;
 
-use crate::row_merge::{MergeOptions, RowMerge, RowsAt};
+use crate::heads::row_merge::{MergeOptions, RowMerge, RowsAt};
 
 pub(crate) struct Random;
 

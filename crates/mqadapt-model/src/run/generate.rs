@@ -7,8 +7,8 @@ use mqadapt_kernels::Span;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::options::GenerateOptions;
-use crate::sample::Sampler;
-use crate::session::{Runner, Session};
+use crate::run::sample::Sampler;
+use crate::run::session::{Runner, Session};
 
 /// Sequences that are continued at the same time, at most.
 const MOST_SEQUENCES: usize = 64;

@@ -16,7 +16,7 @@ use crate::backend::{Backend, HostMatrix, Linear};
 use crate::block::{Block, Mlp};
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
-use crate::storage::Floats;
+use crate::load::storage::Floats;
 
 #[cfg(target_endian = "big")]
 compile_error!("weights are read as the little-endian numbers that safetensors holds");
