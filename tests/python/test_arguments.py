@@ -186,12 +186,12 @@ def test_more_tokens_than_memory(loaded: tuple[mq.Model, Path]) -> None:
         lambda: model.measure_decode(2**63, 2**63),
         lambda: model.generate(IDS, 10**9),
     ):
-        with pytest.raises(MqadaptError, match="no memory for a K/V cache of") as raised:
+        with pytest.raises(MqadaptError, match="out of memory while allocating a K/V cache for") as raised:
             call()
         assert type(raised.value) is MqadaptError
     # 197 GB of logits; where there is no memory for the cache either, that is said first
     with pytest.raises(
-        MqadaptError, match=r"no memory for (logits of 196608000000 bytes|a K/V cache of 1000000 tokens)"
+        MqadaptError, match=r"out of memory while allocating (196608000000 bytes for logits|a K/V cache for 1000000 tokens)"
     ):
         model.logits(np.zeros(10**6, dtype=np.int64))
     assert len(model.measure_prefill(3, 2)) == 2
@@ -240,11 +240,11 @@ def test_a_number_of_threads_that_cannot_be(lookalike: Path, threads: str) -> No
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--prompt", "99999999999999"], 1, "no memory for a K/V cache of 99999999999999 tokens"),
-        (["--depth", "99999999999999"], 1, "no memory for a K/V cache of"),
+        (["--prompt", "99999999999999"], 1, "out of memory while allocating a K/V cache for 99999999999999 tokens"),
+        (["--depth", "99999999999999"], 1, "out of memory while allocating a K/V cache for"),
         (["--prompt", "9" * 30], 2, "prompts must be a whole number from 1 to"),
         (["--groups", "9" * 30], 2, ""),
-        (["--steps", "9" * 18], 1, "no memory"),
+        (["--steps", "9" * 18], 1, "out of memory"),
         (["--rounds", "9" * 30], 2, "rounds must be"),
         (["--prompt", "9" * 5000], 2, "is not a list of numbers separated by commas"),
     ],

@@ -17,7 +17,7 @@ pub enum Error {
     /// The model cannot be run.
     #[error(transparent)]
     Model(mqadapt_model::Error),
-    /// An argument that cannot be.
+    /// An invalid argument.
     #[error("{name} {detail}")]
     Argument {
         /// The argument's name.
@@ -33,7 +33,7 @@ pub enum Error {
         /// Why not.
         source: mqadapt_compress::Error,
     },
-    /// A statistics file that is none, or of another model.
+    /// A file that is not a statistics file, or one of another model.
     #[error("statistics in {path}: {detail}", path = path.display())]
     Statistics {
         /// The file.

@@ -208,7 +208,7 @@ impl<'a> CalibratedMerge<'a> {
         let mut streams = match self.streams.take() {
             Some(streams) if streams.layer_idx <= layer_idx => streams,
             Some(streams) => {
-                let detail = format!("was asked for after layer {}; layers must ascend", streams.layer_idx);
+                let detail = format!("follows layer {}; layers must ascend", streams.layer_idx);
                 return Err(Error::Argument { name: "layer_idx", detail });
             }
             None => {

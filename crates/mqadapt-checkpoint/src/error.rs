@@ -131,7 +131,7 @@ pub enum Error {
         at: u64,
     },
     /// A shard that was lent has not the length that was announced.
-    #[error("'{shard}' has {found} bytes, but {expected} were announced; it was cut off, or changed")]
+    #[error("'{shard}' has {found} bytes, expected {expected}; it is truncated, or was changed")]
     Lent {
         /// Its name.
         shard: String,
@@ -141,7 +141,7 @@ pub enum Error {
         found: u64,
     },
     /// A piece was asked for that the tensor does not have.
-    #[error("tensor '{name}' has {len} values; {count} from value {first} were asked for")]
+    #[error("tensor '{name}' has {len} values; {count} from value {first} were requested")]
     OutOfRange {
         /// The tensor.
         name: String,
@@ -209,7 +209,7 @@ pub enum HeaderProblem {
         found: u64,
     },
     /// Not JSON of the right form (a name that is not UTF-8, a duplicate key, an unknown dtype, a negative number, ...).
-    #[error("its header is not what it should be: {detail}")]
+    #[error("its header is malformed: {detail}")]
     Syntax {
         /// What the parser found, and where.
         detail: String,

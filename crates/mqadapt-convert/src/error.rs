@@ -24,13 +24,13 @@ pub enum Error {
         source: io::Error,
     },
     /// The output folder is there already.
-    #[error("{}: exists already; give another folder, or --overwrite to replace it", .path.display())]
+    #[error("{}: exists already; choose another folder, or pass --overwrite to replace it", .path.display())]
     Exists {
         /// The output folder.
         path: PathBuf,
     },
     /// The output folder has no name of its own.
-    #[error("the output folder '{}' has no name of its own (an unset variable gives an empty one); name the folder to be written", .path.display())]
+    #[error("the output path '{}' does not name a folder (is a variable unset?); give the folder to write", .path.display())]
     Unnamed {
         /// What was given.
         path: PathBuf,
@@ -90,13 +90,13 @@ pub enum Error {
         path: PathBuf,
     },
     /// An earlier conversion into this folder was killed.
-    #[error("{}: an unfinished conversion is there; --resume continues it, --overwrite starts again", .path.display())]
+    #[error("{}: holds an unfinished conversion; --resume continues it, --overwrite starts again", .path.display())]
     Unfinished {
         /// Its folder.
         path: PathBuf,
     },
     /// The unfinished conversion is of another kind.
-    #[error("{}: the unfinished conversion there is another one ({difference}); --overwrite starts again", .path.display())]
+    #[error("{}: holds another unfinished conversion ({difference}); --overwrite starts again", .path.display())]
     OtherConversion {
         /// Its folder.
         path: PathBuf,
@@ -129,7 +129,7 @@ pub enum Error {
     },
     /// Finite values became infinite in the dtype asked for.
     #[error(
-        "tensor '{name}': {count} finite values are too large for {dtype}; ask for another --dtype (float16 ends at 65504)"
+        "tensor '{name}': {count} finite values are too large for {dtype}; choose another --dtype (the largest float16 is 65504)"
     )]
     Overflow {
         /// The first tensor where it happened.

@@ -56,7 +56,7 @@ pub enum Error {
         /// Index in it.
         position: usize,
     },
-    /// An argument that cannot be.
+    /// An invalid argument.
     #[error("{name} {detail}")]
     Argument {
         /// The argument's name.
@@ -64,26 +64,28 @@ pub enum Error {
         /// What was expected and what was found.
         detail: String,
     },
-    /// No room for the weights in main memory.
-    #[error("there is no memory for the weights: '{tensor}' of {values} values could not be allocated")]
+    /// Not enough main memory for the weights.
+    #[error("out of memory while allocating weights: tensor '{tensor}' has {values} values")]
     Weights {
         /// The tensor.
         tensor: String,
         /// Its number of values.
         values: usize,
     },
-    /// No room for a K/V cache of so many tokens.
-    #[error("there is no memory for a K/V cache of {tokens} tokens; ask for fewer (max_new_tokens, a shorter context)")]
+    /// Not enough memory for a K/V cache.
+    #[error(
+        "out of memory while allocating a K/V cache for {tokens} tokens; use fewer (max_new_tokens, a shorter context)"
+    )]
     Cache {
-        /// Tokens that it was to hold.
+        /// Tokens that it would hold.
         tokens: usize,
     },
-    /// No room for what a call returns.
-    #[error("there is no memory for {what} of {bytes} bytes; ask for fewer tokens at a time")]
+    /// Not enough memory for what a call returns.
+    #[error("out of memory while allocating {bytes} bytes for {what}; process fewer tokens at a time")]
     Results {
         /// What was to be returned.
         what: &'static str,
-        /// How many bytes it takes.
+        /// Its size in bytes.
         bytes: u64,
     },
     /// The device is not there, or this build cannot use it.

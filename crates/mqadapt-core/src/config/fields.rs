@@ -233,7 +233,7 @@ impl<'a> Fields<'a> {
             |name| format!("with quant_method {}", brief(&Value::from(name))),
         );
         let detail = format!(
-            "is there, {method}: quantised weights are not supported; take the model that was quantised, or load this \
+            "is set, {method}: quantised weights are not supported; use the model before quantisation, or load this \
              one in transformers, call dequantize() and save it"
         );
         Err(Error::Config { field: field.to_owned(), detail })
