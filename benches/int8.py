@@ -25,7 +25,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from mqadapt_rs import Model
-    from mqadapt_rs.search.evaluators.model_spec import Data, read_windows
+    from mqadapt_rs.search.evaluators.data import Data
+    from mqadapt_rs.search.evaluators.model_spec import read_windows
 
     data = Data(text=arguments.text, field=arguments.field, context=arguments.context, windows=arguments.windows)
     ids = [token for window in read_windows(arguments.src, data, 0) for token in window]

@@ -28,7 +28,8 @@ def main() -> None:
 
     from mqadapt_rs import Model
     from mqadapt_rs.search import search
-    from mqadapt_rs.search.evaluators.model_spec import Data, read_windows
+    from mqadapt_rs.search.evaluators.data import Data
+    from mqadapt_rs.search.evaluators.model_spec import read_windows
 
     data = Data(text=arguments.text, field=arguments.field, context=arguments.context, windows=arguments.windows)
     windows = read_windows(arguments.src, data, 0)

@@ -191,7 +191,8 @@ def test_more_tokens_than_memory(loaded: tuple[mq.Model, Path]) -> None:
         assert type(raised.value) is MqadaptError
     # 197 GB of logits; where there is no memory for the cache either, that is said first
     with pytest.raises(
-        MqadaptError, match=r"out of memory while allocating (196608000000 bytes for logits|a K/V cache for 1000000 tokens)"
+        MqadaptError,
+        match=r"out of memory while allocating (196608000000 bytes for logits|a K/V cache for 1000000 tokens)",
     ):
         model.logits(np.zeros(10**6, dtype=np.int64))
     assert len(model.measure_prefill(3, 2)) == 2

@@ -183,7 +183,11 @@ KINDS: dict[str, tuple[Case, type[BaseException], str] | str] = {
     "convert::Journal": "needs a damaged journal; tested in Rust",
     "convert::InPlace": (lambda model, _: mq.convert(model, model, overwrite=True), ArgumentError, "never in place"),
     "convert::Unfinished": (unfinished(), MqadaptError, "--resume continues it"),
-    "convert::OtherConversion": (unfinished(plan="mqa:0", resume=True), MqadaptError, "holds another unfinished conversion"),
+    "convert::OtherConversion": (
+        unfinished(plan="mqa:0", resume=True),
+        MqadaptError,
+        "holds another unfinished conversion",
+    ),
     "convert::Locked": "needs a second process; tested in Rust",
     "convert::NoSpace": "needs a small disk; tested in Rust",
     "convert::SourceChanged": "needs a source that changes meanwhile; tested in Rust",

@@ -22,7 +22,8 @@ from mqadapt_rs.report import Page
 from mqadapt_rs.search import Options, search
 from mqadapt_rs.search.core.plan_order import branches, in_order
 from mqadapt_rs.search.core.plan_record import counts, layers
-from mqadapt_rs.search.evaluators.model_spec import Data, read_windows
+from mqadapt_rs.search.evaluators.data import Data
+from mqadapt_rs.search.evaluators.model_spec import read_windows
 from mqadapt_rs.search.evaluators.overlays import PlanOverlays
 from mqadapt_rs.search.evaluators.prefix_cache import Prefixes
 from mqadapt_rs.search.evaluators.tasks import Task, TaskEvaluator, rows

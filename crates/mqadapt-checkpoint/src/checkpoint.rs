@@ -11,6 +11,7 @@ use crate::cast::{convert_stored, first_not_finite};
 use crate::contents::Contents;
 use crate::gguf::{self, Gguf};
 use crate::naming::by_name;
+use crate::tensor::prevailing_type;
 use crate::{Error, Result, Shard, ShardHead, ShardSource, SideFile, StoredType, TensorInfo, folder, side_files};
 
 /// Bytes read at a time where values are converted while they are read.
@@ -246,25 +247,6 @@ impl Checkpoint {
 /// As [`Checkpoint::open`].
 pub fn read_config(path: &Path) -> Result<ModelConfig> {
     if path.is_dir() { folder::read_config(path) } else { Ok(Checkpoint::open(path)?.contents.config) }
-}
-
-/// The type that holds most bytes of matrices; for quantised ones, what they become.
-fn prevailing_type(tensors: &[TensorInfo]) -> StoredType {
-    let bytes = |stored: StoredType| -> u64 {
-        let same = |tensor: &&TensorInfo| match tensor.dtype {
-            StoredType::Ggml(_) => stored == StoredType::Float(DType::BF16),
-            own => own == stored,
-        };
-        tensors.iter().filter(|tensor| tensor.shape.len() == 2).filter(same).map(|tensor| tensor.bytes).sum()
-    };
-    let floats = [DType::BF16, DType::F16, DType::F32].map(StoredType::Float);
-    let all = [StoredType::F64].into_iter().chain(floats);
-    all.max_by_key(|stored| bytes(*stored)).unwrap_or(StoredType::Float(DType::BF16))
-}
-
-/// The dtype that most of the matrices are computed in.
-pub(crate) fn prevailing_dtype(tensors: &[TensorInfo]) -> DType {
-    prevailing_type(tensors).computed().unwrap_or(DType::BF16)
 }
 
 #[cfg(test)]

@@ -127,3 +127,22 @@ impl TensorInfo {
         self.shape.contains(&0)
     }
 }
+
+/// The type that holds most bytes of matrices; for quantised ones, what they become.
+pub(crate) fn prevailing_type(tensors: &[TensorInfo]) -> StoredType {
+    let bytes = |stored: StoredType| -> u64 {
+        let same = |tensor: &&TensorInfo| match tensor.dtype {
+            StoredType::Ggml(_) => stored == StoredType::Float(DType::BF16),
+            own => own == stored,
+        };
+        tensors.iter().filter(|tensor| tensor.shape.len() == 2).filter(same).map(|tensor| tensor.bytes).sum()
+    };
+    let floats = [DType::BF16, DType::F16, DType::F32].map(StoredType::Float);
+    let all = [StoredType::F64].into_iter().chain(floats);
+    all.max_by_key(|stored| bytes(*stored)).unwrap_or(StoredType::Float(DType::BF16))
+}
+
+/// The dtype that most of the matrices are computed in.
+pub(crate) fn prevailing_dtype(tensors: &[TensorInfo]) -> DType {
+    prevailing_type(tensors).computed().unwrap_or(DType::BF16)
+}

@@ -3,8 +3,9 @@
 from mqadapt_rs.search.api import search
 from mqadapt_rs.search.core.evaluation import Evaluation, Evaluator, EvaluatorSpec, Metric
 from mqadapt_rs.search.core.journal import JournalError
+from mqadapt_rs.search.core.options import Options
 from mqadapt_rs.search.core.space import Layers, Space
-from mqadapt_rs.search.core.study import Options, Study
+from mqadapt_rs.search.core.study import Study
 from mqadapt_rs.search.runner import SearchResult, conduct
 from mqadapt_rs.search.strategies.registry import STRATEGIES, Strategy
 

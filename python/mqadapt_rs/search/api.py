@@ -16,10 +16,11 @@ from mqadapt_rs.errors import ArgumentError
 from mqadapt_rs.search.core.executors import MOST_WORKERS, adopt, forget, in_process, processes, ray_cluster
 from mqadapt_rs.search.core.journal import begun
 from mqadapt_rs.search.core.limit import Limit
+from mqadapt_rs.search.core.options import Options
 from mqadapt_rs.search.core.space import parse_budget
-from mqadapt_rs.search.core.study import Options
 from mqadapt_rs.search.evaluators import latency
-from mqadapt_rs.search.evaluators.model_spec import METRICS, Data, ModelSpec, space_of
+from mqadapt_rs.search.evaluators.data import Data
+from mqadapt_rs.search.evaluators.model_spec import METRICS, ModelSpec, space_of
 from mqadapt_rs.search.evaluators.predicted import METRIC as PREDICTED
 from mqadapt_rs.search.runner import SearchResult, check, conduct, fits
 

@@ -14,8 +14,9 @@ from mqadapt_rs import files
 from mqadapt_rs.search.core import plan_record
 from mqadapt_rs.search.core.evaluation import Evaluation, Metric
 from mqadapt_rs.search.core.journal import BEST, JOURNAL, SUMMARY, JournalError, finite, latest, read
+from mqadapt_rs.search.core.options import Options
 from mqadapt_rs.search.core.pareto_front import front
-from mqadapt_rs.search.core.study import Options, Rule
+from mqadapt_rs.search.core.study import Rule
 
 if TYPE_CHECKING:
     from pathlib import Path

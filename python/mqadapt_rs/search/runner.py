@@ -19,13 +19,14 @@ from mqadapt_rs.search.core.executors import Pool, in_process
 from mqadapt_rs.search.core.journal import BEST, SUMMARY, Journal, write_json
 from mqadapt_rs.search.core.pareto_front import front
 from mqadapt_rs.search.core.statistics import Difference, SequentialTest, bootstrap
-from mqadapt_rs.search.core.study import Options, Rule, Study, Watcher
+from mqadapt_rs.search.core.study import Rule, Study, Watcher
 from mqadapt_rs.search.strategies.registry import STRATEGIES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from mqadapt_rs.search.core.evaluation import Evaluation, EvaluatorSpec, Metric
+    from mqadapt_rs.search.core.options import Options
     from mqadapt_rs.search.core.space import Space
 
 

@@ -12,7 +12,7 @@ use super::names::{Meaning, gguf_name};
 use super::problem::{Parsed, Problem};
 use super::read::Reader;
 use super::source::Source;
-use crate::checkpoint::prevailing_dtype;
+use crate::tensor::prevailing_dtype;
 use crate::{StoredType, TensorInfo};
 
 /// A file whose header, metadata and tensors agree with each other.

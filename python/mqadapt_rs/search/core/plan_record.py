@@ -13,7 +13,7 @@ from mqadapt_rs.search.core.space import Layers, Space
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from mqadapt_rs.search.core.study import Options
+    from mqadapt_rs.search.core.options import Options
 
     LayerSeconds = tuple[Mapping[LayerCache, float], ...]
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mqadapt_rs import Calibration, Model
     from mqadapt_rs.calibration import CalibrationOptions
     from mqadapt_rs.search.core.evaluation import Evaluator
+    from mqadapt_rs.search.evaluators.data import Data
     from mqadapt_rs.search.evaluators.tasks import TaskEvaluator
 
     ModelEvaluator = WindowEvaluator | TaskEvaluator | PredictedEvaluator
@@ -37,19 +38,6 @@ METRICS = {
 }
 GROUP = 8
 """Largest number of plans whose final hidden states are held, so that the logits of the source are computed once for them."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """The evaluation data: windows of a text, or an lm-eval task."""
-
-    text: str | None = None
-    field: str = "text"
-    context: int = 512
-    windows: int | None = None
-    include_path: str | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
 
 
 @dataclass(frozen=True)

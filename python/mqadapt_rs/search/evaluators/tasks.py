@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mqadapt_rs.lm_eval import MqadaptLM
     from mqadapt_rs.search.core.space import Layers
-    from mqadapt_rs.search.evaluators.model_spec import Data
+    from mqadapt_rs.search.evaluators.data import Data
     from mqadapt_rs.search.evaluators.overlays import PlanOverlays
 
     Pair = tuple[list[int], list[int]]

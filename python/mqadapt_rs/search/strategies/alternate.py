@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from mqadapt_rs.search.core.plan_record import count
 
 if TYPE_CHECKING:
-    from mqadapt_rs.search.core.study import Options, Study
+    from mqadapt_rs.search.core.options import Options
+    from mqadapt_rs.search.core.study import Study
 
 
 def run(study: Study, _options: Options) -> None:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from mqadapt_rs._core import LayerCache
     from mqadapt_rs.search.core.limit import Limit
+    from mqadapt_rs.search.core.options import Options
     from mqadapt_rs.search.core.space import Layers, Space
-    from mqadapt_rs.search.core.study import Options, Study
+    from mqadapt_rs.search.core.study import Study
 
     Damages = Mapping[tuple[int, LayerCache], float]
 

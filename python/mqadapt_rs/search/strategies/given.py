@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from mqadapt_rs.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from mqadapt_rs.search.core.options import Options
     from mqadapt_rs.search.core.space import Layers, Space
-    from mqadapt_rs.search.core.study import Options, Study
+    from mqadapt_rs.search.core.study import Study
 
 
 def named(space: Space, options: Options) -> list[Layers]:

@@ -13,7 +13,8 @@ from mqadapt_rs.search.strategies import sensitivity
 from mqadapt_rs.search.strategies.budget import knapsack, neighbours, single_damages
 
 if TYPE_CHECKING:
-    from mqadapt_rs.search.core.study import Options, Study
+    from mqadapt_rs.search.core.options import Options
+    from mqadapt_rs.search.core.study import Study
 
 POINTS = 12
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mqadapt_rs.search.core.limit import Limit
+    from mqadapt_rs.search.core.options import Options
     from mqadapt_rs.search.core.space import Layers, Space
-    from mqadapt_rs.search.core.study import Options, Study
+    from mqadapt_rs.search.core.study import Study
 
 TRIALS = 32
 

@@ -10,8 +10,9 @@ from mqadapt_rs.search.strategies import alternate, budget, from_end, given, gre
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mqadapt_rs.search.core.options import Options
     from mqadapt_rs.search.core.space import Space
-    from mqadapt_rs.search.core.study import Options, Run
+    from mqadapt_rs.search.core.study import Run
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mqadapt_rs.search.core.options import Options
     from mqadapt_rs.search.core.space import Layers
-    from mqadapt_rs.search.core.study import Options, Study
+    from mqadapt_rs.search.core.study import Study
 
 
 def plans(study: Study) -> list[Layers]:
