@@ -4,7 +4,8 @@ use mqadapt_core::Progressing;
 
 use super::cut::Cut;
 use super::measure::Measurement;
-use super::merge::{ClosedFormOptions, LayerReport, merge};
+use super::merge::{ClosedFormOptions, merge};
+use super::report::LayerReport;
 use crate::layer_merge::{LayerJob, LayerMerge, LayerOptions, MethodOption, Needs};
 use crate::statistics::Moment;
 use crate::{Error, LayerWeights};

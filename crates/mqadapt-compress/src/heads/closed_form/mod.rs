@@ -18,6 +18,7 @@ mod predict;
 mod predicted;
 mod prior;
 mod readout;
+mod report;
 mod slow;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -27,6 +28,7 @@ pub use cut::Cut;
 pub use measure::{Measurement, QkNorm};
 #[cfg(test)]
 pub(crate) use measure::{features, outputs};
-pub use merge::{ClosedFormOptions, Fallback, LayerReport, Solution, merge};
+pub use merge::{ClosedFormOptions, merge};
 pub(crate) use method::ClosedForm;
 pub use predicted::{FixedMerge, predicted_error};
+pub use report::{Fallback, LayerReport, Solution};
