@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 NAME = "SmolLM2-135M-Instruct"
 WINDOWS = 4
 """Of 512 tokens, of the text whose perplexity is measured."""
-CALIBRATION_WINDOWS = 8
+CALIBRATION_WINDOWS = 4
 """Windows of 512 tokens, for methods that need calibration text."""
 PROMPT = "The three most important things about a good meal are"
 

@@ -69,14 +69,14 @@ impl StatisticsFile {
         self.metadata.get("tokens").and_then(|tokens| tokens.parse().ok()).unwrap_or(0)
     }
 
-    /// [`Calibration::lengths`] of the text.
+    /// [`Calibration::lengths`](crate::Calibration::lengths) of the text.
     #[must_use]
     pub fn lengths(&self) -> Vec<usize> {
         let lengths = self.metadata.get("context").map_or("", String::as_str);
         lengths.split(',').filter_map(|length| length.parse().ok()).filter(|length| *length > 0).collect()
     }
 
-    /// [`Calibration::fingerprint`] of the text.
+    /// [`Calibration::fingerprint`](crate::Calibration::fingerprint) of the text.
     #[must_use]
     pub fn text(&self) -> &str {
         self.metadata.get("text").map_or("", String::as_str)
