@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int, int], None]
 
 NAME = "SmolLM2-135M-Instruct"
-WINDOWS = 4
+WINDOWS = 3
 """Of 512 tokens, of the text whose perplexity is measured."""
 CALIBRATION_WINDOWS = 4
 """Windows of 512 tokens, for methods that need calibration text."""
