@@ -216,7 +216,7 @@ KINDS: dict[str, tuple[Case, type[BaseException], str] | str] = {
     "model::Token": (run(lambda m: m.logits([1, 49152])), ArgumentError, "49152 is outside the vocabulary"),
     "model::Argument": (run(lambda m: m.perplexity([1, 2, 3], context=1)), ArgumentError, "context"),
     "model::Device": (run(lambda m: m, device="tpu"), ArgumentError, "'tpu'"),
-    "model::Cache": (run(lambda m: m.generate([1], max_new_tokens=1 << 50)), MqadaptError, "K/V cache of"),
+    "model::Cache": (run(lambda m: m.generate([1], max_new_tokens=1 << 50)), MqadaptError, "K/V cache for"),
     "model::Results": "tested in test_arguments.py",
     "model::Weights": "needs a model larger than memory",
     "model::Candle": "needs a device that fails",
