@@ -1,4 +1,4 @@
-"""Conversion of a checkpoint of some gigabytes: how soon Ctrl-C ends it, and how much memory it takes.
+"""Conversion of a checkpoint of some gigabytes: what Ctrl-C leaves, and how much memory it takes.
 
 The source is a sparse file: it has its length, and takes no room. What the closed form holds is seen on one small layer of
 many heads, where the sums outweigh everything else.
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -56,29 +57,35 @@ def sparse(folder: Path, layers: int) -> Path:
     return folder
 
 
+def written(file: BinaryIO) -> int:
+    """Bytes that the file takes on its disk."""
+    return os.fstat(file.fileno()).st_blocks * 512
+
+
 def wait_for(path: Path, size: int, process: subprocess.Popen[str]) -> None:
     while not path.exists() or path.stat().st_blocks * 512 < size:
         assert process.poll() is None, "it was over before it could be stopped"
         time.sleep(0.005)
 
 
-# a durable conversion has to wait for what is on its way to the disk before its file can be removed: as fast as the disk is
+# Not a time but what is still written: a machine that runs tests is too uneven for fractions of a second.
 @pytest.mark.parametrize("options", [["--no-sync"], ["--dtype", "f16", "--no-sync"]])
-def test_ctrl_c_ends_it_within_a_fifth_of_a_second(tmp_path: Path, options: list[str]) -> None:
+def test_after_ctrl_c_hardly_anything_is_written(tmp_path: Path, options: list[str]) -> None:
     source = sparse(tmp_path / "source", layers=60)
-    seconds = []
-    while not seconds or (min(seconds) > 0.2 and len(seconds) < 8):  # the machines that run tests are shared
-        command = [*COMMAND, "convert", str(source), str(tmp_path / "out"), "--plan", "mqa:all", *options]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        wait_for(tmp_path / "out.mqadapt-partial" / "model.safetensors.partial", 500 << 20, process)
-        begun = time.perf_counter()
+    command = [*COMMAND, "convert", str(source), str(tmp_path / "out"), "--plan", "mqa:all", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    partial = tmp_path / "out.mqadapt-partial" / "model.safetensors.partial"
+    wait_for(partial, 500 << 20, process)
+    with partial.open("rb") as file:  # held open, it tells what was written even after it is removed
         process.send_signal(signal.SIGINT)
+        before = written(file)
         _, errors = process.communicate(timeout=30)
-        seconds.append(time.perf_counter() - begun)
-        assert process.returncode == 130, errors
-        assert "Traceback" not in errors
-        assert os.listdir(tmp_path) == ["source"]  # noqa: PTH208
-    assert min(seconds) <= 0.2, seconds
+        after = written(file)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert os.listdir(tmp_path) == ["source"]  # noqa: PTH208
+    assert after < 5000 << 20, "it had run to its end"
+    assert after - before <= 256 << 20, f"{(after - before) >> 20} MiB were written after Ctrl-C"
 
 
 # a child's peak is at least what its parent had when it was made: so the parent is a small process
