@@ -67,15 +67,12 @@ def test_weights_are_those_of_pytorch(family: str, dtype: str, method: str, tmp_
     convert(source, tmp_path / "out", plan=plan, method=method)
     before, after = tensors(source), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
+    shape = tiny.config(family)
     for name, value in before.items():
-        parts = name.split(".")
-        if "k_proj" not in parts and "v_proj" not in parts:
-            assert torch.equal(after[name], value), name
-            continue
-        heads = plan[int(parts[2])]
-        wanted = tiny.merge_heads(value.reshape(6, 8, *value.shape[1:]), heads, method).reshape(-1, *value.shape[1:])
+        heads = plan[int(name.split(".")[2])] if ".layers." in name else 0
+        wanted = tiny.merge_kv(name, value, heads, method, shape)
         assert after[name].dtype == value.dtype and after[name].shape == wanted.shape, name
-        assert torch.equal(after[name], wanted.to(value.dtype)), name
+        assert torch.equal(after[name], wanted), name
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -40,16 +40,67 @@ SHAPES: dict[str, dict[str, Any]] = {
     "narrow_heads": {"head_dim": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-3},
     "odd_sizes": {"hidden_size": 45, "intermediate_size": 65, "vocab_size": 131, "num_attention_heads": 5,
                   "num_key_value_heads": 5, "rope_theta": 1e6},
+}  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.3, 2.0, 5.0], "long_factor": [2.0, 4.0, 8.0, 16.0]}
+# what families with one set of frequencies for whole heads can have
+ROPES: dict[str, dict[str, Any]] = {
     "rope_linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "rope_llama3": {"rope_scaling": LLAMA3, "num_key_value_heads": 2},
+    "rope_dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "rope_yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    "rope_yarn_mscale": {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "mscale": 0.7, "mscale_all_dim": 0.4,
+                         "beta_fast": 20.0, "beta_slow": 2.0, "truncate": False, "original_max_position_embeddings": 32}},
+    "rope_longrope": {"rope_scaling": {**LONGROPE, "factor": 4.0, "original_max_position_embeddings": 128}},
 }  # fmt: skip
+BY_KIND = {"full_attention": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 1e4},
+           "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}  # fmt: skip
 # shapes that only some families have
 MORE: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
         "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
         "gelu": {"hidden_act": "gelu"},
+        **ROPES,
     },
     "gemma": {"biases": {"attention_bias": True, "num_key_value_heads": 2}},
+    "gemma2": {
+        "no_caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None, "hidden_activation": "silu"},
+        "windows_elsewhere": {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+        "biases": {"attention_bias": True, "num_key_value_heads": 2},
+    },
+    "gemma3_text": {
+        "final_cap": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 0.1},
+        "pattern": {"layer_types": None, "sliding_window_pattern": 3, "sliding_window": 4},
+        "ropes": {"rope_parameters": BY_KIND},
+        "long": {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "num_key_value_heads": 2},
+    },
+    "granite": {
+        "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
+        "ones": {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 0.35},
+    },
+    "olmo2": {"biases": {"attention_bias": True, "num_key_value_heads": 2}},
+    "olmo3": {"ropes": {"rope_parameters": BY_KIND}, "pattern": {"layer_types": None, "sliding_window": 4}},
+    "phi3": {
+        "window": {"sliding_window": 5, "num_key_value_heads": 2},
+        "partial": {"partial_rotary_factor": 0.5, "num_key_value_heads": 3},
+        "longrope": {"rope_scaling": LONGROPE, "max_position_embeddings": 512, "original_max_position_embeddings": 128},
+        "longrope_partial": {
+            "rope_parameters": {
+                **LONGROPE,
+                "short_factor": [1.0, 1.3],
+                "long_factor": [2.0, 4.0],
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            },
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    "smollm3": {
+        "interval": {"no_rope_layers": None, "no_rope_layer_interval": 2},
+        "window": {"use_sliding_window": True, "sliding_window": 5},
+        "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
+        **ROPES,
+    },
     "mistral": {"window": {"sliding_window": 5, "num_key_value_heads": 2}, "no_window": {"sliding_window": None}},
     "qwen2": {"window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}},
     "qwen3": {
@@ -57,7 +108,14 @@ MORE: dict[str, dict[str, dict[str, Any]]] = {
         "window": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
     },
 }
-CASES = [(family, shape, changes) for family in tiny.FAMILIES for shape, changes in (SHAPES | MORE[family]).items()]
+PLAIN_ROPE = ("gemma", "mistral", "qwen2", "qwen3", "gemma2", "granite", "olmo2")
+CASES = [
+    (family, shape, changes)
+    for family in tiny.FAMILIES
+    for shape, changes in (
+        SHAPES | ({k: ROPES[k] for k in ("rope_linear", "rope_llama3")} if family in PLAIN_ROPE else {}) | MORE[family]
+    ).items()
+]
 LENGTHS = [1, 2, 17, 128]
 
 
@@ -148,7 +206,7 @@ def test_half_precision(family: str, dtype: str, length: int, tmp_path: Path) ->
     folder = tiny.save(tmp_path / "model", family, dtype=dtype, num_key_value_heads=2)
     ids = tiny.ids(length)
     exact = tiny.logits(tiny.load(folder), ids)  # f32 arithmetic on the rounded weights
-    if family == "gemma":
+    if family in tiny.GEMMAS:
         # the embedding's scale is rounded to the dtype of the weights, which f32 arithmetic on them would not do
         scaled = tiny.load(folder)
         ratio = float(torch.tensor(48**0.5).to(tiny.DTYPES[dtype])) / 48**0.5

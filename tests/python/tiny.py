@@ -6,6 +6,7 @@ compute what a converted checkpoint should compute. Nothing here uses mqadapt-rs
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import struct
@@ -16,8 +17,26 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-FAMILIES = ("llama", "gemma", "mistral", "qwen2", "qwen3")
-CLASSES = {"llama": "Llama", "gemma": "Gemma", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CLASSES = {
+    "llama": "Llama",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "granite": "Granite",
+    "mistral": "Mistral",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "phi3": "Phi3",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+}
+FAMILIES = tuple(CLASSES)
+# their norms multiply by 1 + weight, and their embeddings are scaled by a number rounded to the dtype of the weights
+GEMMAS = ("gemma", "gemma2", "gemma3_text")
+# the keys of all heads are normalised together, which methods that read calibration text do not merge
+NORMS_OVER_HEADS = ("olmo2", "olmo3")
+CALIBRATED = tuple(family for family in FAMILIES if family not in NORMS_OVER_HEADS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # tests run side by side, and PyTorch's threads wait for each other by spinning
@@ -39,9 +58,26 @@ SHAPE: dict[str, Any] = {
 }
 
 
+ALTERNATING = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+# what makes a family what it is, in three layers
+OWN: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 9, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 5.0,
+               "final_logit_softcapping": 4.0},
+    "gemma3_text": {**ALTERNATING, "query_pre_attn_scalar": 12, "rope_local_base_freq": 100.0},
+    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4,
+                "logits_scaling": 2.5},
+    "olmo3": ALTERNATING,
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+}  # fmt: skip
+
+
 def config(family: str, **changes: Any) -> Any:
-    """A configuration of the family: `SHAPE` with `changes`."""
-    return AutoConfig.for_model(family, **{**SHAPE, **changes})
+    """A configuration of the family: `SHAPE`, what is the family's `OWN`, and `changes`."""
+    own = {**SHAPE, **OWN.get(family, {}), **changes}
+    layers = own["num_hidden_layers"]
+    for field in {"layer_types", "no_rope_layers"} & own.keys() - changes.keys():
+        own[field] = (own[field] * layers)[:layers]
+    return AutoConfig.for_model(family, **own)
 
 
 def model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -55,8 +91,7 @@ def model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
         for name, parameter in out.named_parameters():
             values = torch.randn(parameter.shape, generator=draw)
             if name.endswith("norm.weight"):
-                # Gemma's norms multiply by 1 + weight
-                parameter.copy_(0.3 * values + (0.0 if family == "gemma" else 1.0))
+                parameter.copy_(0.3 * values + (0.0 if family in GEMMAS else 1.0))
             elif parameter.dim() == 1:
                 parameter.copy_(0.3 * values)
             else:
@@ -133,17 +168,60 @@ def merge_heads(weight: torch.Tensor, heads: int, method: str) -> torch.Tensor:
     return {"mean": lambda: groups.mean(1), "first": lambda: groups[:, 0]}[method]().float()
 
 
+def kv_rows(name: str, value: torch.Tensor, config: Any) -> list[slice]:
+    """The rows of a tensor that belong to K/V heads: of `k_proj` and `v_proj`, of two parts of a fused `qkv_proj`, of a norm
+    over all heads. Of other tensors none."""
+    rows = config.num_key_value_heads * config.head_dim
+    parts = name.split(".")
+    if "qkv_proj" in parts:
+        query = config.num_attention_heads * config.head_dim
+        return [slice(query, query + rows), slice(query + rows, query + 2 * rows)]
+    if {"k_proj", "v_proj"} & set(parts) or ("k_norm" in parts and config.model_type in NORMS_OVER_HEADS):
+        assert len(value) == rows, name
+        return [slice(0, rows)]
+    return []
+
+
+def merge_kv(name: str, value: torch.Tensor, heads: int, method: str, config: Any) -> torch.Tensor:
+    """The tensor with its K/V heads merged to `heads`, rounded to its dtype."""
+    rows = kv_rows(name, value, config)
+    if not rows:
+        return value
+    merged = [
+        merge_heads(value[part].reshape(-1, config.head_dim, *value.shape[1:]), heads, method)
+        .to(value.dtype)
+        .reshape(-1, *value.shape[1:])
+        for part in rows
+    ]
+    return torch.cat([value[: rows[0].start], *merged, value[rows[-1].stop :]])
+
+
+def repeat_kv(name: str, value: torch.Tensor, times: int, config: Any) -> torch.Tensor:
+    """The tensor with each of its K/V heads repeated."""
+    rows = kv_rows(name, value, config)
+    if not rows:
+        return value
+    repeated = [
+        value[part]
+        .reshape(-1, config.head_dim, *value.shape[1:])
+        .repeat_interleave(times, 0)
+        .reshape(-1, *value.shape[1:])
+        for part in rows
+    ]
+    return torch.cat([value[: rows[0].start], *repeated, value[rows[-1].stop :]])
+
+
 def convert(source: PreTrainedModel, plan: list[int], method: str) -> PreTrainedModel:
     """`source` changed in place to compute what its conversion to `plan` computes: each merged head, rounded to the model's
     dtype, repeated over the heads that it replaces. No layer changes its shape, so that no code but transformers' own runs."""
+    merged_config = copy.copy(source.config)
     with torch.no_grad():
         for heads, layer in zip(plan, source.model.layers, strict=True):
-            attention = layer.self_attn
-            for projection in (attention.k_proj, attention.v_proj):
-                for parameter in projection.parameters(recurse=False):
-                    split = parameter.reshape(-1, attention.head_dim, *parameter.shape[1:])  # [G, head_dim, ...]
-                    merged = merge_heads(split, heads, method).to(parameter.dtype)
-                    parameter.copy_(merged.repeat_interleave(split.shape[0] // heads, 0).reshape(parameter.shape))
+            merged_config.num_key_value_heads = heads
+            times = source.config.num_key_value_heads // heads
+            for name, parameter in layer.self_attn.named_parameters():
+                merged = merge_kv(name, parameter, heads, method, source.config)
+                parameter.copy_(repeat_kv(name, merged, times, merged_config))
     return source
 
 
@@ -153,10 +231,7 @@ def expand(source: PreTrainedModel, heads: int) -> PreTrainedModel:
     out = AutoModelForCausalLM.from_config(changed, dtype=source.dtype, attn_implementation="eager").eval()
     state = source.state_dict()
     for name, value in state.items():
-        if name.rsplit(".", 2)[-2] in ("k_proj", "v_proj"):
-            split = value.reshape(source.config.num_key_value_heads, -1, *value.shape[1:])
-            repeated = split.repeat_interleave(heads // split.shape[0], 0)
-            state[name] = repeated.reshape(-1, *value.shape[1:])
+        state[name] = repeat_kv(name, value, heads // source.config.num_key_value_heads, source.config)
     out.load_state_dict(state)
     return out
 
@@ -170,12 +245,8 @@ def save_mixed(folder: Path, source: PreTrainedModel, plan: list[int]) -> Path:
     for name, value in source.state_dict().items():
         if name == "lm_head.weight" and source.config.tie_word_embeddings:
             continue
-        kept = value
-        parts = name.split(".")
-        if len(parts) > 5 and parts[4] in ("k_proj", "v_proj"):
-            split = value.reshape(source.config.num_key_value_heads, -1, *value.shape[1:])
-            kept = merge_heads(split, plan[int(parts[2])], "mean").to(value.dtype).reshape(-1, *value.shape[1:])
-        tensors[name] = kept.contiguous()
+        heads = plan[int(name.split(".")[2])] if ".layers." in name else 0
+        tensors[name] = merge_kv(name, value, heads, "mean", source.config).contiguous()
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     description = source.config.to_dict()

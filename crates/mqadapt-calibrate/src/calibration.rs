@@ -133,6 +133,7 @@ mod tests {
             head_dim: 2,
             hidden_size: 4,
             inv_freq: vec![1.0],
+            rotary_factor: 1.0,
             scaling: 1.0,
             qk_norm: false,
             sliding_window: None,

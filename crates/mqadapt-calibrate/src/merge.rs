@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_compress::closed_form::Fallback;
 use mqadapt_compress::{LayerJob, LayerMerge, LayerWeights, Method, REFIT_LAMBDA};
+use mqadapt_core::family::QkNorm;
 use mqadapt_core::{AttentionShape, DType, LayerCache, Progress, Progressing};
 
 use crate::calibration::Calibration;
@@ -68,6 +69,21 @@ impl<'a> CalibratedMerge<'a> {
         if let Some(option) = options.given().iter().find(|option| !method.options().contains(option)) {
             let detail = format!("is no option of the method '{}'; leave it out", method.name);
             return Err(Error::Argument { name: option.name(), detail });
+        }
+        let family = checkpoint.config().family;
+        if !family.runnable {
+            let detail = format!(
+                "'{}' runs the model over a text, and a {} cannot be run here; use mean, first or random",
+                method.name, family.model_type
+            );
+            return Err(Error::Argument { name: "method", detail });
+        }
+        if family.forward.qk_norm == QkNorm::Layer {
+            let detail = format!(
+                "'{}' cannot merge a {}, which normalises the keys of all heads together; use mean, first or random",
+                method.name, family.model_type
+            );
+            return Err(Error::Argument { name: "method", detail });
         }
         let (method, sequential) = (layer, options.is_sequential());
         let empty = calibration.sequences.iter().all(Vec::is_empty);

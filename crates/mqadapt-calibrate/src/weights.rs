@@ -3,7 +3,7 @@
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_compress::LayerWeights;
 use mqadapt_compress::closed_form::QkNorm;
-use mqadapt_core::family::{LayerTensor, Module};
+use mqadapt_core::family::{LayerTensor, Module, QkNorm as QkNormKind};
 use mqadapt_core::{AttentionShape, ModelConfig};
 
 use crate::{Error, Result};
@@ -42,7 +42,7 @@ pub fn layer_weights(checkpoint: &Checkpoint, layer_idx: usize) -> Result<LayerW
 /// [`Error::Model`] where one is missing, [`Error::Checkpoint`].
 pub(crate) fn qk_norm(checkpoint: &Checkpoint, layer_idx: usize) -> Result<Option<QkNorm>> {
     let config = checkpoint.config();
-    if !config.family.forward.qk_norm {
+    if config.family.forward.qk_norm == QkNormKind::None {
         return Ok(None);
     }
     let norm = |module| -> Result<Vec<f32>> {

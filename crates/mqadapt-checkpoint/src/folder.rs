@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 use mqadapt_core::ModelConfig;
 use mqadapt_core::config::ExpectedTensor;
-use mqadapt_core::family::LM_HEAD;
+use mqadapt_core::family::{LM_HEAD, LayerTensor, Module};
 
 use crate::contents::Contents;
 use crate::error::HeaderProblem;
 use crate::file::{self, MAX_CONFIG_BYTES, read_exact_at, read_small};
 use crate::header::{Header, header_bytes};
 use crate::index::{INDEX_FILE, Index, MAX_INDEX_BYTES, SINGLE_FILE};
-use crate::naming::{adopt, by_name};
+use crate::naming::{adopt, by_name, split};
 use crate::{Error, Result, Shard, ShardHead, ShardSource, StoredType, TensorInfo};
 
 /// Opens a folder: configuration, index and headers, checked against each other.
@@ -75,6 +75,7 @@ fn contents(
         check_index(path, index, &shards, &tensors)?;
     }
     adopt(&mut config, &mut tensors);
+    split(&config, &mut tensors);
     check_tensors(folder, &config, &shards, &tensors)?;
     Ok(Contents { config, shards, tensors })
 }
@@ -167,13 +168,18 @@ pub(crate) fn check_tensors(
 ) -> Result<()> {
     let by_name = by_name(config, tensors);
     let mut all = config.tensors();
-    if config.tie_word_embeddings && by_name.contains_key(LM_HEAD) {
+    if config.family.runnable && config.tie_word_embeddings && by_name.contains_key(LM_HEAD) {
         all.push(ExpectedTensor { name: LM_HEAD.to_owned(), shape: vec![config.vocab_size, config.hidden_size] });
     }
     for expected in all {
         let found = by_name.get(&expected.name).and_then(|&at| tensors.get(at));
-        let expected = ExpectedTensor { name: config.stored_name(&expected.name).to_owned(), ..expected };
         let Some(tensor) = found else {
+            let expected = stored(config, expected);
+            if let Some(whole) = tensors.iter().find(|tensor| tensor.name == expected.name) {
+                let path = shards.get(whole.shard).map_or(source, |shard| shard.path()).to_owned();
+                let found = whole.shape.clone();
+                return Err(Error::Shape { path, name: expected.name, expected: expected.shape, found });
+            }
             if let Some(shard) = unlisted_shard(source, shards) {
                 let detail = format!("is missing; the folder has '{shard}', which the index does not name");
                 return Err(Error::Misplaced { path: source.to_owned(), name: expected.name, detail });
@@ -182,6 +188,7 @@ pub(crate) fn check_tensors(
             return Err(Error::MissingTensor { path, name, expected: expected.shape });
         };
         let path = || shards.get(tensor.shard).map_or_else(|| source.to_owned(), |shard| shard.path().to_owned());
+        let expected = ExpectedTensor { name: config.stored_name(&expected.name).into_owned(), ..expected };
         if tensor.shape != expected.shape {
             let found = tensor.shape.clone();
             return Err(Error::Shape { path: path(), name: expected.name, expected: expected.shape, found });
@@ -191,6 +198,19 @@ pub(crate) fn check_tensors(
         }
     }
     Ok(())
+}
+
+/// The tensor of the files that holds an expected one: its name, and the shape of all that it holds.
+fn stored(config: &ModelConfig, expected: ExpectedTensor) -> ExpectedTensor {
+    let name = config.stored_name(&expected.name).into_owned();
+    let mut shape = expected.shape;
+    let fused =
+        LayerTensor::parse(&expected.name).and_then(|t| Some((t.layer_idx, config.family.fused_with(t.module)?)));
+    if let (Some((layer_idx, fused)), Some(rows)) = (fused, shape.first_mut()) {
+        let of = |module: &Module| config.weight_shape(layer_idx, *module)?.first().copied();
+        *rows = fused.modules.iter().filter_map(of).sum();
+    }
+    ExpectedTensor { name, shape }
 }
 
 /// A shard that lies in the folder although the index does not name it.

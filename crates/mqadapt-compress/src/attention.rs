@@ -60,7 +60,7 @@ pub(crate) fn rotate(x: &mut [f32], heads: usize, geometry: &AttentionShape) {
     turn(x, heads, geometry, 1.0);
 }
 
-/// The inverse of [`rotate`].
+/// The transpose of [`rotate`]: takes gradients of rotated rows to those of the rows.
 pub(crate) fn rotate_back(x: &mut [f32], heads: usize, geometry: &AttentionShape) {
     turn(x, heads, geometry, -1.0);
 }
@@ -74,7 +74,7 @@ fn turn(x: &mut [f32], heads: usize, geometry: &AttentionShape, sign: f64) {
     for (t, row) in x.chunks_exact_mut(heads * d).enumerate() {
         for (entry, freq) in table.iter_mut().zip(&geometry.inv_freq) {
             let (sin, cos) = (sign * crate::algebra::count(t) * freq).sin_cos();
-            *entry = (cos as f32, sin as f32);
+            *entry = ((geometry.rotary_factor * cos) as f32, (geometry.rotary_factor * sin) as f32);
         }
         for head in row.chunks_exact_mut(d) {
             let (re, rest) = head.split_at_mut(pairs);

@@ -65,6 +65,10 @@ fn run(
     progress: &dyn Progress,
 ) -> Result<ConversionReport> {
     let begun = Instant::now();
+    options.target.check(checkpoint.config(), plan).map_err(|detail| {
+        let target = options.target.name();
+        Error::Target { target, detail }
+    })?;
     let planned = planned_config(checkpoint, plan, options);
     let whole_layers = layers.is_some();
     let layout = Layout::new(Request { checkpoint, planned: &planned, plan, options, whole_layers })?;

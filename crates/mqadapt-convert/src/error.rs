@@ -155,6 +155,14 @@ pub enum Error {
         /// What was expected and what was found.
         detail: String,
     },
+    /// The target cannot hold what the plan asks for.
+    #[error("target '{target}' {detail}")]
+    Target {
+        /// The target.
+        target: &'static str,
+        /// What it can hold.
+        detail: String,
+    },
     /// The user stopped it.
     #[error(transparent)]
     Interrupted(#[from] mqadapt_core::Interrupted),

@@ -1,7 +1,8 @@
 //! The shape of one attention. In: a model's configuration; out: what its projections compute and its cache is made of.
 
-use crate::ModelConfig;
 use crate::cache::{LayerShape, divisors};
+use crate::family::QkNorm;
+use crate::{ModelConfig, Rope};
 
 /// What the attention of one layer does with its projections.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,9 +18,11 @@ pub struct AttentionShape {
     /// Rotary frequencies in radians per token, fastest first; pair `j` is the dims `(j, j + inv_freq.len())` of a head. Dims
     /// from `2 * inv_freq.len()` on are not rotated; empty means no rotary embedding.
     pub inv_freq: Vec<f64>,
-    /// Factor on the logits, a rotary attention factor included (squared).
+    /// Factor on rotated queries and keys, on their rotated dims (`YaRN`, `LongRoPE`); 1 for most.
+    pub rotary_factor: f64,
+    /// Factor on the logits.
     pub scaling: f64,
-    /// Queries and keys are normalised after their projection (Qwen3, Gemma 3).
+    /// Queries and keys are normalised after their projection (Qwen3, Gemma 3, OLMo 2).
     pub qk_norm: bool,
     /// A token attends to this many positions, itself included; `None`: to all before it.
     pub sliding_window: Option<usize>,
@@ -67,6 +70,9 @@ impl AttentionShape {
         if 2 * self.rotary_pairs() > self.head_dim {
             return Err(format!("{} rotary pairs do not fit into head_dim {}", self.rotary_pairs(), self.head_dim));
         }
+        if !(self.rotary_factor.is_finite() && self.rotary_factor > 0.0) {
+            return Err(format!("rotary_factor must be positive, found {}", self.rotary_factor));
+        }
         if !(self.scaling.is_finite() && self.scaling > 0.0) {
             return Err(format!("scaling must be positive, found {}", self.scaling));
         }
@@ -81,17 +87,18 @@ impl ModelConfig {
     /// The attention of a layer; `None` beyond the last layer.
     #[must_use]
     pub fn attention(&self, layer_idx: usize) -> Option<AttentionShape> {
+        let rope = self.rope.get(layer_idx)?;
         Some(AttentionShape {
             num_attention_heads: self.num_attention_heads,
             num_key_value_heads: *self.num_key_value_heads.get(layer_idx)?,
             head_dim: self.head_dim,
             hidden_size: self.hidden_size,
-            inv_freq: self.rope.inv_freq(),
-            // in f32, as the forward pass multiplies
-            scaling: f64::from((self.head_dim as f64).powf(-0.5) as f32),
-            qk_norm: self.family.forward.qk_norm,
+            inv_freq: rope.as_ref().map(Rope::inv_freq).unwrap_or_default(),
+            rotary_factor: rope.as_ref().map_or(1.0, Rope::attention_factor),
+            scaling: self.attention_scale,
+            qk_norm: self.family.forward.qk_norm != QkNorm::None,
             sliding_window: self.sliding_window.get(layer_idx).copied().flatten(),
-            attn_logit_softcapping: None,
+            attn_logit_softcapping: self.attn_logit_softcapping,
         })
     }
 }

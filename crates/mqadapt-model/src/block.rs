@@ -17,18 +17,77 @@ pub(crate) struct Mlp<B: Backend> {
     pub hidden_act: Activation,
 }
 
-/// A decoder layer.
-pub(crate) struct Block<B: Backend> {
-    pub input_layernorm: Arc<B::Vector>,
-    pub self_attn: Attention<B>,
-    pub post_attention_layernorm: Arc<B::Vector>,
-    pub mlp: Arc<Mlp<B>>,
+/// The norms of a decoder layer, by their place: families have some of them, under different names
+/// ([`mqadapt_core::family::BlockNorms`]).
+pub(crate) struct Norms<B: Backend> {
+    pub before_attention: Option<Arc<B::Vector>>,
+    /// On what attention adds to the residual stream.
+    pub behind_attention: Option<Arc<B::Vector>>,
+    pub before_mlp: Option<Arc<B::Vector>>,
+    /// On what the MLP adds to the residual stream.
+    pub behind_mlp: Option<Arc<B::Vector>>,
 }
 
-impl<B: Backend> Mlp<B> {
-    /// Adds its output for `normed` to `hidden`.
-    pub(crate) fn add(&self, backend: &B, ws: &mut Workspace<B>) -> Result<()> {
-        backend.gated(&ws.normed, &self.gate_proj, &self.up_proj, self.hidden_act, &mut ws.intermediate)?;
-        backend.linear_add(&ws.intermediate, &self.down_proj, &mut ws.hidden)
+/// A decoder layer.
+pub(crate) struct Block<B: Backend> {
+    pub norms: Arc<Norms<B>>,
+    pub self_attn: Attention<B>,
+    pub mlp: Arc<Mlp<B>>,
+    pub eps: f32,
+    /// Factor on what attention and MLP add to the residual stream.
+    pub residual_multiplier: f32,
+}
+
+impl<B: Backend> Block<B> {
+    /// `hidden` to `normed`, which attention reads.
+    pub(crate) fn enter(&self, backend: &B, ws: &mut Workspace<B>) -> Result<()> {
+        self.norm(backend, self.norms.before_attention.as_ref(), ws)
+    }
+
+    /// From `hidden` and `attention` to the `hidden` behind the layer.
+    pub(crate) fn leave(&self, backend: &B, ws: &mut Workspace<B>) -> Result<()> {
+        self.add(
+            backend,
+            &ws.attention,
+            &self.self_attn.o_proj,
+            self.norms.behind_attention.as_ref(),
+            (&mut ws.output, &mut ws.hidden),
+        )?;
+        self.norm(backend, self.norms.before_mlp.as_ref(), ws)?;
+        let mlp = &self.mlp;
+        backend.gated(&ws.normed, &mlp.gate_proj, &mlp.up_proj, mlp.hidden_act, &mut ws.intermediate)?;
+        self.add(
+            backend,
+            &ws.intermediate,
+            &mlp.down_proj,
+            self.norms.behind_mlp.as_ref(),
+            (&mut ws.output, &mut ws.hidden),
+        )
+    }
+
+    fn norm(&self, backend: &B, weight: Option<&Arc<B::Vector>>, ws: &mut Workspace<B>) -> Result<()> {
+        match weight {
+            Some(weight) => backend.rms_norm(&ws.hidden, weight, self.eps, &mut ws.normed),
+            None => backend.copy(&ws.hidden, &mut ws.normed),
+        }
+    }
+
+    /// Adds a linear layer of `x` to `hidden`, through a norm where there is one.
+    fn add(
+        &self,
+        backend: &B,
+        x: &B::Buffer,
+        linear: &Linear<B>,
+        norm: Option<&Arc<B::Vector>>,
+        (output, hidden): (&mut B::Buffer, &mut B::Buffer),
+    ) -> Result<()> {
+        if norm.is_none() && self.residual_multiplier == 1.0 {
+            return backend.linear_add(x, linear, hidden);
+        }
+        backend.linear(x, linear, output)?;
+        if let Some(weight) = norm {
+            backend.norm_heads(output, weight, self.eps)?;
+        }
+        backend.add(output, self.residual_multiplier, hidden)
     }
 }

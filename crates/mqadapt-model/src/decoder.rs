@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use mqadapt_core::ModelConfig;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Head};
 use crate::block::Block;
 use crate::error::Result;
 use crate::rope::RopeTables;
@@ -21,8 +21,9 @@ pub(crate) struct Decoder<B: Backend> {
     pub embedding_scale: f32,
     pub embed_tokens: Arc<B::Matrix>,
     pub layers: Vec<Arc<Block<B>>>,
+    /// The final norm; its weight divided by the factor by which logits are scaled down.
     pub norm: Arc<B::Vector>,
-    pub lm_head: Arc<B::Matrix>,
+    pub head: Head<B>,
 }
 
 /// Where a pass is when its observer is asked.
@@ -48,10 +49,6 @@ impl<B: Backend, F: FnMut(Stage, usize, &Workspace<B>) -> Result<()>> Observer<B
 }
 
 impl<B: Backend> Decoder<B> {
-    fn eps(&self) -> f32 {
-        self.config.rms_norm_eps as f32
-    }
-
     /// Token embeddings of the batch into `hidden`.
     pub(crate) fn embed(&self, batch: &Batch, ws: &mut Workspace<B>) -> Result<()> {
         self.backend.embed(&self.embed_tokens, &batch.ids, self.embedding_scale, &mut ws.hidden)
@@ -87,10 +84,10 @@ impl<B: Backend> Decoder<B> {
         ws: &mut Workspace<B>,
         observer: &mut impl Observer<B>,
     ) -> Result<()> {
-        let (block, backend, eps) = (&self.layers[layer_idx], &*self.backend, self.eps());
+        let (block, backend) = (&self.layers[layer_idx], &*self.backend);
         observer.at(Stage::Entering, layer_idx, ws)?;
-        backend.rms_norm(&ws.hidden, &block.input_layernorm, eps, &mut ws.normed)?;
-        block.self_attn.project(backend, eps, ws)?;
+        block.enter(backend, ws)?;
+        block.self_attn.project(backend, block.eps, ws)?;
         observer.at(Stage::Projected, layer_idx, ws)?;
         block.self_attn.attend(backend, ropes.of_layer(layer_idx), batch, cache, ws)?;
         observer.at(Stage::Attended, layer_idx, ws)
@@ -98,15 +95,12 @@ impl<B: Backend> Decoder<B> {
 
     /// The second half of a layer: from `hidden` and `attention` to the `hidden` behind it.
     pub(crate) fn leave(&self, layer_idx: usize, ws: &mut Workspace<B>) -> Result<()> {
-        let (block, backend) = (&self.layers[layer_idx], &*self.backend);
-        backend.linear_add(&ws.attention, &block.self_attn.o_proj, &mut ws.hidden)?;
-        backend.rms_norm(&ws.hidden, &block.post_attention_layernorm, self.eps(), &mut ws.normed)?;
-        block.mlp.add(backend, ws)
+        self.layers[layer_idx].leave(&self.backend, ws)
     }
 
     /// Final norm of some rows of `hidden` into `normed`, where `lm_head` reads them.
     pub(crate) fn finish(&self, rows: &[usize], ws: &mut Workspace<B>) -> Result<()> {
         self.backend.gather(&ws.hidden, self.config.hidden_size, rows, &mut ws.chosen)?;
-        self.backend.rms_norm(&ws.chosen, &self.norm, self.eps(), &mut ws.normed)
+        self.backend.rms_norm(&ws.chosen, &self.norm, self.config.rms_norm_eps as f32, &mut ws.normed)
     }
 }

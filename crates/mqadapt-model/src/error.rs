@@ -64,6 +64,26 @@ pub enum Error {
         /// What was expected and what was found.
         detail: String,
     },
+    /// The family has no forward pass here.
+    #[error(
+        "a {model_type} cannot be run here: this family is converted without a forward pass, by the methods mean, first and \
+         random; run the result in transformers"
+    )]
+    NotRunnable {
+        /// The family.
+        model_type: &'static str,
+    },
+    /// A text is longer than the context for which the rotary embedding has one meaning.
+    #[error(
+        "a text of {found} tokens is too long: beyond {limit} tokens the frequencies of this model's rotary embedding \
+         (rope_type 'dynamic' or 'longrope') depend on the length of the whole text, which is not supported"
+    )]
+    Context {
+        /// The longest context.
+        limit: usize,
+        /// Tokens of the text.
+        found: usize,
+    },
     /// Not enough main memory for the weights.
     #[error("out of memory while allocating weights: tensor '{tensor}' has {values} values")]
     Weights {

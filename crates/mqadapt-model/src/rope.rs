@@ -10,12 +10,15 @@ pub(crate) struct RopeTable {
     pub sin: Vec<f32>,
     /// Rotated pairs of a head; 0: no rotary embedding.
     pub pairs: usize,
+    /// Radians per token of each pair.
     inv_freq: Vec<f64>,
+    /// Factor on cosines and sines.
+    factor: f64,
 }
 
 impl RopeTable {
-    pub(crate) fn new(inv_freq: Vec<f64>) -> Self {
-        Self { cos: Vec::new(), sin: Vec::new(), pairs: inv_freq.len(), inv_freq }
+    pub(crate) fn new(inv_freq: Vec<f64>, factor: f64) -> Self {
+        Self { cos: Vec::new(), sin: Vec::new(), pairs: inv_freq.len(), inv_freq, factor }
     }
 
     /// Makes sure of the positions below `end`.
@@ -27,8 +30,8 @@ impl RopeTable {
         for position in have..end.next_multiple_of(STEP) {
             for inv_freq in &self.inv_freq {
                 let (sin, cos) = (position as f64 * inv_freq).sin_cos();
-                self.cos.push(cos as f32);
-                self.sin.push(sin as f32);
+                self.cos.push((cos * self.factor) as f32);
+                self.sin.push((sin * self.factor) as f32);
             }
         }
     }
@@ -43,13 +46,14 @@ pub(crate) struct RopeTables {
 }
 
 impl RopeTables {
-    /// The tables of layers with these frequencies.
-    pub(crate) fn new<'a>(layers: impl Iterator<Item = &'a [f64]>) -> Self {
+    /// The tables of layers with these frequencies and factors.
+    pub(crate) fn new<'a>(layers: impl Iterator<Item = (&'a [f64], f64)>) -> Self {
         let mut tables: Vec<RopeTable> = Vec::new();
         let of_layer = layers
-            .map(|inv_freq| {
-                tables.iter().position(|table| table.inv_freq == inv_freq).unwrap_or_else(|| {
-                    tables.push(RopeTable::new(inv_freq.to_vec()));
+            .map(|(inv_freq, factor)| {
+                let same = |table: &RopeTable| table.inv_freq == inv_freq && table.factor == factor;
+                tables.iter().position(same).unwrap_or_else(|| {
+                    tables.push(RopeTable::new(inv_freq.to_vec(), factor));
                     tables.len() - 1
                 })
             })
@@ -74,7 +78,7 @@ mod tests {
 
     #[test]
     fn grows_and_keeps() {
-        let mut table = RopeTable::new(vec![1.0, 0.1]);
+        let mut table = RopeTable::new(vec![1.0, 0.1], 1.0);
         table.reach(1);
         let first = table.cos.clone();
         table.reach(STEP + 1);
@@ -85,14 +89,16 @@ mod tests {
 
     #[test]
     fn layers_share_the_table_of_their_frequencies() {
-        let layers = [vec![1.0, 0.1], vec![1.0, 0.01], vec![], vec![1.0, 0.1]];
-        let mut tables = RopeTables::new(layers.iter().map(Vec::as_slice));
+        let layers = [vec![1.0, 0.1], vec![1.0, 0.01], vec![], vec![1.0, 0.1], vec![1.0, 0.1]];
+        let factors = [1.0, 1.0, 1.0, 1.0, 1.5];
+        let mut tables = RopeTables::new(layers.iter().map(Vec::as_slice).zip(factors));
         tables.reach(2);
-        assert_eq!((tables.tables.len(), &tables.of_layer), (3, &vec![0, 1, 2, 0]));
+        assert_eq!((tables.tables.len(), &tables.of_layer), (4, &vec![0, 1, 2, 0, 3]));
         for (layer_idx, inv_freq) in layers.iter().enumerate() {
             let table = tables.of_layer(layer_idx);
             assert_eq!((&table.inv_freq, table.pairs), (inv_freq, inv_freq.len()));
         }
+        assert_eq!(tables.of_layer(4).cos[0], 1.5);
         assert!(tables.of_layer(2).cos.is_empty());
     }
 }

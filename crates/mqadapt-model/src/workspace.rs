@@ -18,6 +18,8 @@ pub(crate) struct Workspace<B: Backend> {
     pub attention: B::Buffer,
     /// What `down_proj` reads, `[rows, intermediate_size]`.
     pub intermediate: B::Buffer,
+    /// What attention or MLP gave, where it is not added to `hidden` as it comes, `[rows, hidden_size]`.
+    pub output: B::Buffer,
     /// Rows chosen for `lm_head`, `[chosen, hidden_size]`.
     pub chosen: B::Buffer,
 }
@@ -32,6 +34,7 @@ impl<B: Backend> Default for Workspace<B> {
             v: B::Buffer::default(),
             attention: B::Buffer::default(),
             intermediate: B::Buffer::default(),
+            output: B::Buffer::default(),
             chosen: B::Buffer::default(),
         }
     }

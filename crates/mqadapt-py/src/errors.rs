@@ -88,9 +88,11 @@ impl IntoPyErr for mqadapt_convert::Error {
             Error::Io { source, .. } => io(&message, &source),
             Error::Exists { .. } | Error::Appeared { .. } => PyFileExistsError::new_err(readable(&message)),
             Error::NoSpace { .. } => io(&message, &std::io::Error::from_raw_os_error(libc::ENOSPC)),
-            Error::InPlace { .. } | Error::Unnamed { .. } | Error::NotReplaceable { .. } | Error::Method { .. } => {
-                argument(message)
-            }
+            Error::InPlace { .. }
+            | Error::Unnamed { .. }
+            | Error::NotReplaceable { .. }
+            | Error::Method { .. }
+            | Error::Target { .. } => argument(message),
             Error::Interrupted(interrupted) => interrupted.into_py_err(),
             _ => failure(message),
         }
@@ -105,9 +107,12 @@ impl IntoPyErr for mqadapt_model::Error {
             Error::Checkpoint(error) => error.into_py_err(),
             Error::Config(error) => error.into_py_err(),
             Error::Io { source, .. } => io(&message, &source),
-            Error::Method { .. } | Error::Token { .. } | Error::Argument { .. } | Error::Device { .. } => {
-                argument(message)
-            }
+            Error::Method { .. }
+            | Error::Token { .. }
+            | Error::Argument { .. }
+            | Error::Device { .. }
+            | Error::Context { .. }
+            | Error::NotRunnable { .. } => argument(message),
             Error::Interrupted(interrupted) => interrupted.into_py_err(),
             _ => failure(message),
         }

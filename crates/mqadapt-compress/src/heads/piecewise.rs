@@ -1,7 +1,7 @@
 //! Merging a K/V tensor that is never whole in memory. In: a way to read the source's values; out: the merged values, a
 //! piece at a time. Conversion writes the pieces to a file, an overlay keeps them: both get the same bits from here.
 
-use mqadapt_core::family::LayerTensor;
+use mqadapt_core::family::{LayerTensor, Module};
 use mqadapt_core::{ModelConfig, Plan, TensorChange};
 
 use crate::{ErrorSum, MergeOptions, RowMerge, RowsAt};
@@ -11,7 +11,7 @@ const VALUES_IN_MEMORY: usize = 1 << 19;
 /// Pieces are cut at multiples of this, so that the sums of [`ErrorSum`] are the same however large a piece is.
 const GRAIN: usize = 256;
 
-/// The merge of one of the four tensors whose rows belong to K/V heads.
+/// The merge of one of the tensors whose rows belong to K/V heads.
 pub struct KvMerge<'a> {
     /// The method.
     pub method: &'a dyn RowMerge,
@@ -23,7 +23,7 @@ pub struct KvMerge<'a> {
     pub source_heads: usize,
     /// K/V heads of the result; divides `source_heads`.
     pub heads: usize,
-    /// Values of one head: `head_dim * hidden_size` of a weight, `head_dim` of a bias.
+    /// Values of one head: `head_dim * hidden_size` of a projection, `head_dim` of a bias or norm.
     pub head_values: usize,
 }
 
@@ -38,7 +38,8 @@ impl<'a> KvMerge<'a> {
         options: &'a MergeOptions,
     ) -> Option<Self> {
         let TensorChange::Heads { from: source_heads, to: heads } = plan.change(config, tensor) else { return None };
-        let head_values = if tensor.bias { config.head_dim } else { config.head_dim * config.hidden_size };
+        let of_one = tensor.bias || tensor.module == Module::KNorm;
+        let head_values = if of_one { config.head_dim } else { config.head_dim * config.hidden_size };
         Some(Self { method, options, tensor, source_heads, heads, head_values })
     }
 
@@ -80,8 +81,6 @@ impl<'a> KvMerge<'a> {
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
-
-    use mqadapt_core::family::Module;
 
     use super::*;
     use crate::{METHODS, merge_tensor};

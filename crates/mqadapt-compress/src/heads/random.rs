@@ -1,5 +1,5 @@
 //! A freshly initialised head (the GQA paper's ablation, arXiv 2305.13245, section 3.3), drawn as transformers initialises
-//! a linear layer: weights normal with `initializer_range`, biases zero.
+//! them: weights normal with `initializer_range`, biases zero, norms one.
 
 use std::f64::consts::TAU;
 
@@ -11,8 +11,8 @@ pub(crate) struct Random;
 
 impl RowMerge for Random {
     fn merge(&self, options: &MergeOptions, at: RowsAt, _heads: &[&[f32]], out: &mut [f32]) {
-        if at.tensor.bias {
-            out.fill(0.0);
+        if at.tensor.bias || at.tensor.module == Module::KNorm {
+            out.fill(if at.tensor.bias { 0.0 } else { 1.0 });
             return;
         }
         let stream =

@@ -44,7 +44,7 @@ pub(crate) struct OutputShard {
 /// A tensor of the output.
 #[derive(Debug, Clone)]
 pub(crate) struct OutputTensor {
-    /// Its name in the file.
+    /// Its name in the file; neighbours of one name are one tensor there, their rows one under the other.
     pub name: String,
     /// Index in the source's tensors.
     pub source: usize,
@@ -76,7 +76,7 @@ impl Layout {
         let tensors = checkpoint.tensors().iter().enumerate();
         let outputs: Vec<_> = tensors.map(|(at, tensor)| request.output_tensor(at, tensor)).collect::<Result<_>>()?;
         let groups = match options.max_shard_size {
-            Some(limit) => cut(outputs, limit),
+            Some(limit) => cut(&outputs, limit),
             None => by_source(outputs, checkpoint),
         };
         let count = groups.len();
@@ -120,12 +120,16 @@ impl OutputShard {
         };
         header.insert("__metadata__".to_owned(), Value::Object(metadata));
         let mut end = 0;
-        for tensor in &mut tensors {
-            tensor.offset = end;
-            end += tensor.bytes;
-            let dtype = tensor.dtype.safetensors().map_or(Value::Null, |dtype| json!(dtype));
-            let entry = json!({ "dtype": dtype, "shape": tensor.shape, "data_offsets": [tensor.offset, end] });
-            header.insert(tensor.name.clone(), entry);
+        for together in tensors.chunk_by_mut(|a, b| a.name == b.name) {
+            let start = end;
+            for tensor in &mut *together {
+                tensor.offset = end;
+                end += tensor.bytes;
+            }
+            let Some(first) = together.first() else { continue };
+            let dtype = first.dtype.safetensors().map_or(Value::Null, |dtype| json!(dtype));
+            let entry = json!({ "dtype": dtype, "shape": joined_shape(together), "data_offsets": [start, end] });
+            header.insert(first.name.clone(), entry);
         }
         let mut json = Value::Object(header).to_string().into_bytes();
         json.resize(json.len().next_multiple_of(8), b' ');
@@ -136,6 +140,17 @@ impl OutputShard {
         }
         Self { name, bytes: header.len() as u64 + end, header, tensors, ends_source: true }
     }
+}
+
+/// The shape of tensors that stand one under the other.
+fn joined_shape(together: &[OutputTensor]) -> Vec<usize> {
+    let mut shape = together.first().map(|first| first.shape.clone()).unwrap_or_default();
+    for other in together.iter().skip(1) {
+        if let (Some(rows), Some(more)) = (shape.first_mut(), other.shape.first()) {
+            *rows += more;
+        }
+    }
+    shape
 }
 
 impl Request<'_> {
@@ -155,7 +170,7 @@ impl Request<'_> {
             None if tensor.dtype == dtype && tensor.verbatim => (Operation::Copy, tensor.shape.clone()),
             None => (Operation::Read, tensor.shape.clone()),
         };
-        let name = self.options.target.tensor_name(self.checkpoint.config(), &tensor.name).to_owned();
+        let name = self.options.target.tensor_name(self.checkpoint.config(), &tensor.name).into_owned();
         let bytes = match (operation, dtype.value_bytes()) {
             (Operation::Copy, _) => tensor.bytes, // of any type, sub-byte ones too
             (_, Some(width)) => (shape.iter().product::<usize>() * width) as u64,
@@ -193,19 +208,21 @@ fn by_source(outputs: Vec<OutputTensor>, checkpoint: &Checkpoint) -> Vec<Vec<Out
     groups
 }
 
-/// Files of at most `limit` bytes of tensors, filled in source order; a tensor larger than that has a file of its own.
-fn cut(outputs: Vec<OutputTensor>, limit: u64) -> Vec<Vec<OutputTensor>> {
+/// Files of at most `limit` bytes of tensors, filled in source order; a tensor larger than that has a file of its own. Tensors of
+/// one name stay together.
+fn cut(outputs: &[OutputTensor], limit: u64) -> Vec<Vec<OutputTensor>> {
     let mut groups: Vec<Vec<OutputTensor>> = Vec::new();
     let mut room = 0;
-    for output in outputs {
+    for together in outputs.chunk_by(|a, b| a.name == b.name) {
+        let bytes = together.iter().map(|output| output.bytes).sum();
         match groups.last_mut() {
-            Some(group) if output.bytes <= room => {
-                room -= output.bytes;
-                group.push(output);
+            Some(group) if bytes <= room => {
+                room -= bytes;
+                group.extend_from_slice(together);
             }
             _ => {
-                room = limit.saturating_sub(output.bytes);
-                groups.push(vec![output]);
+                room = limit.saturating_sub(bytes);
+                groups.push(together.to_vec());
             }
         }
     }
@@ -223,6 +240,7 @@ fn index_text(shards: &[OutputShard]) -> String {
         }
     }
     places.sort_unstable();
+    places.dedup();
     let weight_map: Map<_, _> = places.into_iter().map(|(name, shard)| (name.to_owned(), json!(shard))).collect();
     let index = json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map });
     serde_json::to_string_pretty(&index).unwrap_or_default() + "\n"

@@ -1,13 +1,15 @@
 //! The layout that transformers reads (`PreTrainedModel.save_pretrained`). Layers alike: an ordinary checkpoint; layers that
 //! differ: `per_layer_config`, and a modelling file.
 
-use mqadapt_core::{DType, ModelConfig, Plan};
+use std::borrow::Cow;
+
+use mqadapt_core::{DType, Family, ModelConfig, Plan};
 use serde_json::json;
 
 use super::Target;
 use crate::file_names::MODELING_FILE;
 
-/// The modelling file for Llama; in that of another family, the prefix of its transformers classes replaces `Llama`.
+/// The modelling file for Llama; in that of another family, its transformers classes replace Llama's.
 const LLAMA_MODELING: &str = include_str!("../../../../python/mqadapt_rs/modeling/modeling_mqadapt.py");
 
 pub(super) struct HuggingFace;
@@ -15,6 +17,18 @@ pub(super) struct HuggingFace;
 impl Target for HuggingFace {
     fn name(&self) -> &'static str {
         "hugging-face"
+    }
+
+    fn check(&self, source: &ModelConfig, plan: &Plan) -> Result<(), String> {
+        let heads = plan.num_key_value_heads();
+        if !source.family.text_config || heads.windows(2).all(|pair| pair[0] == pair[1]) {
+            return Ok(());
+        }
+        Err(format!(
+            "cannot hold this plan: the layers of a {} need one number of K/V heads, which its class in transformers reads \
+             (such as 'mqa:all')",
+            source.family.model_type
+        ))
     }
 
     fn config(&self, source: &ModelConfig, plan: &Plan, dtype: Option<DType>) -> ModelConfig {
@@ -32,16 +46,21 @@ impl Target for HuggingFace {
         planned
     }
 
-    fn tensor_name<'a>(&self, source: &ModelConfig, name: &'a str) -> &'a str {
+    fn tensor_name<'a>(&self, source: &ModelConfig, name: &'a str) -> Cow<'a, str> {
         source.stored_name(name)
     }
 
     fn files(&self, planned: &ModelConfig) -> Vec<(&'static str, String)> {
         let mut files = Vec::new();
         if planned.json.get("per_layer_config").is_some() {
-            files.push((MODELING_FILE, LLAMA_MODELING.replace("Llama", planned.class_prefix())));
+            files.push((MODELING_FILE, modeling(planned.family)));
         }
         files.push(("config.json", serde_json::to_string_pretty(&planned.json).unwrap_or_default() + "\n"));
         files
     }
+}
+
+/// The modelling file for a family.
+fn modeling(family: &Family) -> String {
+    LLAMA_MODELING.replace("LlamaModel", family.base_model).replace("Llama", family.class_prefix)
 }

@@ -4,6 +4,8 @@
 
 mod hugging_face;
 
+use std::borrow::Cow;
+
 use mqadapt_core::{DType, ModelConfig, Plan};
 
 /// Every target.
@@ -14,11 +16,18 @@ pub trait Target: Sync {
     /// Its name on the command line.
     fn name(&self) -> &'static str;
 
+    /// Refuses what the layout cannot hold, with a sentence that says what it can.
+    ///
+    /// # Errors
+    /// That sentence.
+    fn check(&self, source: &ModelConfig, plan: &Plan) -> Result<(), String>;
+
     /// The configuration of the result. `dtype`: of its weights, where it is not the source's.
     fn config(&self, source: &ModelConfig, plan: &Plan, dtype: Option<DType>) -> ModelConfig;
 
-    /// The name in the result's files of a tensor that the source's `...ForCausalLM` calls `name`.
-    fn tensor_name<'a>(&self, source: &ModelConfig, name: &'a str) -> &'a str;
+    /// The name in the result's files of the tensor that holds what a Llama's `...ForCausalLM` calls `name`. Tensors that follow
+    /// one another under one name become one: their rows, one under the other.
+    fn tensor_name<'a>(&self, source: &ModelConfig, name: &'a str) -> Cow<'a, str>;
 
     /// The files that the target writes beside weights and the source's other files: names and content, in the order in which
     /// they are written.

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::{Activation, DType};
-use crate::family::Family;
+use crate::family::{AttentionScale, Family, Softcapping};
 use crate::{Error, Result};
 
 /// No size in a configuration may exceed this, so that products of three sizes fit 64 bits.
@@ -18,17 +18,12 @@ type NotFollowed = (&'static str, fn(&Value) -> bool, &'static str);
 
 /// Fields by which transformers 5 computes, or caches, something else in one of the families (`masking_utils.py`,
 /// `cache_utils.py`, `modeling_gemma.py`, `modeling_rope_utils.py`).
-const NOT_FOLLOWED: [NotFollowed; 5] = [
+const NOT_FOLLOWED: [NotFollowed; 4] = [
     ("is_causal", |value| value == true, "true or absent: attention to later tokens is not supported"),
     (
         "use_bidirectional_attention",
         |value| value.is_null() || value == false,
         "false or absent: attention to later tokens is not supported",
-    ),
-    (
-        "partial_rotary_factor",
-        |value| value.is_null() || value.as_f64() == Some(1.0),
-        "1.0 or absent: partial rotary embedding is not supported",
     ),
     ("attention_chunk_size", Value::is_null, "null or absent: chunked attention is not supported"),
     ("kv_sharing_modes", Value::is_null, "null or absent: K/V caches shared by layers are not supported"),
@@ -76,6 +71,10 @@ impl<'a> Fields<'a> {
                 v.as_f64().filter(|x| x.is_finite() && *x > 0.0).ok_or_else(|| self.wrong(field, "a positive number"))
             })
             .transpose()
+    }
+
+    pub(super) fn number(&self, field: &str) -> Result<Option<f64>> {
+        self.get(field).map(|v| v.as_f64().ok_or_else(|| self.wrong(field, "a number"))).transpose()
     }
 
     pub(super) fn size(&self, field: &str) -> Result<Option<usize>> {
@@ -151,84 +150,52 @@ impl<'a> Fields<'a> {
         Ok(heads)
     }
 
-    /// `hidden_act`. Old Gemma files have a `hidden_activation` as well, which transformers (4.57 and 5) does not read.
+    /// The activation of the MLP. Old Gemma files have a `hidden_activation` beside `hidden_act`, which transformers (4.57 and 5)
+    /// does not read.
     pub(super) fn activation(&self, family: &Family) -> Result<Activation> {
-        let field = "hidden_act";
+        let field = family.forward.activation_field;
         match self.text(field)?.unwrap_or(family.defaults.hidden_act) {
             "silu" | "swish" => Ok(Activation::Silu),
             "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
             // Gemma's "gelu" always meant the tanh form (`configuration_gemma.py`)
-            "gelu" if family.forward.norm_weight_plus_one => Ok(Activation::GeluTanh),
+            "gelu" if family.model_type == "gemma" => Ok(Activation::GeluTanh),
             "gelu" => Ok(Activation::Gelu),
             _ => Err(self.wrong(field, "one of silu, gelu, gelu_pytorch_tanh")),
         }
     }
 
-    /// The window of each layer (`configuration_mistral.py`, `configuration_qwen2.py`).
-    pub(super) fn sliding_windows(&self, family: &Family, num_hidden_layers: usize) -> Result<Vec<Option<usize>>> {
-        let defaults = &family.defaults;
-        if defaults.sliding_window.is_none() && self.get("sliding_window").is_some() {
-            let expected = format!(
-                "null or absent: a {} has no windows (transformers would cut its cache by it, and not its prompts)",
-                family.model_type
-            );
-            return Err(self.wrong("sliding_window", &expected));
-        }
-        let unset = if self.is_null("sliding_window") { None } else { defaults.sliding_window };
-        let window = self.size("sliding_window")?.or(unset);
-        let flagged = !defaults.sliding_window_needs_flag || self.flag("use_sliding_window")?.unwrap_or(false);
-        let window = window.filter(|_| flagged);
-        let types = self.layer_types(num_hidden_layers)?;
-        if let (true, Some(types)) = (defaults.sliding_window_needs_flag, &types) {
-            if window.is_none() && types.contains(&true) {
-                return Err(self.wrong(
-                    "layer_types",
-                    "full_attention in every layer where use_sliding_window is not true or sliding_window is null",
-                ));
+    /// Factor on the logits of the attention; of `head_dim` in f32, as the forward pass multiplies.
+    pub(super) fn attention_scale(&self, scale: AttentionScale, head_dim: usize) -> Result<f64> {
+        let power = |value: f64| f64::from(value.powf(-0.5) as f32);
+        Ok(match scale {
+            AttentionScale::HeadDim => power(head_dim as f64),
+            AttentionScale::QueryPreAttnScalar(default) => {
+                power(self.positive("query_pre_attn_scalar")?.unwrap_or(default))
             }
-            return Ok(types.iter().map(|slides| window.filter(|_| *slides)).collect());
-        }
-        let first = if defaults.sliding_window_needs_flag {
-            // 0 is a legal max_window_layers: every layer has a window
-            let first = self.get("max_window_layers").map_or(Some(28), Value::as_u64);
-            first.ok_or_else(|| self.wrong("max_window_layers", "a whole number"))?
-        } else {
-            0
-        };
-        let windows: Vec<_> = (0..num_hidden_layers).map(|idx| window.filter(|_| idx as u64 >= first)).collect();
-        // transformers takes a Mistral with layer_types for a Ministral; of the others, it cuts the cache by them, not prompts
-        if types.is_some_and(|types| !types.into_iter().eq(windows.iter().map(Option::is_some))) {
-            let kind = if window.is_some() { "sliding_attention" } else { "full_attention" };
-            let expected = format!("{kind} in every layer, as a {} of this sliding_window has", family.model_type);
-            return Err(self.wrong("layer_types", &expected));
-        }
-        Ok(windows)
+            AttentionScale::Multiplier => self.positive("attention_multiplier")?.unwrap_or(1.0),
+        })
     }
 
-    /// Which layers `layer_types` gives a window.
-    fn layer_types(&self, num_hidden_layers: usize) -> Result<Option<Vec<bool>>> {
-        let field = "layer_types";
-        let Some(types) = self.get(field) else { return Ok(None) };
-        let types = types.as_array().filter(|types| types.len() == num_hidden_layers);
-        let types = types.ok_or_else(|| self.wrong(field, "a list with one entry per layer"))?;
-        let slides = |kind: &Value| match kind.as_str() {
-            Some("full_attention") => Ok(false),
-            Some("sliding_attention") => Ok(true),
-            _ => Err(self.wrong(field, "a list of full_attention and sliding_attention")),
-        };
-        types.iter().map(slides).collect::<Result<_>>().map(Some)
+    /// A bound of logits: absent the family's, `null` none.
+    pub(super) fn softcapping(&self, field: &str, of: Softcapping) -> Result<Option<f64>> {
+        let Softcapping::Field(default) = of else { return Ok(None) };
+        let default = default.filter(|_| !self.is_null(field));
+        Ok(self.positive(field)?.or(default))
     }
-
     /// Refuses what would change the forward pass, or the stored weights, in a way that is not followed.
-    pub(super) fn refuse_unsupported(&self) -> Result<()> {
+    pub(super) fn refuse_unsupported(&self, family: &Family) -> Result<()> {
         for (field, neutral, expected) in NOT_FOLLOWED {
-            if self.0.get(field).is_some_and(|value| !neutral(value)) {
+            if family.runnable && self.0.get(field).is_some_and(|value| !neutral(value)) {
                 return Err(self.wrong(field, expected));
             }
         }
         let field = "quantization_config";
         let Some(found) = self.get(field) else { return Ok(()) };
-        let method = found.get("quant_method").and_then(Value::as_str).map_or_else(
+        let method = found.get("quant_method").and_then(Value::as_str);
+        if method.is_some_and(|method| family.attention_kept_by.contains(&method)) {
+            return Ok(());
+        }
+        let method = method.map_or_else(
             || "without a quant_method".to_owned(),
             |name| format!("with quant_method {}", brief(&Value::from(name))),
         );

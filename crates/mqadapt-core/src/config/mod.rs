@@ -3,11 +3,15 @@
 mod fields;
 mod rewrite;
 mod rope;
+mod windows;
+
+use std::borrow::Cow;
 
 use serde_json::Value;
 
 use crate::family::{
-    AttentionBias, BASE_MODEL_PREFIX, EMBED_TOKENS, FAMILIES, Family, LM_HEAD, LayerTensor, Module, NORM,
+    AttentionBias, BlockNorms, EMBED_TOKENS, EmbeddingScale, FAMILIES, Family, LM_HEAD, LayerTensor, Module, NORM,
+    PREFIX, QkNorm,
 };
 use crate::{Error, Result};
 use fields::Fields;
@@ -70,8 +74,8 @@ pub enum Activation {
 /// What a checkpoint stores, where `config.json` alone does not tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stored {
-    /// Its tensors have the names of a base model (`LlamaModel`): `layers.0...`, not `model.layers.0...`.
-    pub base_model: bool,
+    /// What stands in front of `layers.N` in the names of its tensors: `model.`, or nothing in a base model (`LlamaModel`).
+    pub prefix: &'static str,
     /// There is an output projection, which may be the embeddings. Only a base model can be without.
     pub lm_head: bool,
 }
@@ -84,7 +88,7 @@ pub struct ModelConfig {
     pub family: &'static Family,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of the MLP.
+    /// Width of the MLP; 0 where a family without a forward pass has none.
     pub intermediate_size: usize,
     /// Decoder layers.
     pub num_hidden_layers: usize,
@@ -100,8 +104,8 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// Epsilon of the norms.
     pub rms_norm_eps: f64,
-    /// Rotary position embedding.
-    pub rope: Rope,
+    /// Rotary position embedding of each layer; `None`: not rotated.
+    pub rope: Vec<Option<Rope>>,
     /// The output projection is the embedding.
     pub tie_word_embeddings: bool,
     /// `q_proj`, `k_proj`, `v_proj` have a bias.
@@ -114,6 +118,18 @@ pub struct ModelConfig {
     pub hidden_act: Activation,
     /// Attention window of each layer in tokens, the token itself included; `None`: all that came before.
     pub sliding_window: Vec<Option<usize>>,
+    /// Factor on the logits of the attention.
+    pub attention_scale: f64,
+    /// Factor on the embeddings, where the family has it in a field (`embedding_multiplier`); else 1.
+    pub embedding_multiplier: f64,
+    /// Factor on what attention and MLP add to the residual stream.
+    pub residual_multiplier: f64,
+    /// Divisor of the model's logits.
+    pub logits_scaling: f64,
+    /// Bound of the attention's logits.
+    pub attn_logit_softcapping: Option<f64>,
+    /// Bound of the model's logits.
+    pub final_logit_softcapping: Option<f64>,
     /// Standard deviation of freshly initialised weights.
     pub initializer_range: f64,
     /// Type of the stored weights, if the file tells.
@@ -155,11 +171,16 @@ impl ModelConfig {
             found: model_type.to_owned(),
             supported: FAMILIES.iter().map(|f| f.model_type).collect::<Vec<_>>().join(", "),
         })?;
-        fields.refuse_unsupported()?;
-        let defaults = &family.defaults;
+        fields.refuse_unsupported(family)?;
+        let text = fields.get("text_config").filter(|_| family.text_config);
+        let fields = text.map_or(Ok(fields), Fields::new)?;
+        let (defaults, runnable) = (&family.defaults, family.runnable);
 
         let hidden_size = fields.required_size("hidden_size")?;
-        let num_attention_heads = fields.required_size("num_attention_heads")?;
+        let num_attention_heads = match (fields.size("num_attention_heads")?, defaults.num_attention_heads) {
+            (Some(heads), _) | (None, Some(heads)) => heads,
+            (None, None) => return Err(fields.missing("num_attention_heads")),
+        };
         let num_hidden_layers = fields.required_size("num_hidden_layers")?;
         let head_dim = match (fields.size("head_dim")?, defaults.head_dim) {
             (Some(found), _) => found,
@@ -180,6 +201,10 @@ impl ModelConfig {
         let (qkv_bias, o_bias) = match family.forward.attention_bias {
             AttentionBias::Never => (false, false),
             AttentionBias::Qkv => (true, false),
+            AttentionBias::UnlessField => {
+                let all = fields.flag("attention_bias")?.unwrap_or(true);
+                (all, all)
+            }
             AttentionBias::ByField => {
                 let all = bias("attention_bias", true)?;
                 (all, all)
@@ -187,40 +212,60 @@ impl ModelConfig {
         };
         let max_position_embeddings =
             fields.size("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
+        let (windows, rope) = if runnable {
+            let (windows, slides) = fields.sliding_windows(family, num_hidden_layers)?;
+            (windows, rope::of_layers(&fields, family, head_dim, max_position_embeddings, &slides)?)
+        } else {
+            (vec![None; num_hidden_layers], vec![None; num_hidden_layers])
+        };
+        let size = |field| if runnable { fields.required_size(field) } else { Ok(fields.size(field)?.unwrap_or(0)) };
+        let multiplier = |field, read: bool| Ok(if read { fields.positive(field)?.unwrap_or(1.0) } else { 1.0 });
+        let forward = &family.forward;
 
         Ok(Self {
             family,
             hidden_size,
-            intermediate_size: fields.required_size("intermediate_size")?,
+            intermediate_size: size("intermediate_size")?,
             num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,
             head_dim,
-            vocab_size: fields.required_size("vocab_size")?,
+            vocab_size: size("vocab_size")?,
             max_position_embeddings,
             rms_norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps),
-            rope: Rope::read(&fields, defaults.rope_theta, max_position_embeddings, head_dim)?,
+            rope,
             tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(defaults.tie_word_embeddings),
             qkv_bias,
             o_bias,
-            mlp_bias: bias("mlp_bias", family.forward.mlp_bias)?,
-            hidden_act: fields.activation(family)?,
-            sliding_window: fields.sliding_windows(family, num_hidden_layers)?,
+            mlp_bias: bias("mlp_bias", forward.mlp_bias)?,
+            hidden_act: if runnable { fields.activation(family)? } else { Activation::Silu },
+            sliding_window: windows,
+            attention_scale: fields.attention_scale(forward.attention_scale, head_dim)?,
+            embedding_multiplier: multiplier(
+                "embedding_multiplier",
+                forward.embedding_scale == EmbeddingScale::Multiplier,
+            )?,
+            residual_multiplier: multiplier("residual_multiplier", forward.multipliers)?,
+            logits_scaling: multiplier("logits_scaling", forward.multipliers)?,
+            attn_logit_softcapping: fields.softcapping("attn_logit_softcapping", forward.attn_logit_softcapping)?,
+            final_logit_softcapping: fields.softcapping("final_logit_softcapping", forward.final_logit_softcapping)?,
             initializer_range: fields.positive("initializer_range")?.unwrap_or(0.02),
             dtype: fields.dtype(),
-            stored: Stored { base_model: false, lm_head: true },
+            stored: Stored { prefix: PREFIX, lm_head: true },
             json,
         })
     }
 
-    /// Every tensor that a checkpoint of this model must have, in the order of the forward pass.
-    /// `lm_head.weight` only where the embeddings are not tied, and the checkpoint has one.
+    /// Every tensor that a checkpoint of this model must have, in the order of the forward pass; of a family without one those
+    /// that a method reads: the projections of the attention. `lm_head.weight` only where the embeddings are not tied, and the checkpoint has one.
     #[must_use]
     pub fn tensors(&self) -> Vec<ExpectedTensor> {
-        let mut out =
-            vec![ExpectedTensor { name: EMBED_TOKENS.to_owned(), shape: vec![self.vocab_size, self.hidden_size] }];
+        let runnable = self.family.runnable;
+        let table =
+            |name: &str| ExpectedTensor { name: name.to_owned(), shape: vec![self.vocab_size, self.hidden_size] };
+        let mut out: Vec<_> = runnable.then(|| table(EMBED_TOKENS)).into_iter().collect();
         for layer_idx in 0..self.num_hidden_layers {
-            for module in Module::ALL {
+            for module in Module::ALL.into_iter().filter(|module| runnable || module.is_attention_projection()) {
                 let Some(shape) = self.weight_shape(layer_idx, module) else { continue };
                 let bias = shape.first().copied().filter(|_| self.has_bias(module));
                 out.push(ExpectedTensor { name: LayerTensor::weight(layer_idx, module).name(), shape });
@@ -232,17 +277,26 @@ impl ModelConfig {
                 }
             }
         }
-        out.push(ExpectedTensor { name: NORM.to_owned(), shape: vec![self.hidden_size] });
-        if !self.tie_word_embeddings && self.stored.lm_head {
-            out.push(ExpectedTensor { name: LM_HEAD.to_owned(), shape: vec![self.vocab_size, self.hidden_size] });
+        if runnable {
+            out.push(ExpectedTensor { name: NORM.to_owned(), shape: vec![self.hidden_size] });
+            out.extend((!self.tie_word_embeddings && self.stored.lm_head).then(|| table(LM_HEAD)));
         }
         out
     }
 
-    /// The name in the checkpoint's own files of a tensor that a `...ForCausalLM` calls `name`.
+    /// The name in the checkpoint's own files of the tensor that holds what a Llama's `...ForCausalLM` calls `role`.
     #[must_use]
-    pub fn stored_name<'a>(&self, name: &'a str) -> &'a str {
-        name.strip_prefix(BASE_MODEL_PREFIX).filter(|_| self.stored.base_model).unwrap_or(name)
+    pub fn stored_name<'a>(&self, role: &'a str) -> Cow<'a, str> {
+        let name =
+            match LayerTensor::parse(role).and_then(|tensor| Some((tensor, self.family.fused_with(tensor.module)?))) {
+                Some((tensor, fused)) => Cow::Owned(fused.tensor_name(tensor.layer_idx, tensor.bias)),
+                None => Cow::Borrowed(role),
+            };
+        let known = LayerTensor::parse(role).is_some() || [EMBED_TOKENS, NORM].contains(&role);
+        match name.strip_prefix(PREFIX).filter(|_| known && self.stored.prefix != PREFIX) {
+            Some(rest) => Cow::Owned(format!("{}{rest}", self.stored.prefix)),
+            None => name,
+        }
     }
 
     /// Shape of a module's weight in one layer; `None` where the family has no such module.
@@ -250,13 +304,22 @@ impl ModelConfig {
     pub fn weight_shape(&self, layer_idx: usize, module: Module) -> Option<Vec<usize>> {
         let query = self.num_attention_heads * self.head_dim;
         let key_value = self.num_key_value_heads.get(layer_idx)? * self.head_dim;
+        let (norms, qk_norm) = (self.family.forward.block_norms, self.family.forward.qk_norm);
         Some(match module {
-            Module::InputLayernorm | Module::PostAttentionLayernorm => vec![self.hidden_size],
+            Module::InputLayernorm if norms == BlockNorms::Behind => return None,
+            Module::PreFeedforwardLayernorm if norms != BlockNorms::Around => return None,
+            Module::PostFeedforwardLayernorm if norms == BlockNorms::Before => return None,
+            Module::InputLayernorm
+            | Module::PostAttentionLayernorm
+            | Module::PreFeedforwardLayernorm
+            | Module::PostFeedforwardLayernorm => vec![self.hidden_size],
             Module::QProj => vec![query, self.hidden_size],
             Module::KProj | Module::VProj => vec![key_value, self.hidden_size],
             Module::OProj => vec![self.hidden_size, query],
-            Module::QNorm | Module::KNorm if self.family.forward.qk_norm => vec![self.head_dim],
-            Module::QNorm | Module::KNorm => return None,
+            Module::QNorm | Module::KNorm if qk_norm == QkNorm::None => return None,
+            Module::QNorm if qk_norm == QkNorm::Layer => vec![query],
+            Module::KNorm if qk_norm == QkNorm::Layer => vec![key_value],
+            Module::QNorm | Module::KNorm => vec![self.head_dim],
             Module::GateProj | Module::UpProj => vec![self.intermediate_size, self.hidden_size],
             Module::DownProj => vec![self.hidden_size, self.intermediate_size],
         })
@@ -287,13 +350,6 @@ impl ModelConfig {
         out.num_key_value_heads = heads.to_vec();
         out.json = rewrite::rewrite(self, heads, modeling_file);
         out
-    }
-
-    /// The prefix of this family's transformers classes.
-    #[must_use]
-    pub fn class_prefix(&self) -> &'static str {
-        let family: &'static Family = self.family;
-        family.class_prefix
     }
 }
 

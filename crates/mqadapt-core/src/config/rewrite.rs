@@ -4,32 +4,39 @@ use serde_json::{Map, Value, json};
 
 use super::rope::given;
 use super::{ModelConfig, RopeScaling};
+use crate::family::Rotary;
 
 /// The source's file with other K/V-head counts. Layers alike: an ordinary configuration. Layers that differ: the widest
 /// count globally, the others in `per_layer_config`, and `auto_map` to the modelling file beside the weights, without
 /// which transformers refuses the configuration.
 pub(super) fn rewrite(source: &ModelConfig, heads: &[usize], modeling_file: &str) -> Value {
     let mut out = source.json.as_object().cloned().unwrap_or_default();
+    if let Some(Value::Object(text)) = out.get_mut("text_config").filter(|_| source.family.text_config) {
+        // of models that read more than text: the language model is one part, and its layers are alike
+        text.insert("num_key_value_heads".to_owned(), json!(heads.iter().max()));
+        text.insert("head_dim".to_owned(), json!(source.head_dim));
+        return Value::Object(out);
+    }
     let widest = heads.iter().copied().max().unwrap_or(source.num_attention_heads);
-    let family = source.class_prefix();
-    let own = if source.stored.base_model { "Model" } else { "ForCausalLM" };
+    let (base_model, causal_lm) = (source.family.base_model, format!("{}ForCausalLM", source.family.class_prefix));
+    let own = if source.stored.prefix.is_empty() { base_model } else { &causal_lm };
     out.insert("num_key_value_heads".to_owned(), json!(widest));
     out.shift_remove("per_layer_config");
     // `head_dim` is derived from the head counts by some readers, which a Gemma contradicts: say it
     out.insert("head_dim".to_owned(), json!(source.head_dim));
 
     if heads.iter().all(|&own| own == widest) {
-        remove_auto_map(&mut out, &format!("LayerwiseKV{family}ForCausalLM"));
-        out.insert("architectures".to_owned(), json!([format!("{family}{own}")]));
+        remove_auto_map(&mut out, &format!("LayerwiseKV{causal_lm}"));
+        out.insert("architectures".to_owned(), json!([own]));
     } else {
         let width = (heads.len() - 1).to_string().len().max(2);
         let differing = heads.iter().enumerate().filter(|(_, own)| **own != widest);
         let per_layer: Map<_, _> =
             differing.map(|(idx, own)| (format!("{idx:0width$}"), json!({ "num_key_value_heads": own }))).collect();
         out.insert("per_layer_config".to_owned(), Value::Object(per_layer));
-        out.insert("architectures".to_owned(), json!([format!("LayerwiseKV{family}{own}")]));
-        let class = |kind| format!("{modeling_file}.LayerwiseKV{family}{kind}");
-        let classes = json!({ "AutoModel": class("Model"), "AutoModelForCausalLM": class("ForCausalLM") });
+        out.insert("architectures".to_owned(), json!([format!("LayerwiseKV{own}")]));
+        let class = |name| format!("{modeling_file}.LayerwiseKV{name}");
+        let classes = json!({ "AutoModel": class(base_model), "AutoModelForCausalLM": class(&causal_lm) });
         out.insert("auto_map".to_owned(), classes);
     }
     write_rope(source, &mut out);
@@ -44,20 +51,42 @@ fn remove_auto_map(out: &mut Map<String, Value>, ours: &str) {
     }
 }
 
-/// Both spellings: transformers 5 reads `rope_parameters`; 4.x, MLX and llama.cpp read `rope_theta` and `rope_scaling`.
+/// Both spellings: transformers 5 reads `rope_parameters`; 4.x, MLX and llama.cpp read `rope_theta` and `rope_scaling`. Where
+/// kinds of layers rotate differently, the file says it already, each version in its way.
 fn write_rope(source: &ModelConfig, out: &mut Map<String, Value>) {
-    let theta = source.rope.theta;
+    let rotary = source.family.forward.rotary;
+    let Some(rope) = source.rope.iter().flatten().next().filter(|_| !matches!(rotary, Rotary::ByKind { .. })) else {
+        return;
+    };
     let given = given(|name| out.get(name).filter(|value| !value.is_null()));
     let mut parameters = given.and_then(|(_, value)| value.as_object().cloned()).unwrap_or_default();
     if parameters.get("rope_type").is_none_or(Value::is_null) {
         let kind = parameters.remove("type").unwrap_or_else(|| json!("default"));
         parameters.insert("rope_type".to_owned(), kind);
     }
-    parameters.insert("rope_theta".to_owned(), json!(theta));
-    let mut scaling = parameters.clone();
-    scaling.remove("rope_theta");
-    let scaling = if source.rope.scaling == RopeScaling::None { Value::Null } else { Value::Object(scaling) };
-    out.insert("rope_theta".to_owned(), json!(theta));
+    parameters.insert("rope_theta".to_owned(), json!(rope.theta));
+    let scaling = match (&rope.scaling, rotary) {
+        (RopeScaling::None, _) => Value::Null,
+        (_, Rotary::Partial) => old_phi3(&parameters),
+        _ => {
+            let mut scaling = parameters.clone();
+            scaling.remove("rope_theta");
+            Value::Object(scaling)
+        }
+    };
+    out.insert("rope_theta".to_owned(), json!(rope.theta));
     out.insert("rope_scaling".to_owned(), scaling);
     out.insert("rope_parameters".to_owned(), Value::Object(parameters));
+}
+
+/// What transformers 4.x takes for a Phi-3: three fields and no more; `null` where there is more to say.
+fn old_phi3(parameters: &Map<String, Value>) -> Value {
+    let lists = ["short_factor", "long_factor"];
+    let known = ["rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"];
+    if parameters.keys().any(|key| !lists.contains(&key.as_str()) && !known.contains(&key.as_str())) {
+        return Value::Null;
+    }
+    let mut out = Map::from_iter([("type".to_owned(), json!("longrope"))]);
+    out.extend(lists.iter().filter_map(|list| Some(((*list).to_owned(), parameters.get(*list)?.clone()))));
+    Value::Object(out)
 }

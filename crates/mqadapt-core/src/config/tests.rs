@@ -13,10 +13,15 @@ fn with(field: &str, value: Value) -> Value {
     json
 }
 
+/// The rotary embedding of layer 0.
+fn rope(config: &ModelConfig) -> &Rope {
+    config.rope[0].as_ref().unwrap()
+}
+
 #[test]
 fn defaults_are_those_of_transformers() {
     let config = ModelConfig::from_value(llama()).unwrap();
-    assert_eq!((config.head_dim, config.rope.theta, config.max_position_embeddings), (8, 10_000.0, 2048));
+    assert_eq!((config.head_dim, rope(&config).theta, config.max_position_embeddings), (8, 10_000.0, 2048));
     assert!(!config.tie_word_embeddings);
     let mut gemma = llama();
     gemma["model_type"] = json!("gemma");
@@ -37,7 +42,13 @@ fn a_bad_field_is_named() {
         ("num_key_value_heads", json!(3)),
         ("rms_norm_eps", json!("small")),
         ("hidden_act", json!("relu")),
-        ("rope_scaling", json!({ "rope_type": "yarn", "factor": 2.0 })),
+        ("rope_scaling", json!({ "rope_type": "proportional", "factor": 2.0 })),
+        ("rope_scaling", json!({ "rope_type": "yarn" })),
+        (
+            "rope_scaling",
+            json!({ "rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 1.0, 1.0, 1.0] }),
+        ),
+        ("rope_scaling", json!({ "rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5 })),
         ("per_layer_config", json!({ "9": { "num_key_value_heads": 1 } })),
         ("per_layer_config", json!({ "1": { "num_key_value_heads": 5 } })),
         ("per_layer_config", json!([1])),
@@ -55,7 +66,8 @@ fn a_bad_field_is_named() {
         ("rope_scaling", json!({ "rope_type": "default", "type": "linear", "factor": 2.0 })),
     ] {
         let message = ModelConfig::from_value(with(field, value.clone())).unwrap_err().to_string();
-        assert!(message.contains(field) || message.contains("rope_type"), "{field} = {value}: {message}");
+        let named = [field, "rope_type", "partial_rotary_factor"].iter().any(|name| message.contains(name));
+        assert!(named, "{field} = {value}: {message}");
     }
 }
 
@@ -90,14 +102,14 @@ fn rope_scaling_takes_the_place_of_rope_parameters() {
     let mut json = with("rope_parameters", new.clone());
     json["rope_scaling"] = old;
     let config = ModelConfig::from_value(json.clone()).unwrap();
-    assert_eq!((config.rope.theta, &config.rope.scaling), (10_000.0, &linear));
+    assert_eq!((rope(&config).theta, &rope(&config).scaling), (10_000.0, &linear));
     // and is written as one
     let written = config.with_num_key_value_heads(&[1, 1, 1], "modeling_x").json;
     assert_eq!(written["rope_parameters"], json!({ "rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0 }));
     for nothing in [Value::Null, json!({})] {
         json["rope_scaling"] = nothing;
         let config = ModelConfig::from_value(json.clone()).unwrap();
-        assert_eq!((config.rope.theta, config.rope.scaling), (77.0, RopeScaling::None));
+        assert_eq!((rope(&config).theta, &rope(&config).scaling), (77.0, &RopeScaling::None));
     }
 }
 
@@ -144,7 +156,7 @@ fn llama3_frequencies() {
                           "original_max_position_embeddings": 8192, "rope_theta": 500_000.0 });
     let mut json = with("rope_parameters", scaling);
     json["head_dim"] = json!(64);
-    let inv_freq = ModelConfig::from_value(json).unwrap().rope.inv_freq();
+    let inv_freq = rope(&ModelConfig::from_value(json).unwrap()).inv_freq();
     let plain = |j: i32| 500_000f64.powf(-f64::from(2 * j) / 64.0);
     assert!((inv_freq[0] - 1.0).abs() < 1e-12);
     assert!((inv_freq[31] - plain(31) / 32.0).abs() < 1e-15);

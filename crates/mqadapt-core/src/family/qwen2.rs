@@ -1,26 +1,17 @@
 //! Qwen2: `transformers/models/qwen2/configuration_qwen2.py` and `modeling_qwen2.py`.
 
-use super::{AttentionBias, Defaults, Family, Forward};
+use super::{AttentionBias, Defaults, Family, Forward, Windows};
 
 pub(super) static FAMILY: Family = Family {
     model_type: "qwen2",
     class_prefix: "Qwen2",
+    base_model: "Qwen2Model",
     defaults: Defaults {
         num_key_value_heads: Some(32),
-        head_dim: None,
-        hidden_act: "silu",
-        rms_norm_eps: 1e-6,
-        rope_theta: 10_000.0,
-        tie_word_embeddings: false,
         max_position_embeddings: 32_768,
         sliding_window: Some(4096),
-        sliding_window_needs_flag: true,
+        ..Defaults::LLAMA
     },
-    forward: Forward {
-        norm_weight_plus_one: false,
-        scale_embeddings: false,
-        qk_norm: false,
-        attention_bias: AttentionBias::Qkv,
-        mlp_bias: false,
-    },
+    forward: Forward { attention_bias: AttentionBias::Qkv, windows: Windows::Flagged, ..Forward::LLAMA },
+    ..Family::LLAMA
 };

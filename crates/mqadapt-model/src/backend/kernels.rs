@@ -8,7 +8,7 @@ use mqadapt_kernels::{
     Segment, Store, WeightsRef,
 };
 
-use super::{Backend, HostMatrix, Linear, ScoreTarget, Scored};
+use super::{Backend, Head, HostMatrix, Linear, ScoreTarget, Scored};
 use crate::cache::FloatCache;
 use crate::error::{Error, Result};
 use crate::load::int8::Int8;
@@ -71,16 +71,17 @@ impl Kernels {
         Ok(Self { cpu, precision, format, lists: Mutex::default() })
     }
 
-    fn score_rows(&self, x: &[f32], lm_head: &KernelMatrix, lists: &mut Lists) {
+    fn score_rows(&self, x: &[f32], head: &Head<Self>, lists: &mut Lists) {
+        let width = head.lm_head.in_features;
         let head = ScoreHead {
-            lm_head: lm_head.weights(),
-            hidden_size: lm_head.in_features,
-            softcap: None,
+            lm_head: head.lm_head.weights(),
+            hidden_size: width,
+            softcap: head.softcap,
             precision: self.precision,
             targets: &lists.targets,
             target_starts: &lists.target_starts,
         };
-        lists.scores.resize(rows(x, lm_head.in_features), RowScore::default());
+        lists.scores.resize(rows(x, width), RowScore::default());
         lists.target_logits.resize(lists.targets.len(), 0.0);
         self.cpu.score_head(&head, x, &mut lists.scores, &mut lists.target_logits);
     }
@@ -169,6 +170,32 @@ impl Backend for Kernels {
             MatmulOut::new(matrix(layers[2]), c),
         ];
         self.cpu.matmul_nt(x, m, k, products, self.precision, Store::Overwrite);
+        Ok(())
+    }
+
+    fn linear(&self, x: &Vec<f32>, linear: &Linear<Self>, out: &mut Vec<f32>) -> Result<()> {
+        let k = linear.weight.in_features;
+        out.resize(rows(x, k) * linear.weight.out_features, 0.0);
+        self.cpu.matmul_nt(
+            x,
+            rows(x, k),
+            k,
+            &mut [MatmulOut::new(matrix(linear), out)],
+            self.precision,
+            Store::Overwrite,
+        );
+        Ok(())
+    }
+
+    fn add(&self, x: &Vec<f32>, factor: f32, out: &mut Vec<f32>) -> Result<()> {
+        for (out, x) in out.iter_mut().zip(x) {
+            *out += factor * x;
+        }
+        Ok(())
+    }
+
+    fn copy(&self, x: &Vec<f32>, out: &mut Vec<f32>) -> Result<()> {
+        out.clone_from(x);
         Ok(())
     }
 
@@ -266,23 +293,26 @@ impl Backend for Kernels {
         Ok(())
     }
 
-    fn logits(&self, x: &Vec<f32>, lm_head: &KernelMatrix, out: &mut Vec<f32>) -> Result<()> {
-        let k = lm_head.in_features;
+    fn logits(&self, x: &Vec<f32>, head: &Head<Self>, out: &mut Vec<f32>) -> Result<()> {
+        let (lm_head, k) = (&head.lm_head, head.lm_head.in_features);
         out.resize(rows(x, k) * lm_head.out_features, 0.0);
         let product = MatmulOut::new(lm_head.weights(), out);
         self.cpu.matmul_nt(x, rows(x, k), k, &mut [product], self.precision, Store::Overwrite);
+        if let Some(cap) = head.softcap {
+            self.cpu.softcap(out, cap);
+        }
         Ok(())
     }
 
-    fn score(&self, x: &Vec<f32>, lm_head: &KernelMatrix, wanted: &[ScoreTarget], out: &mut Vec<Scored>) -> Result<()> {
+    fn score(&self, x: &Vec<f32>, head: &Head<Self>, wanted: &[ScoreTarget], out: &mut Vec<Scored>) -> Result<()> {
         let lists = &mut *self.lists();
         lists.targets.clear();
         lists.targets.extend(wanted.iter().map(|w| w.token));
         lists.target_starts.clear();
         lists
             .target_starts
-            .extend((0..=rows(x, lm_head.in_features)).map(|row| wanted.partition_point(|w| w.row < row)));
-        self.score_rows(x, lm_head, lists);
+            .extend((0..=rows(x, head.lm_head.in_features)).map(|row| wanted.partition_point(|w| w.row < row)));
+        self.score_rows(x, head, lists);
         out.clear();
         out.extend(wanted.iter().zip(&lists.target_logits).map(|(wanted, logit)| {
             let row = &lists.scores[wanted.row];
@@ -292,24 +322,25 @@ impl Backend for Kernels {
         Ok(())
     }
 
-    fn divergences(&self, x: &Vec<f32>, lm_head: &KernelMatrix, rows: usize, out: &mut Vec<f64>) -> Result<()> {
+    fn divergences(&self, x: &Vec<f32>, head: &Head<Self>, rows: usize, out: &mut Vec<f64>) -> Result<()> {
+        let width = head.lm_head.in_features;
         let head = DivergenceHead {
-            lm_head: lm_head.weights(),
-            hidden_size: lm_head.in_features,
-            softcap: None,
+            lm_head: head.lm_head.weights(),
+            hidden_size: width,
+            softcap: head.softcap,
             precision: self.precision,
         };
-        out.resize(self::rows(x, lm_head.in_features) - rows, 0.0);
+        out.resize(self::rows(x, width) - rows, 0.0);
         self.cpu.divergence_head(&head, x, rows, out);
         Ok(())
     }
 
-    fn argmax(&self, x: &Vec<f32>, lm_head: &KernelMatrix, out: &mut Vec<u32>) -> Result<()> {
+    fn argmax(&self, x: &Vec<f32>, head: &Head<Self>, out: &mut Vec<u32>) -> Result<()> {
         let lists = &mut *self.lists();
         lists.targets.clear();
         lists.target_starts.clear();
-        lists.target_starts.resize(rows(x, lm_head.in_features) + 1, 0);
-        self.score_rows(x, lm_head, lists);
+        lists.target_starts.resize(rows(x, head.lm_head.in_features) + 1, 0);
+        self.score_rows(x, head, lists);
         out.clear();
         out.extend(lists.scores.iter().map(|row| row.argmax));
         Ok(())

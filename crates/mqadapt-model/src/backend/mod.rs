@@ -34,6 +34,21 @@ pub(crate) struct Linear<B: Backend> {
     pub bias: Option<Arc<B::Vector>>,
 }
 
+/// The output projection.
+pub(crate) struct Head<B: Backend> {
+    /// `[vocab_size, hidden_size]`
+    pub lm_head: Arc<B::Matrix>,
+    /// Bound of the logits: `cap * tanh(logit / cap)`.
+    pub softcap: Option<f32>,
+}
+
+impl<B: Backend> Head<B> {
+    /// The same weights once more.
+    pub(crate) fn shared(&self) -> Self {
+        Self { lm_head: Arc::clone(&self.lm_head), softcap: self.softcap }
+    }
+}
+
 /// The log-likelihood of a token is wanted: of which of the scored rows, and of which token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ScoreTarget {
@@ -77,10 +92,15 @@ pub(crate) trait Backend: Sized + Send + Sync + 'static {
     /// Rows of the embedding, times `scale`.
     fn embed(&self, table: &Self::Matrix, ids: &[u32], scale: f32, out: &mut Self::Buffer) -> Result<()>;
     fn rms_norm(&self, x: &Self::Buffer, weight: &Self::Vector, eps: f32, out: &mut Self::Buffer) -> Result<()>;
-    /// RMS norm of every head, in place.
+    /// RMS norm of every run of `weight`'s length, in place: of heads, or of rows.
     fn norm_heads(&self, x: &mut Self::Buffer, weight: &Self::Vector, eps: f32) -> Result<()>;
     /// Three linear layers of one input.
     fn project(&self, x: &Self::Buffer, layers: [&Linear<Self>; 3], outs: [&mut Self::Buffer; 3]) -> Result<()>;
+    /// `x W^T + b`
+    fn linear(&self, x: &Self::Buffer, linear: &Linear<Self>, out: &mut Self::Buffer) -> Result<()>;
+    /// `out += factor * x`
+    fn add(&self, x: &Self::Buffer, factor: f32, out: &mut Self::Buffer) -> Result<()>;
+    fn copy(&self, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
     /// `residual += x W^T + b`
     fn linear_add(&self, x: &Self::Buffer, linear: &Linear<Self>, residual: &mut Self::Buffer) -> Result<()>;
     /// `act(gate x) * (up x)`
@@ -115,18 +135,12 @@ pub(crate) trait Backend: Sized + Send + Sync + 'static {
     /// Some rows of `[_, width]`, in the order given.
     fn gather(&self, x: &Self::Buffer, width: usize, rows: &[usize], out: &mut Self::Buffer) -> Result<()>;
     /// Logits of all rows, `[rows, vocab_size]`.
-    fn logits(&self, x: &Self::Buffer, lm_head: &Self::Matrix, out: &mut Vec<f32>) -> Result<()>;
+    fn logits(&self, x: &Self::Buffer, head: &Head<Self>, out: &mut Vec<f32>) -> Result<()>;
     /// Log-likelihoods; `wanted` ascends by row.
-    fn score(
-        &self,
-        x: &Self::Buffer,
-        lm_head: &Self::Matrix,
-        wanted: &[ScoreTarget],
-        out: &mut Vec<Scored>,
-    ) -> Result<()>;
+    fn score(&self, x: &Self::Buffer, head: &Head<Self>, wanted: &[ScoreTarget], out: &mut Vec<Scored>) -> Result<()>;
     /// `KL(reference | other)` of every row of every other model, in nats, `[others, rows]`. `x` (behind the final norm):
     /// `rows` rows of the reference, then as many of each other model.
-    fn divergences(&self, x: &Self::Buffer, lm_head: &Self::Matrix, rows: usize, out: &mut Vec<f64>) -> Result<()>;
+    fn divergences(&self, x: &Self::Buffer, head: &Head<Self>, rows: usize, out: &mut Vec<f64>) -> Result<()>;
     /// The most likely token of every row (the first of equals).
-    fn argmax(&self, x: &Self::Buffer, lm_head: &Self::Matrix, out: &mut Vec<u32>) -> Result<()>;
+    fn argmax(&self, x: &Self::Buffer, head: &Head<Self>, out: &mut Vec<u32>) -> Result<()>;
 }

@@ -7,7 +7,7 @@ use mqadapt_core::{Activation, AttentionShape, DType};
 
 use mqadapt_kernels::{FloatsRef, Span};
 
-use super::{Backend, HostMatrix, Linear, ScoreTarget, Scored};
+use super::{Backend, Head, HostMatrix, Linear, ScoreTarget, Scored};
 use crate::error::{Error, Result};
 use crate::rope::RopeTable;
 use crate::run::batch::{Batch, Segment};
@@ -121,11 +121,15 @@ impl Stock {
     }
 
     /// Runs over the logits of a few rows at a time: `[count, vocab_size]` from row `first` on.
-    fn logit_tiles(x: &Tensor, lm_head: &Tensor, mut tile: impl FnMut(usize, &Tensor) -> Result<()>) -> Result<()> {
+    fn logit_tiles(x: &Tensor, head: &Head<Self>, mut tile: impl FnMut(usize, &Tensor) -> Result<()>) -> Result<()> {
         let rows = x.dim(0)?;
         for first in (0..rows).step_by(LOGIT_ROWS) {
             let count = LOGIT_ROWS.min(rows - first);
-            tile(first, &Self::matmul(&x.narrow(0, first, count)?, lm_head)?)?;
+            let mut logits = Self::matmul(&x.narrow(0, first, count)?, &head.lm_head)?;
+            if let Some(cap) = head.softcap.map(f64::from) {
+                logits = ((logits / cap)?.tanh()? * cap)?;
+            }
+            tile(first, &logits)?;
         }
         Ok(())
     }
@@ -213,6 +217,21 @@ impl Backend for Stock {
         Ok(())
     }
 
+    fn linear(&self, x: &Buffer, linear: &Linear<Self>, out: &mut Buffer) -> Result<()> {
+        *out = Some(Self::product(held(x)?, linear)?);
+        Ok(())
+    }
+
+    fn add(&self, x: &Buffer, factor: f32, out: &mut Buffer) -> Result<()> {
+        *out = Some((held(out)? + (held(x)? * f64::from(factor))?)?);
+        Ok(())
+    }
+
+    fn copy(&self, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        out.clone_from(x);
+        Ok(())
+    }
+
     fn linear_add(&self, x: &Buffer, linear: &Linear<Self>, residual: &mut Buffer) -> Result<()> {
         *residual = Some((held(residual)? + Self::product(held(x)?, linear)?)?);
         Ok(())
@@ -249,7 +268,8 @@ impl Backend for Stock {
         let (re, im) = (heads.narrow(2, 0, pairs)?, heads.narrow(2, pairs, pairs)?);
         let turned_re = (re.broadcast_mul(&cos)? - im.broadcast_mul(&sin)?)?;
         let turned_im = (im.broadcast_mul(&cos)? + re.broadcast_mul(&sin)?)?;
-        *x = Some(Tensor::cat(&[turned_re, turned_im], 2)?.reshape((rows, width))?);
+        let rest = heads.narrow(2, 2 * pairs, head_dim - 2 * pairs)?;
+        *x = Some(Tensor::cat(&[turned_re, turned_im, rest], 2)?.reshape((rows, width))?);
         Ok(())
     }
 
@@ -300,18 +320,18 @@ impl Backend for Stock {
         Ok(())
     }
 
-    fn logits(&self, x: &Buffer, lm_head: &Tensor, out: &mut Vec<f32>) -> Result<()> {
+    fn logits(&self, x: &Buffer, head: &Head<Self>, out: &mut Vec<f32>) -> Result<()> {
         out.clear();
-        Self::logit_tiles(held(x)?, lm_head, |_, logits| {
+        Self::logit_tiles(held(x)?, head, |_, logits| {
             out.extend(logits.flatten_all()?.to_vec1::<f32>()?);
             Ok(())
         })
     }
 
-    fn score(&self, x: &Buffer, lm_head: &Tensor, wanted: &[ScoreTarget], out: &mut Vec<Scored>) -> Result<()> {
+    fn score(&self, x: &Buffer, head: &Head<Self>, wanted: &[ScoreTarget], out: &mut Vec<Scored>) -> Result<()> {
         out.clear();
         let mut rest = wanted;
-        Self::logit_tiles(held(x)?, lm_head, |first, logits| {
+        Self::logit_tiles(held(x)?, head, |first, logits| {
             let (count, vocab_size) = logits.dims2()?;
             let here = rest.partition_point(|w| w.row < first + count);
             let (mine, others) = rest.split_at(here);
@@ -335,9 +355,9 @@ impl Backend for Stock {
         })
     }
 
-    fn divergences(&self, x: &Buffer, lm_head: &Tensor, rows: usize, out: &mut Vec<f64>) -> Result<()> {
-        let (mut logits, vocab_size) = (Vec::new(), lm_head.dim(0)?);
-        self.logits(x, lm_head, &mut logits)?;
+    fn divergences(&self, x: &Buffer, head: &Head<Self>, rows: usize, out: &mut Vec<f64>) -> Result<()> {
+        let (mut logits, vocab_size) = (Vec::new(), head.lm_head.dim(0)?);
+        self.logits(x, head, &mut logits)?;
         let (reference, others) = logits.split_at(rows * vocab_size);
         out.clear();
         for q in others.chunks_exact(rows * vocab_size) {
@@ -347,9 +367,9 @@ impl Backend for Stock {
         Ok(())
     }
 
-    fn argmax(&self, x: &Buffer, lm_head: &Tensor, out: &mut Vec<u32>) -> Result<()> {
+    fn argmax(&self, x: &Buffer, head: &Head<Self>, out: &mut Vec<u32>) -> Result<()> {
         out.clear();
-        Self::logit_tiles(held(x)?, lm_head, |_, logits| {
+        Self::logit_tiles(held(x)?, head, |_, logits| {
             out.extend(logits.argmax(1)?.to_vec1::<u32>()?);
             Ok(())
         })

@@ -43,7 +43,7 @@ fn shared<B: Backend>(decoder: &Decoder<B>, config: ModelConfig) -> Decoder<B> {
         embed_tokens: Arc::clone(&decoder.embed_tokens),
         layers: decoder.layers.clone(),
         norm: Arc::clone(&decoder.norm),
-        lm_head: Arc::clone(&decoder.lm_head),
+        head: decoder.head.shared(),
     }
 }
 
@@ -52,9 +52,10 @@ fn replace<B: Backend>(decoder: &mut Decoder<B>, layer_idx: usize, self_attn: At
     let Some(layer) = decoder.layers.get_mut(layer_idx) else { return };
     *layer = Arc::new(Block {
         self_attn,
-        input_layernorm: Arc::clone(&layer.input_layernorm),
-        post_attention_layernorm: Arc::clone(&layer.post_attention_layernorm),
+        norms: Arc::clone(&layer.norms),
         mlp: Arc::clone(&layer.mlp),
+        eps: layer.eps,
+        residual_multiplier: layer.residual_multiplier,
     });
 }
 
@@ -68,15 +69,12 @@ pub(crate) fn with_plan<B: Backend>(
     dtype: Option<DType>,
     progress: &dyn Progress,
 ) -> Result<Decoder<B>> {
-    let mut names = Vec::new();
-    for &layer_idx in layers {
-        for module in Module::ALL.into_iter().filter(|module| module.is_key_value()) {
-            names.push(LayerTensor::weight(layer_idx, module).name());
-            if config.has_bias(module) {
-                names.push(LayerTensor::bias(layer_idx, module).name());
-            }
-        }
-    }
+    let changed = |layer_idx: usize| {
+        let of_layer = |layer_idx| Module::ALL.into_iter().map(move |module| LayerTensor::weight(layer_idx, module));
+        let both = of_layer(layer_idx).flat_map(|weight| [weight, LayerTensor { bias: true, ..weight }]);
+        both.map(LayerTensor::name).filter(|name| overlay.merge_of(name, checkpoint.config()).is_some())
+    };
+    let names: Vec<String> = layers.iter().flat_map(|&layer_idx| changed(layer_idx)).collect();
     let tensors = weights::read(checkpoint, &names, Some(overlay), dtype, progress)?;
     let mut out = shared(decoder, config.clone());
     let mut weights = Weights { backend: &*decoder.backend, config, tensors };
@@ -90,7 +88,7 @@ pub(crate) fn with_plan<B: Backend>(
             v_proj: weights.linear(layer_idx, Module::VProj)?,
             o_proj: old.o_proj.shared(),
             q_norm: old.q_norm.clone(),
-            k_norm: old.k_norm.clone(),
+            k_norm: weights.changed_norm(layer_idx, Module::KNorm)?.or_else(|| old.k_norm.clone()),
         };
         replace(&mut out, layer_idx, self_attn);
     }

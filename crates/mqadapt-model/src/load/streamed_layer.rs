@@ -12,7 +12,7 @@ use mqadapt_core::family::{EMBED_TOKENS, LayerTensor, Module};
 use mqadapt_core::{DType, LayerCache, ModelConfig, Progress, Progressing};
 use mqadapt_kernels::Precision;
 
-use crate::backend::{Backend, HostMatrix, Kernels};
+use crate::backend::{Backend, Head, HostMatrix, Kernels};
 use crate::decoder::Decoder;
 use crate::load::activations::Activations;
 use crate::load::overlay;
@@ -26,9 +26,10 @@ use crate::{Error, Result, WeightFormat};
 /// The residual stream entering the first layer, in a file of `folder` where there is one. Reads only the rows of the embedding that the sequences need.
 ///
 /// # Errors
-/// [`Error::Token`], [`Error::Missing`], [`Error::Checkpoint`].
+/// [`Error::NotRunnable`], [`Error::Token`], [`Error::Missing`], [`Error::Checkpoint`].
 pub fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>], folder: Option<&Path>) -> Result<Activations> {
     let config = checkpoint.config();
+    weights::refuse_not_runnable(config)?;
     let (width, vocab_size) = (config.hidden_size, config.vocab_size);
     let table = checkpoint.tensor(EMBED_TOKENS).ok_or_else(|| Error::Missing { tensor: EMBED_TOKENS.to_owned() })?;
     let scale = weights::embedding_scale(config, table.dtype.computed().unwrap_or(checkpoint.dtype()));
@@ -98,7 +99,7 @@ impl StreamedLayer {
             embed_tokens: Arc::clone(&empty),
             layers: vec![Arc::new(block)],
             norm: Arc::new(backend.vector(vec![1.0; config.hidden_size])?),
-            lm_head: empty,
+            head: Head { lm_head: empty, softcap: None },
             backend: Arc::new(backend),
         };
         Ok(Self {
@@ -238,11 +239,12 @@ fn refuse_not_finite(checkpoint: &Checkpoint, name: &str, values: Option<&Floats
     Err(checkpoint.not_finite(info, at, values.get(at).copied().unwrap_or(f32::NAN)).into())
 }
 
-/// A configuration of one layer, with the K/V heads and the window of layer `layer_idx`.
+/// A configuration of one layer, with the K/V heads, the window and the rotation of layer `layer_idx`.
 fn alone(config: &ModelConfig, layer_idx: usize) -> ModelConfig {
     ModelConfig {
         num_hidden_layers: 1,
         num_key_value_heads: config.num_key_value_heads.get(layer_idx).copied().into_iter().collect(),
+        rope: config.rope.get(layer_idx).cloned().into_iter().collect(),
         sliding_window: config.sliding_window.get(layer_idx).copied().into_iter().collect(),
         ..config.clone()
     }

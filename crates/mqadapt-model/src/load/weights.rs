@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use mqadapt_checkpoint::{Checkpoint, TensorInfo};
 use mqadapt_compress::{KvMerge, METHODS, MergeOptions, Method, RowMerge, merge_tensor, method};
-use mqadapt_core::family::{EMBED_TOKENS, LM_HEAD, LayerTensor, Module, NORM};
+use mqadapt_core::family::{BlockNorms, EMBED_TOKENS, EmbeddingScale, LM_HEAD, LayerTensor, Module, NORM};
 use mqadapt_core::{AttentionShape, DType, ModelConfig, Plan, Progress};
 
 use crate::attention::Attention;
-use crate::backend::{Backend, HostMatrix, Linear};
-use crate::block::{Block, Mlp};
+use crate::backend::{Backend, Head, HostMatrix, Linear};
+use crate::block::{Block, Mlp, Norms};
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::load::storage::Floats;
@@ -45,7 +45,7 @@ impl<'a> Overlay<'a> {
     }
 
     /// How a tensor of the checkpoint is merged, where the plan changes it.
-    fn merge_of(&self, name: &str, source: &ModelConfig) -> Option<KvMerge<'_>> {
+    pub(crate) fn merge_of(&self, name: &str, source: &ModelConfig) -> Option<KvMerge<'_>> {
         KvMerge::of(LayerTensor::parse(name)?, source, self.plan, self.rows, &self.options)
     }
 }
@@ -182,12 +182,15 @@ impl<B: Backend> Weights<'_, B> {
         Ok(Arc::new(self.backend.matrix(HostMatrix { values, out_features, in_features })?))
     }
 
-    fn norm(&mut self, name: String) -> Result<Arc<B::Vector>> {
+    fn norm(&mut self, name: String, divisor: f64) -> Result<Arc<B::Vector>> {
         let mut weight = self.take(name)?.to_f32();
         if self.config.family.forward.norm_weight_plus_one {
             for w in &mut weight {
                 *w += 1.0;
             }
+        }
+        if divisor != 1.0 {
+            weight.iter_mut().for_each(|w| *w = (f64::from(*w) / divisor) as f32);
         }
         Ok(Arc::new(self.backend.vector(weight)?))
     }
@@ -209,27 +212,53 @@ impl<B: Backend> Weights<'_, B> {
 
     /// A whole layer.
     pub(crate) fn block(&mut self, layer_idx: usize) -> Result<Block<B>> {
-        let norm = |weights: &mut Self, module| weights.norm(LayerTensor::weight(layer_idx, module).name());
-        let qk_norm = self.config.family.forward.qk_norm;
-        let head_norm = |weights: &mut Self, module| qk_norm.then(|| norm(weights, module)).transpose();
         Ok(Block {
-            input_layernorm: norm(self, Module::InputLayernorm)?,
+            norms: Arc::new(self.norms(layer_idx)?),
             self_attn: Attention {
                 shape: attention(self.config, layer_idx)?,
                 q_proj: self.linear(layer_idx, Module::QProj)?,
                 k_proj: self.linear(layer_idx, Module::KProj)?,
                 v_proj: self.linear(layer_idx, Module::VProj)?,
                 o_proj: self.linear(layer_idx, Module::OProj)?,
-                q_norm: head_norm(self, Module::QNorm)?,
-                k_norm: head_norm(self, Module::KNorm)?,
+                q_norm: self.layer_norm(layer_idx, Module::QNorm)?,
+                k_norm: self.layer_norm(layer_idx, Module::KNorm)?,
             },
-            post_attention_layernorm: norm(self, Module::PostAttentionLayernorm)?,
             mlp: Arc::new(Mlp {
                 gate_proj: self.linear(layer_idx, Module::GateProj)?,
                 up_proj: self.linear(layer_idx, Module::UpProj)?,
                 down_proj: self.linear(layer_idx, Module::DownProj)?,
                 hidden_act: self.config.hidden_act,
             }),
+            eps: self.config.rms_norm_eps as f32,
+            residual_multiplier: self.config.residual_multiplier as f32,
+        })
+    }
+
+    /// A norm of a decoder layer, where it is among the tensors.
+    pub(crate) fn changed_norm(&mut self, layer_idx: usize, module: Module) -> Result<Option<Arc<B::Vector>>> {
+        let there = self.tensors.contains_key(&LayerTensor::weight(layer_idx, module).name());
+        if there { self.layer_norm(layer_idx, module) } else { Ok(None) }
+    }
+
+    /// A norm of a decoder layer, where the family has it.
+    fn layer_norm(&mut self, layer_idx: usize, module: Module) -> Result<Option<Arc<B::Vector>>> {
+        let has = self.config.weight_shape(layer_idx, module).is_some();
+        has.then(|| self.norm(LayerTensor::weight(layer_idx, module).name(), 1.0)).transpose()
+    }
+
+    fn norms(&mut self, layer_idx: usize) -> Result<Norms<B>> {
+        let post_attention = self.layer_norm(layer_idx, Module::PostAttentionLayernorm)?;
+        // of families with norms before the blocks alone, this one is the MLP's
+        let (behind_attention, before_mlp) = match self.config.family.forward.block_norms {
+            BlockNorms::Before => (None, post_attention),
+            BlockNorms::Behind => (post_attention, None),
+            BlockNorms::Around => (post_attention, self.layer_norm(layer_idx, Module::PreFeedforwardLayernorm)?),
+        };
+        Ok(Norms {
+            before_attention: self.layer_norm(layer_idx, Module::InputLayernorm)?,
+            behind_attention,
+            before_mlp,
+            behind_mlp: self.layer_norm(layer_idx, Module::PostFeedforwardLayernorm)?,
         })
     }
 }
@@ -242,12 +271,18 @@ pub(crate) fn attention(config: &ModelConfig, layer_idx: usize) -> Result<Attent
     })
 }
 
-/// Factor on the embeddings, rounded to their dtype as transformers does.
+/// Refuses a family without a forward pass.
+pub(crate) fn refuse_not_runnable(config: &ModelConfig) -> Result<()> {
+    if config.family.runnable { Ok(()) } else { Err(Error::NotRunnable { model_type: config.family.model_type }) }
+}
+
+/// Factor on the embeddings, rounded to their dtype where transformers does that.
 pub(crate) fn embedding_scale(config: &ModelConfig, dtype: DType) -> f32 {
-    if config.family.forward.scale_embeddings {
-        Floats::from_f32(&[(config.hidden_size as f64).sqrt() as f32], dtype).to_f32()[0]
-    } else {
-        1.0
+    match config.family.forward.embedding_scale {
+        EmbeddingScale::SqrtHiddenSize => {
+            Floats::from_f32(&[(config.hidden_size as f64).sqrt() as f32], dtype).to_f32()[0]
+        }
+        EmbeddingScale::One | EmbeddingScale::Multiplier => config.embedding_multiplier as f32,
     }
 }
 
@@ -260,6 +295,7 @@ pub(crate) fn decoder<B: Backend>(
     dtype: Option<DType>,
     progress: &dyn Progress,
 ) -> Result<Decoder<B>> {
+    refuse_not_runnable(config)?;
     if !config.stored.lm_head {
         return Err(Error::BaseModel { path: checkpoint.path().to_owned() });
     }
@@ -282,8 +318,9 @@ pub(crate) fn decoder<B: Backend>(
         weights.matrix(LM_HEAD.to_owned(), vocab_size, hidden_size)?
     };
     let layers: Result<Vec<_>> = (0..config.num_hidden_layers).map(|idx| weights.block(idx).map(Arc::new)).collect();
-    let (layers, norm) = (layers?, weights.norm(NORM.to_owned())?);
+    let (layers, norm) = (layers?, weights.norm(NORM.to_owned(), config.logits_scaling)?);
     let embedding_scale = embedding_scale(config, embedding_dtype);
+    let head = Head { lm_head, softcap: config.final_logit_softcapping.map(|cap| cap as f32) };
     let backend = Arc::new(backend);
-    Ok(Decoder { backend, config: config.clone(), embedding_scale, embed_tokens, layers, norm, lm_head })
+    Ok(Decoder { backend, config: config.clone(), embedding_scale, embed_tokens, layers, norm, head })
 }

@@ -320,9 +320,9 @@ impl<B: Backend> Schedule<'_, B> {
         decoder.finish(&self.rows, &mut session.ws)?;
         let greedy = self.options.temperature == 0.0;
         if greedy {
-            decoder.backend.argmax(&session.ws.normed, &decoder.lm_head, &mut self.tokens)?;
+            decoder.backend.argmax(&session.ws.normed, &decoder.head, &mut self.tokens)?;
         } else {
-            decoder.backend.logits(&session.ws.normed, &decoder.lm_head, &mut self.logits)?;
+            decoder.backend.logits(&session.ws.normed, &decoder.head, &mut self.logits)?;
         }
         for (nth, &owner) in self.owners.iter().enumerate() {
             let sequence = &mut self.active[owner];

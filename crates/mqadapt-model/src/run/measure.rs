@@ -26,7 +26,7 @@ impl<B: Backend> Runner<B> {
             let token = attn.shape.cache().values_per_token() * kv_dtype.bytes() as u64;
             weights.map(linear).iter().sum::<u64>() + token.saturating_mul(seen as u64)
         });
-        layers.fold(0, u64::saturating_add) + decoder.backend.matrix_bytes(&decoder.lm_head)
+        layers.fold(0, u64::saturating_add) + decoder.backend.matrix_bytes(&decoder.head.lm_head)
     }
 
     /// Seconds of each of some decode steps, `depth` tokens being cached before the first, for one sequence or several
@@ -59,7 +59,7 @@ impl<B: Backend> Runner<B> {
             }
             session.pass(&self.decoder, 0..self.decoder.layers.len(), true, &progressing)?;
             self.decoder.finish(&rows, &mut session.ws)?;
-            self.decoder.backend.argmax(&session.ws.normed, &self.decoder.lm_head, &mut tokens)?;
+            self.decoder.backend.argmax(&session.ws.normed, &self.decoder.head, &mut tokens)?;
             times.push(started.elapsed().as_secs_f64());
         }
         Ok(times)
@@ -85,7 +85,7 @@ impl<B: Backend> Runner<B> {
             }
             let last = session.batch.rows() - 1;
             self.decoder.finish(&[last], &mut session.ws)?;
-            self.decoder.backend.argmax(&session.ws.normed, &self.decoder.lm_head, &mut next)?;
+            self.decoder.backend.argmax(&session.ws.normed, &self.decoder.head, &mut next)?;
             times.push(started.elapsed().as_secs_f64());
         }
         Ok(times)

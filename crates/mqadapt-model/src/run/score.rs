@@ -241,7 +241,7 @@ impl<B: Backend> Walk<'_, B> {
                 self.wanted.push(ScoreTarget { row: self.rows.len() - 1, token: pending.token });
             }
             decoder.finish(&self.rows, &mut session.ws)?;
-            decoder.backend.score(&session.ws.normed, &decoder.lm_head, &self.wanted, &mut self.scored)?;
+            decoder.backend.score(&session.ws.normed, &decoder.head, &self.wanted, &mut self.scored)?;
             for (pending, scored) in self.pending.drain(..).zip(&self.scored) {
                 let (sum, is_greedy) = &mut results[pending.request];
                 *sum += scored.logprob;

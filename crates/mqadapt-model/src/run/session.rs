@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mqadapt_core::{AttentionShape, DType, LayerShape, Progressing};
+use mqadapt_core::{AttentionShape, DType, LayerShape, Progressing, Rope};
 
 use crate::allocator;
 use crate::backend::Backend;
@@ -160,9 +160,25 @@ impl<B: Backend> Session<B> {
             shapes: Vec::new(),
             slots: Slots::default(),
             capacity: 0,
-            ropes: RopeTables::new(decoder.layers.iter().map(|block| block.self_attn.shape.inv_freq.as_slice())),
+            ropes: RopeTables::new(decoder.layers.iter().map(|block| {
+                let shape = &block.self_attn.shape;
+                (shape.inv_freq.as_slice(), shape.rotary_factor)
+            })),
             batch: Batch::default(),
             ws: Workspace::default(),
+        }
+    }
+
+    /// Rotary tables for the positions of the batch.
+    fn reach(&mut self, decoder: &Decoder<B>) -> Result<()> {
+        let end = self.batch.positions_end();
+        let limits = decoder.config.rope.iter().flatten().filter_map(Rope::longest_context);
+        match limits.min().filter(|limit| end > *limit) {
+            Some(limit) => Err(Error::Context { limit, found: end }),
+            None => {
+                self.ropes.reach(end);
+                Ok(())
+            }
         }
     }
 
@@ -185,7 +201,7 @@ impl<B: Backend> Session<B> {
         embed: bool,
         observer: &mut impl crate::decoder::Observer<B>,
     ) -> Result<()> {
-        self.ropes.reach(self.batch.positions_end());
+        self.reach(decoder)?;
         if embed {
             decoder.embed(&self.batch, &mut self.ws)?;
         }
@@ -199,7 +215,7 @@ impl<B: Backend> Session<B> {
         layer_idx: usize,
         observer: &mut impl crate::decoder::Observer<B>,
     ) -> Result<()> {
-        self.ropes.reach(self.batch.positions_end());
+        self.reach(decoder)?;
         let Some(cache) = self.caches.get_mut(layer_idx) else { return Ok(()) };
         decoder.attend(layer_idx, &self.batch, &self.ropes, cache, &mut self.ws, observer)
     }

@@ -69,7 +69,7 @@ impl<B: Backend> Runner<B> {
                 progressing.tell()?;
                 let rows: Vec<usize> = (first..step.min(first + LOGIT_ROWS)).collect();
                 self.decoder.finish(&rows, &mut session.ws)?;
-                self.decoder.backend.logits(&session.ws.normed, &self.decoder.lm_head, &mut tile)?;
+                self.decoder.backend.logits(&session.ws.normed, &self.decoder.head, &mut tile)?;
                 out.extend_from_slice(&tile);
             }
             at += step;
@@ -99,6 +99,11 @@ impl<B: Backend> Runner<B> {
         let rows: Vec<usize> = (0..ids.len()).collect();
         self.decoder.finish(&rows, &mut session.ws)?;
         out[layers] = backend.download(&session.ws.normed)?;
+        // the final norm of a decoder has the divisor of the logits in it
+        let scaling = self.decoder.config.logits_scaling as f32;
+        if scaling != 1.0 {
+            out[layers].iter_mut().for_each(|value| *value *= scaling);
+        }
         Ok(out)
     }
 
@@ -222,7 +227,7 @@ impl<B: Backend> Runner<B> {
             self.finish_rows(&hidden.values[start * width..end * width], &mut session)?;
             let mine = wanted.partition_point(|w| w.row < start)..wanted.partition_point(|w| w.row < end);
             let mine: Vec<_> = wanted[mine].iter().map(|w| ScoreTarget { row: w.row - start, ..*w }).collect();
-            self.decoder.backend.score(&session.ws.normed, &self.decoder.lm_head, &mine, &mut scored)?;
+            self.decoder.backend.score(&session.ws.normed, &self.decoder.head, &mine, &mut scored)?;
             out.extend(scored.iter().map(|scored| -scored.logprob));
         }
         Ok(out)
@@ -253,7 +258,7 @@ impl<B: Backend> Runner<B> {
                 values.extend_from_slice(&states.values[rows.start * width..rows.end * width]);
             }
             self.finish_rows(&values, &mut session)?;
-            self.decoder.backend.divergences(&session.ws.normed, &self.decoder.lm_head, rows.len(), &mut found)?;
+            self.decoder.backend.divergences(&session.ws.normed, &self.decoder.head, rows.len(), &mut found)?;
             for (out, found) in out.iter_mut().zip(found.chunks_exact(rows.len())) {
                 out[rows.clone()].copy_from_slice(found);
             }

@@ -31,6 +31,7 @@ pub(crate) fn geometry(heads: usize, kv: usize, d: usize, pairs: usize) -> Atten
         head_dim: d,
         hidden_size: 40,
         inv_freq: (0..pairs).map(|j| 10_000f64.powf(-(j as f64) / pairs as f64)).collect(),
+        rotary_factor: 1.0,
         scaling: (d as f64).powf(-0.5),
         qk_norm: false,
         sliding_window: None,
