@@ -40,6 +40,20 @@ def mixed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "mixed"
 
 
+def kv_heads(attention: torch.nn.Module) -> int:
+    """K/V heads of 8 values, by the rows of the projection; 6 query heads."""
+    if hasattr(attention, "qkv_proj"):
+        return (attention.qkv_proj.out_features // 8 - 6) // 2
+    return int(attention.k_proj.out_features) // 8
+
+
+def kv_gradient(attention: torch.nn.Module) -> float:
+    """Size of the gradient of the weights that make keys and values."""
+    if hasattr(attention, "qkv_proj"):
+        return float(attention.qkv_proj.weight.grad[6 * 8 :].abs().sum())
+    return float(attention.k_proj.weight.grad.abs().sum())
+
+
 every_family = pytest.mark.parametrize("mixed", tiny.FAMILIES, indirect=True)
 
 
@@ -47,9 +61,13 @@ every_family = pytest.mark.parametrize("mixed", tiny.FAMILIES, indirect=True)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_layers_that_differ(mixed: Path, attention: str) -> None:
     ours = Model.load(mixed)
+    if attention == "sdpa" and ours.config.model_type == "gemma2":
+        pytest.skip("transformers' sdpa knows no soft-capping of logits")
     model = trusted(mixed, attn_implementation=attention)
-    assert [layer.self_attn.k_proj.out_features for layer in model.model.layers] == [8 * heads for heads in MIXED]
+    assert [kv_heads(layer.self_attn) for layer in model.model.layers] == MIXED
     assert_close(ours.logits(IDS), tiny.logits(model, IDS), attention)
+    if ours.config.model_type == "gemma2":
+        return
     model.set_attn_implementation({"eager": "sdpa", "sdpa": "eager"}[attention])
     assert_close(ours.logits(IDS), tiny.logits(model, IDS), "after set_attn_implementation")
 
@@ -57,9 +75,10 @@ def test_layers_that_differ(mixed: Path, attention: str) -> None:
 @every_family
 def test_the_written_file_is_the_one_of_the_package(mixed: Path) -> None:
     package = Path(mqadapt_rs.__file__).parent
-    family = json.loads((mixed / "config.json").read_text())["architectures"][0].removeprefix("LayerwiseKV")
+    described = json.loads((mixed / "config.json").read_text())
+    family = described["architectures"][0].removeprefix("LayerwiseKV").removesuffix("ForCausalLM")
     expected = (package / "modeling" / "modeling_mqadapt.py").read_text()
-    expected = expected.replace("Llama", family.removesuffix("ForCausalLM"))
+    expected = expected.replace("LlamaModel", tiny.base_class(described["model_type"])).replace("Llama", family)
     assert (mixed / "modeling_mqadapt.py").read_text() == expected
 
 
@@ -109,7 +128,7 @@ def test_a_training_step(mixed: Path) -> None:
     tokens = torch.tensor([IDS])
     before = model(tokens, labels=tokens).loss
     before.backward()
-    assert all(layer.self_attn.k_proj.weight.grad.abs().sum() > 0 for layer in model.model.layers)
+    assert all(kv_gradient(layer.self_attn) > 0 for layer in model.model.layers)
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
     assert model(tokens, labels=tokens).loss < before
 
@@ -191,6 +210,6 @@ def test_transformers_457(transformers_457: Path, tmp_path: Path) -> None:
     path = os.pathsep.join([str(transformers_457), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, str(program), *folders]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "passed 10" in done.stdout
+    assert f"passed {2 * len(tiny.FAMILIES)}" in done.stdout

@@ -35,6 +35,8 @@ IGNORED = {
     "clip_qkv": 0.1,
 }
 
+NOT_READING = [family for family in tiny.FAMILIES if family not in ("gemma2", "gemma3_text", "granite")]
+
 # (family, how the source is made, what is edited in its config.json)
 FOLLOWED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "default_rope_parameters_beside_old_linear": (
@@ -49,6 +51,29 @@ FOLLOWED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "null_rope_scaling": ("gemma", {}, {"rope_scaling": None, "rope_parameters": {**LINEAR, "rope_theta": 300.0}}),
     "default_rope_scaling_beside_linear": (
         "qwen2", {}, {"rope_scaling": {"rope_type": "default"}, "rope_parameters": LINEAR}),
+    "old_dynamic": ("llama", {}, {"rope_parameters": GONE, "rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    "old_phi3": ("phi3", {"max_position_embeddings": 256}, {
+        "rope_parameters": GONE, "rope_theta": 500.0, "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [2.0] * 4}}),
+    "phi3_without_its_original_length": ("phi3", {}, {
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [2.0] * 4},
+        "original_max_position_embeddings": GONE, "max_position_embeddings": 131072}),
+    "old_gemma3": ("gemma3_text", {}, {
+        "rope_parameters": GONE, "rope_theta": 500.0, "rope_local_base_freq": 70.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "old_gemma3_by_its_defaults": ("gemma3_text", {}, {
+        "rope_parameters": GONE, "rope_theta": GONE, "rope_local_base_freq": GONE, "layer_types": GONE,
+        "sliding_window_pattern": 2}),
+    "old_olmo3": ("olmo3", {}, {"rope_parameters": GONE, "rope_theta": 700.0,
+                  "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}),
+    "gemma2_without_layer_types": ("gemma2", {}, {"layer_types": GONE, "attn_logit_softcapping": GONE,
+                                   "final_logit_softcapping": GONE, "query_pre_attn_scalar": GONE}),
+    "smollm3_by_its_interval": ("smollm3", {}, {"no_rope_layers": GONE, "no_rope_layer_interval": 2, "layer_types": GONE,
+                                "rope_parameters": GONE}),
+    "smollm3_slides_where_it_does_not_rotate": ("smollm3", {}, {"use_sliding_window": True, "sliding_window": 5,
+                                                "layer_types": GONE}),
+    "granite_by_its_defaults": ("granite", {}, {"embedding_multiplier": GONE, "attention_multiplier": GONE,
+                                "residual_multiplier": GONE, "logits_scaling": GONE}),
     "theta_alone": ("llama", {}, {"rope_parameters": GONE, "rope_theta": 200.0}),
     "llama3_without_the_original_length": (
         "llama", {}, {"rope_parameters": {k: v for k, v in LLAMA3.items() if not k.startswith("original")}}),
@@ -89,7 +114,7 @@ FOLLOWED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "window_without_its_flag": ("qwen3", {}, {"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 0}),
     "no_layer_of_its_own": ("llama", {}, {"per_layer_config": {"1": {"num_key_value_heads": 6, "head_dim": 8}}}),
     "causal": ("llama", {}, {"is_causal": True, "use_bidirectional_attention": False, "partial_rotary_factor": 1.0}),
-    **{f"not_read_by_{family}": (family, {}, IGNORED) for family in tiny.FAMILIES},
+    **{f"not_read_by_{family}": (family, {}, IGNORED) for family in NOT_READING},
 }  # fmt: skip
 
 # (family, what is edited in config.json, the field that the message names)
@@ -124,10 +149,22 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "rope_scaling.type"),
     "rope_type_not_a_name": ("llama", {"rope_parameters": {"rope_type": 5, "rope_theta": 1e4}}, "rope_type"),
     "rope_that_old_files_ask_for": (
-        "llama", {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "llama", {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "proportional", "factor": 2.0}},
         "rope_type"),
     **{f"rope_{kind}": ("llama", {"rope_scaling": {"rope_type": kind, "factor": 2.0}}, "rope_type")
-       for kind in ("dynamic", "yarn", "longrope", "proportional", "su")},
+       for kind in ("proportional", "su")},
+    **{f"rope_{kind}_of_phi3": ("phi3", {"rope_scaling": {"rope_type": kind, "factor": 2.0}}, "rope_type")
+       for kind in ("linear", "dynamic", "llama3")},
+    "yarn_without_a_factor": ("llama", {"rope_scaling": {"rope_type": "yarn"}}, "factor"),
+    "longrope_without_factors": ("phi3", {"rope_scaling": {"rope_type": "longrope"}}, "long_factor"),
+    "longrope_of_another_width": (
+        "llama", {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "long_factor"),
+    "rope_of_no_kind_of_layer": (
+        "gemma3_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters.rope_type"),
+    "sliding_layers_without_a_window": ("gemma2", {"sliding_window": None}, "sliding_window"),
+    "no_rope_layers_too_short": ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers"),
+    "sliding_layers_of_smollm3_without_the_flag": (
+        "smollm3", {"sliding_window": 4, "layer_types": ["sliding_attention"] * 3}, "layer_types"),
     "a_layer_of_another_width": ("llama", {"per_layer_config": {"1": {"intermediate_size": 40}}},
                                  "per_layer_config.1.intermediate_size"),
     "a_layer_with_a_window": ("mistral", {"per_layer_config": {"1": {"sliding_window": 3}}},

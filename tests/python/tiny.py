@@ -32,6 +32,7 @@ CLASSES = {
     "smollm3": "SmolLM3",
 }
 FAMILIES = tuple(CLASSES)
+
 # their norms multiply by 1 + weight, and their embeddings are scaled by a number rounded to the dtype of the weights
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 # the keys of all heads are normalised together, which methods that read calibration text do not merge
@@ -69,6 +70,11 @@ OWN: dict[str, dict[str, Any]] = {
     "olmo3": ALTERNATING,
     "smollm3": {"no_rope_layers": [1, 0, 1]},
 }  # fmt: skip
+
+
+def base_class(family: str) -> str:
+    """Its class without an output projection."""
+    return {"gemma3_text": "Gemma3TextModel"}.get(family, f"{CLASSES[family]}Model")
 
 
 def config(family: str, **changes: Any) -> Any:

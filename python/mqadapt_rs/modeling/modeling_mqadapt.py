@@ -35,7 +35,8 @@ class LayerwiseKV:
             del config.__dict__[FLAG]  # left there, it would be saved
             if before is not None:
                 config.__dict__[FLAG] = before
-        for layer_idx, layer in enumerate(self.base_model.layers):
+        decoder = self if hasattr(self, "layers") else self.model
+        for layer_idx, layer in enumerate(decoder.layers):
             own = config_of_layer(config, layer_idx)
             if own.num_key_value_heads != widest:
                 layer.self_attn = type(layer.self_attn)(own, layer_idx)

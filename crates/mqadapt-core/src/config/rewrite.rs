@@ -51,13 +51,13 @@ fn remove_auto_map(out: &mut Map<String, Value>, ours: &str) {
     }
 }
 
-/// Both spellings: transformers 5 reads `rope_parameters`; 4.x, MLX and llama.cpp read `rope_theta` and `rope_scaling`. Where
-/// kinds of layers rotate differently, the file says it already, each version in its way.
+/// Both spellings: transformers 5 reads `rope_parameters`; 4.x, MLX and llama.cpp read `rope_theta` and `rope_scaling`.
 fn write_rope(source: &ModelConfig, out: &mut Map<String, Value>) {
     let rotary = source.family.forward.rotary;
-    let Some(rope) = source.rope.iter().flatten().next().filter(|_| !matches!(rotary, Rotary::ByKind { .. })) else {
-        return;
-    };
+    if let Rotary::ByKind { local_field, .. } = rotary {
+        return write_ropes_by_kind(local_field, out);
+    }
+    let Some(rope) = source.rope.iter().flatten().next() else { return };
     let given = given(|name| out.get(name).filter(|value| !value.is_null()));
     let mut parameters = given.and_then(|(_, value)| value.as_object().cloned()).unwrap_or_default();
     if parameters.get("rope_type").is_none_or(Value::is_null) {
@@ -77,6 +77,23 @@ fn write_rope(source: &ModelConfig, out: &mut Map<String, Value>) {
     out.insert("rope_theta".to_owned(), json!(rope.theta));
     out.insert("rope_scaling".to_owned(), scaling);
     out.insert("rope_parameters".to_owned(), Value::Object(parameters));
+}
+
+/// The old spelling of parameters by kind of layer, where the file has the new one alone; a file with the old one stays as it is,
+/// since version 5 reads that, too.
+fn write_ropes_by_kind(local_field: Option<&str>, out: &mut Map<String, Value>) {
+    let Some(Value::Object(kinds)) = out.get("rope_parameters").cloned() else { return };
+    let of = |kind: &str| kinds.get(kind).and_then(Value::as_object);
+    if let Some(global) = of("full_attention").filter(|_| out.get("rope_scaling").is_none_or(Value::is_null)) {
+        let mut scaling = global.clone();
+        let theta = scaling.remove("rope_theta");
+        let kind = scaling.get("rope_type").and_then(Value::as_str).unwrap_or("default");
+        let scaling = if kind == "default" { Value::Null } else { Value::Object(scaling) };
+        out.extend(theta.map(|theta| ("rope_theta".to_owned(), theta)));
+        out.insert("rope_scaling".to_owned(), scaling);
+    }
+    let local = of("sliding_attention").and_then(|local| local.get("rope_theta"));
+    out.extend(local_field.zip(local).map(|(field, theta)| (field.to_owned(), theta.clone())));
 }
 
 /// What transformers 4.x takes for a Phi-3: three fields and no more; `null` where there is more to say.
