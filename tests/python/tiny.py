@@ -67,7 +67,9 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma3_text": {**ALTERNATING, "query_pre_attn_scalar": 12, "rope_local_base_freq": 100.0},
     "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4,
                 "logits_scaling": 2.5},
-    "olmo3": ALTERNATING,
+    # transformers 4.57 has one base for both kinds
+    "olmo3": {**ALTERNATING, "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
 }  # fmt: skip
 
