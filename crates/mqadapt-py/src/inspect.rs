@@ -27,7 +27,13 @@ pub(crate) fn inspect<'py>(py: Python<'py>, src: &Bound<'py, PyAny>) -> PyResult
     out.set_item("num_attention_heads", config.num_attention_heads)?;
     out.set_item("num_key_value_heads", config.num_key_value_heads.clone())?;
     out.set_item("head_dim", config.head_dim)?;
-    out.set_item("parameters", cost::parameters(config, &keep))?;
+    // of a family without a forward pass, the configuration does not tell all tensors
+    let parameters = if config.family.runnable {
+        cost::parameters(config, &keep)
+    } else {
+        checkpoint.tensors().iter().map(|tensor| tensor.len() as u64).sum()
+    };
+    out.set_item("parameters", parameters)?;
     out.set_item("kv_bytes_per_token", cost::kv_bytes_per_token(config, &keep, checkpoint.dtype().bytes()))?;
     out.set_item("dtype", checkpoint.dtype().name())?;
     out.set_item("bytes", checkpoint.tensors().iter().map(|tensor| tensor.bytes).sum::<u64>())?;
