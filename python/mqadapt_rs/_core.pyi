@@ -178,6 +178,26 @@ def methods() -> list[Method]:
     """The merge methods."""
 
 @final
+class Family:
+    """A model family."""
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` of its `config.json`."""
+    @property
+    def runnable(self) -> bool:
+        """Whether there is a forward pass for it."""
+    @property
+    def calibrates(self) -> bool:
+        """Whether methods that read calibration text merge its heads."""
+    @property
+    def layers_may_differ(self) -> bool:
+        """Whether layers of one model may have different numbers of K/V heads."""
+
+def families() -> list[Family]:
+    """The model families."""
+
+@final
 class Calibration:
     """Calibration text and the options of the methods that need it. `load_calibration` builds one from a file."""
 

@@ -16,10 +16,12 @@ pub enum Error {
         detail: String,
     },
     /// No family of this name is known.
-    #[error("model_type '{found}' is not supported; supported are {supported}")]
+    #[error("model_type '{found}' is not supported; the nearest is '{nearest}'; supported are {supported}")]
     UnknownModelType {
         /// The `model_type` of the file.
         found: String,
+        /// The name in [`crate::FAMILIES`] that is most like it.
+        nearest: &'static str,
         /// The names in [`crate::FAMILIES`].
         supported: String,
     },

@@ -11,6 +11,7 @@ mod calibration;
 mod config;
 mod convert;
 mod errors;
+mod family;
 mod inspect;
 mod method;
 mod model;
@@ -32,6 +33,8 @@ mod _core {
     use crate::config::ModelConfig;
     #[pymodule_export]
     use crate::convert::{ConversionReport, convert};
+    #[pymodule_export]
+    use crate::family::{Family, families};
     #[pymodule_export]
     use crate::inspect::{gguf_files, inspect};
     #[pymodule_export]

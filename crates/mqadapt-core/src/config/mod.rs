@@ -169,6 +169,7 @@ impl ModelConfig {
         let model_type = fields.text("model_type")?.ok_or_else(|| fields.missing("model_type"))?;
         let family = *FAMILIES.iter().find(|f| f.model_type == model_type).ok_or_else(|| Error::UnknownModelType {
             found: model_type.to_owned(),
+            nearest: nearest(model_type),
             supported: FAMILIES.iter().map(|f| f.model_type).collect::<Vec<_>>().join(", "),
         })?;
         fields.refuse_unsupported(family)?;
@@ -351,6 +352,13 @@ impl ModelConfig {
         out.json = rewrite::rewrite(self, heads, modeling_file);
         out
     }
+}
+
+/// The `model_type` in [`FAMILIES`] that is most like this one.
+fn nearest(model_type: &str) -> &'static str {
+    // the beginning of a name says more than its length: qwen2_moe is a qwen2
+    let likeness = |family: &&&Family| (strsim::jaro_winkler(family.model_type, model_type) * 1e6) as u64;
+    FAMILIES.iter().max_by_key(likeness).map_or("llama", |family| family.model_type)
 }
 
 #[cfg(test)]

@@ -1,0 +1,46 @@
+//! The registry of model families.
+
+use mqadapt_core::FAMILIES;
+use mqadapt_core::family::QkNorm;
+use pyo3::prelude::*;
+
+/// A model family.
+#[pyclass(module = "mqadapt_rs._core", frozen)]
+pub(crate) struct Family(&'static mqadapt_core::Family);
+
+#[pymethods]
+impl Family {
+    /// `model_type` of its `config.json`.
+    #[getter]
+    fn model_type(&self) -> &'static str {
+        self.0.model_type
+    }
+
+    /// Whether there is a forward pass for it.
+    #[getter]
+    fn runnable(&self) -> bool {
+        self.0.runnable
+    }
+
+    /// Whether methods that read calibration text merge its heads.
+    #[getter]
+    fn calibrates(&self) -> bool {
+        self.0.runnable && self.0.forward.qk_norm != QkNorm::Layer
+    }
+
+    /// Whether layers of one model may have different numbers of K/V heads.
+    #[getter]
+    fn layers_may_differ(&self) -> bool {
+        !self.0.text_config
+    }
+
+    fn __repr__(&self) -> String {
+        format!("Family(model_type='{}')", self.0.model_type)
+    }
+}
+
+/// The model families.
+#[pyfunction]
+pub(crate) fn families() -> Vec<Family> {
+    FAMILIES.iter().copied().map(Family).collect()
+}
