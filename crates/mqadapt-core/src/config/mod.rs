@@ -337,6 +337,12 @@ impl ModelConfig {
         }
     }
 
+    /// Whether the rows of a module belong to K/V heads: those of two projections, and of a norm over all heads.
+    #[must_use]
+    pub fn has_key_value_rows(&self, module: Module) -> bool {
+        module.is_key_value() || (module == Module::KNorm && self.family.forward.qk_norm == QkNorm::Layer)
+    }
+
     /// Query heads that share one K/V head in a layer.
     #[must_use]
     pub fn num_key_value_groups(&self, layer_idx: usize) -> usize {

@@ -3,7 +3,7 @@
 
 use super::Plan;
 use crate::ModelConfig;
-use crate::family::{LayerTensor, Module, QkNorm};
+use crate::family::{LayerTensor, Module};
 
 /// What becomes of one tensor of a decoder layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,11 +31,7 @@ impl Plan {
             return TensorChange::Keep;
         }
         match (tensor.module, self.source.get(layer_idx), self.layers.get(layer_idx)) {
-            (Module::KProj | Module::VProj, Some(&from), Some(cache)) => {
-                TensorChange::Heads { from, to: cache.num_key_value_heads() }
-            }
-            // a norm over all heads has a weight for each of them
-            (Module::KNorm, Some(&from), Some(cache)) if config.family.forward.qk_norm == QkNorm::Layer => {
+            (module, Some(&from), Some(cache)) if config.has_key_value_rows(module) => {
                 TensorChange::Heads { from, to: cache.num_key_value_heads() }
             }
             // no method changes the bias behind the attention

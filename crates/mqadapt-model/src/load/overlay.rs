@@ -69,12 +69,15 @@ pub(crate) fn with_plan<B: Backend>(
     dtype: Option<DType>,
     progress: &dyn Progress,
 ) -> Result<Decoder<B>> {
-    let changed = |layer_idx: usize| {
-        let of_layer = |layer_idx| Module::ALL.into_iter().map(move |module| LayerTensor::weight(layer_idx, module));
-        let both = of_layer(layer_idx).flat_map(|weight| [weight, LayerTensor { bias: true, ..weight }]);
-        both.map(LayerTensor::name).filter(|name| overlay.merge_of(name, checkpoint.config()).is_some())
-    };
-    let names: Vec<String> = layers.iter().flat_map(|&layer_idx| changed(layer_idx)).collect();
+    let mut names = Vec::new();
+    for &layer_idx in layers {
+        for module in Module::ALL.into_iter().filter(|module| config.has_key_value_rows(*module)) {
+            names.push(LayerTensor::weight(layer_idx, module).name());
+            if config.has_bias(module) {
+                names.push(LayerTensor::bias(layer_idx, module).name());
+            }
+        }
+    }
     let tensors = weights::read(checkpoint, &names, Some(overlay), dtype, progress)?;
     let mut out = shared(decoder, config.clone());
     let mut weights = Weights { backend: &*decoder.backend, config, tensors };

@@ -45,7 +45,7 @@ impl<'a> Overlay<'a> {
     }
 
     /// How a tensor of the checkpoint is merged, where the plan changes it.
-    pub(crate) fn merge_of(&self, name: &str, source: &ModelConfig) -> Option<KvMerge<'_>> {
+    fn merge_of(&self, name: &str, source: &ModelConfig) -> Option<KvMerge<'_>> {
         KvMerge::of(LayerTensor::parse(name)?, source, self.plan, self.rows, &self.options)
     }
 }
