@@ -1,7 +1,7 @@
 """The table of model families in the README, from the registry.
 
-    python tests/python/families_table.py            prints it
-    python tests/python/families_table.py --write    puts it into README.md
+python tests/python/families_table.py            prints it
+python tests/python/families_table.py --write    puts it into README.md
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ def table() -> str:
     for family in sorted(_core.families(), key=lambda family: family.model_type):
         methods = "every method" if family.calibrates else "`mean`, `first`, `random`"
         yes = {True: "yes", False: "no"}
-        cells = [f"`{family.model_type}`", methods, yes[family.runnable], yes[family.layers_may_differ], yes[family.gguf]]
+        cells = [
+            f"`{family.model_type}`",
+            methods,
+            yes[family.runnable],
+            yes[family.layers_may_differ],
+            yes[family.gguf],
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -109,7 +109,11 @@ TWICE = b'{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},"a":{"dtype":"F32
 # crate::variant -> what provokes it, the exception, a piece of the message; or why it cannot be provoked from Python
 KINDS: dict[str, tuple[Case, type[BaseException], str] | str] = {
     "core::Syntax": (lambda *_: mq.ModelConfig.from_json("{"), MqadaptError, "config.json cannot be read"),
-    "core::UnknownModelType": (config(model_type="mamba"), MqadaptError, "'mamba' is not supported; the nearest is 'llama'; supported are"),
+    "core::UnknownModelType": (
+        config(model_type="mamba"),
+        MqadaptError,
+        "'mamba' is not supported; the nearest is 'llama'; supported are",
+    ),
     "core::Config": (config(hidden_size=-1), MqadaptError, "'hidden_size'"),
     "core::PlanSyntax": (plan("mha:all"), ArgumentError, "neither 'mqa' nor 'gqaN'"),
     "core::PlanLength": (plan("1, 0"), ArgumentError, "2 entries, but the model has 30"),

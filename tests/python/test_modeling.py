@@ -199,7 +199,8 @@ def test_transformers_457(transformers_457: Path, tmp_path: Path) -> None:
     folders = []
     for family in tiny.FAMILIES:
         source = tiny.save(tmp_path / family, family)
-        for plan in (MIXED, [3, 3, 3]):
+        # layers alike are written as an ordinary checkpoint: one family tells
+        for plan in (MIXED, [3, 3, 3]) if family in ("llama", "gemma3_text") else (MIXED,):
             folder = tmp_path / f"{family}{plan[0]}"
             convert(source, folder, plan=plan)
             ours = Model.load(folder)
@@ -212,4 +213,4 @@ def test_transformers_457(transformers_457: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(program), *folders]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"passed {2 * len(tiny.FAMILIES)}" in done.stdout
+    assert f"passed {len(tiny.FAMILIES) + 2}" in done.stdout
