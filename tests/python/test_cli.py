@@ -76,6 +76,14 @@ def test_convert(lookalike: Path, tmp_path: Path) -> None:
     assert "0-26: 3, 27-29: 1" in shown
 
 
+def test_convert_says_why_no_layer_is_merged(lookalike: Path, tmp_path: Path) -> None:
+    kept = mqadapt("convert", lookalike, tmp_path / "kept").stdout
+    assert "none: every layer keeps its K/V heads" in kept
+    mqadapt("convert", lookalike, tmp_path / "mqa", "--plan", "mqa:all")
+    again = mqadapt("convert", tmp_path / "mqa", tmp_path / "again", "--plan", "mqa:all").stdout
+    assert "nothing to merge: every layer has 1 K/V head" in again
+
+
 def test_convert_dtype(lookalike: Path, tmp_path: Path) -> None:
     json_of("convert", lookalike, tmp_path / "out", "--dtype", "bfloat16")
     assert json_of("inspect", tmp_path / "out")["dtype"] == "bfloat16"

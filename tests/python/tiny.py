@@ -350,8 +350,14 @@ def stories_decode(tokenizer: Path, tokens: list[int]) -> str:
     return text.decode()
 
 
-def write_gguf(path: Path, tokens: list[str], scores: list[float], kinds: list[int]) -> None:
+def write_gguf(path: Path, tokens: list[str], scores: list[float], kinds: list[int], **keys: Any) -> Path:
     """A Llama of one layer, 8 values wide, all weights zero, with a SentencePiece vocabulary."""
+    keys = {"scores": scores, "token_type": kinds, **keys}
+    return write_gguf_vocabulary(path, "llama", tokens, **keys)
+
+
+def write_gguf_vocabulary(path: Path, model: str, tokens: list[str], **keys: Any) -> Path:
+    """The same with any tokenizer: `keys` are those below `tokenizer.ggml.`."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -361,10 +367,18 @@ def write_gguf(path: Path, tokens: list[str], scores: list[float], kinds: list[i
     writer.add_feed_forward_length(8)
     writer.add_head_count(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_model(model)
     writer.add_token_list(tokens)
-    writer.add_token_scores(scores)
-    writer.add_token_types(kinds)
+    for name, value in keys.items():
+        key = f"tokenizer.ggml.{name}"
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_string(key, value)
     tensors = {"token_embd": (len(tokens), 8), "output_norm": (8,)}
     for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
         tensors[f"blk.0.{name}"] = (8, 8)
@@ -376,3 +390,4 @@ def write_gguf(path: Path, tokens: list[str], scores: list[float], kinds: list[i
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path

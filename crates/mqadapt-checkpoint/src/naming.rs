@@ -64,7 +64,7 @@ pub(crate) fn split(config: &ModelConfig, tensors: &mut Vec<TensorInfo>) {
 }
 
 /// The rows of each module, one under the other; `None` where they are not the tensor's rows.
-fn parts(
+pub(crate) fn parts(
     config: &ModelConfig,
     layer_idx: usize,
     modules: &[Module],

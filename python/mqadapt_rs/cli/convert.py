@@ -90,17 +90,28 @@ def _summary(report: dict[str, Any]) -> dict[str, object]:
     """The rows of the printed table; `mqadapt.json` holds all figures."""
     from mqadapt_rs.cli import output
 
-    errors = [error for error in report["relative_error"] if error]
     before, after = report["kv_bytes_per_token_before"], report["kv_bytes_per_token_after"]
     fallbacks = _fallbacks(report)
     return {
         "K/V heads (layers: heads)": output.in_runs(report["num_key_value_heads_after"]),
         "K/V cache per token": f"{output.in_bytes(after)} (before: {output.in_bytes(before)}, {1 - after / before:.0%} saved)",
         "parameters": f"{report['parameters_after']:,} (before: {report['parameters_before']:,})",
-        "merged layers": f"{len(errors)}, relative error {min(errors):.3f} to {max(errors):.3f}" if errors else "none",
+        "merged layers": _merged(report),
         **({"fallbacks": fallbacks} if fallbacks else {}),
         "written": f"{output.in_bytes(report['bytes_written'])} in {report['seconds']:.1f} s, {report['dtype']}",
     }
+
+
+def _merged(report: dict[str, Any]) -> str:
+    """How many layers were merged and how well, or why none was."""
+    before, after = report["num_key_value_heads_before"], report["num_key_value_heads_after"]
+    layers = zip(report["relative_error"], before, after, strict=True)
+    errors = [error for error, old, new in layers if error or old != new]
+    if errors:
+        return f"{len(errors)}, relative error {min(errors):.3f} to {max(errors):.3f}"
+    if set(before) == {1}:
+        return "nothing to merge: every layer has 1 K/V head"
+    return "none: every layer keeps its K/V heads"
 
 
 def _fallbacks(report: dict[str, Any]) -> str:

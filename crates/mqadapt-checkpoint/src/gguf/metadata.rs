@@ -132,3 +132,49 @@ impl Metadata {
         }
     }
 }
+
+/// The keys of a model's architecture, which begin with its name: `llama.block_count`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ModelKeys<'a> {
+    pub metadata: &'a Metadata,
+    pub architecture: &'static str,
+}
+
+impl ModelKeys<'_> {
+    /// The whole key, for messages too.
+    pub(super) fn key(self, name: &str) -> String {
+        format!("{}.{name}", self.architecture)
+    }
+
+    pub(super) fn integer(self, name: &str) -> Parsed<Option<u64>> {
+        self.metadata.integer(&self.key(name))
+    }
+
+    pub(super) fn required_integer(self, name: &str) -> Parsed<u64> {
+        self.metadata.required_integer(&self.key(name))
+    }
+
+    pub(super) fn float(self, name: &str) -> Parsed<Option<f64>> {
+        self.metadata.float(&self.key(name))
+    }
+
+    /// A float above 0.
+    pub(super) fn positive(self, name: &str) -> Parsed<Option<f64>> {
+        match self.float(name)? {
+            Some(number) if number <= 0.0 => Err(self.problem(name, format!("must be positive; found {number}"))),
+            number => Ok(number),
+        }
+    }
+
+    pub(super) fn per_layer(self, name: &str, layers: usize) -> Parsed<Option<Vec<u64>>> {
+        self.metadata.per_layer(&self.key(name), layers)
+    }
+
+    pub(super) fn missing(self, name: &str) -> Problem {
+        Problem::missing_key(&self.key(name))
+    }
+
+    pub(super) fn problem(self, name: &str, detail: impl Into<String>) -> Problem {
+        Problem::key(&self.key(name), detail)
+    }
+}

@@ -1,6 +1,8 @@
-//! GGUF tensor names to Hugging Face's, and which rows are permuted.
+//! GGUF tensor names to Hugging Face's, and which tensors hold their values in another form.
 
 use mqadapt_core::family::{EMBED_TOKENS, LM_HEAD, LayerTensor, Module, NORM};
+
+use super::architecture::{Architecture, StoredModule};
 
 /// What a GGUF tensor is in a Hugging Face checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -8,31 +10,24 @@ pub(super) enum Meaning {
     EmbedTokens,
     Norm,
     LmHead,
-    Layer(LayerTensor),
+    /// Rows of one module, or of several one under the other.
+    Layer {
+        layer_idx: usize,
+        modules: &'static [Module],
+        bias: bool,
+    },
     /// Carries no weights: `RoPE` tables, which the configuration gives again.
     Table,
 }
 
-const MODULES: [(&str, Module); 9] = [
-    ("attn_norm", Module::InputLayernorm),
-    ("attn_q", Module::QProj),
-    ("attn_k", Module::KProj),
-    ("attn_v", Module::VProj),
-    ("attn_output", Module::OProj),
-    ("ffn_norm", Module::PostAttentionLayernorm),
-    ("ffn_gate", Module::GateProj),
-    ("ffn_up", Module::UpProj),
-    ("ffn_down", Module::DownProj),
-];
-
 impl Meaning {
-    /// The meaning of a name of architecture `llama`; `None` for a tensor that such a model does not have.
-    pub(super) fn parse(gguf_name: &str) -> Option<Self> {
+    /// The meaning of a name; `None` for a tensor that a model of this architecture does not have.
+    pub(super) fn parse(architecture: &Architecture, gguf_name: &str) -> Option<Self> {
         match gguf_name {
             "token_embd.weight" => return Some(Self::EmbedTokens),
             "output_norm.weight" => return Some(Self::Norm),
             "output.weight" => return Some(Self::LmHead),
-            "rope_freqs.weight" => return Some(Self::Table),
+            "rope_freqs.weight" | "rope_factors_long.weight" | "rope_factors_short.weight" => return Some(Self::Table),
             _ => {}
         }
         let (layer, rest) = gguf_name.strip_prefix("blk.")?.split_once('.')?;
@@ -44,50 +39,77 @@ impl Meaning {
         if matches!(module, "attn_rot_embd" | "rope_freqs") {
             return Some(Self::Table);
         }
-        let (_, module) = *MODULES.iter().find(|(name, _)| *name == module)?;
-        match part {
-            "weight" => Some(Self::Layer(LayerTensor::weight(layer_idx, module))),
-            "bias" => Some(Self::Layer(LayerTensor::bias(layer_idx, module))),
-            _ => None,
-        }
+        let &(_, modules) = architecture.stored_modules().find(|(name, _)| *name == module)?;
+        let bias = match part {
+            "weight" => false,
+            "bias" => true,
+            _ => return None,
+        };
+        Some(Self::Layer { layer_idx, modules, bias })
     }
 
-    /// Its name in a Hugging Face checkpoint; `None` for a table.
-    pub(super) fn name(self) -> Option<String> {
+    /// The Hugging Face tensors whose rows it holds, in their order; none for a table.
+    pub(super) fn names(self) -> Vec<String> {
         match self {
-            Self::EmbedTokens => Some(EMBED_TOKENS.to_owned()),
-            Self::Norm => Some(NORM.to_owned()),
-            Self::LmHead => Some(LM_HEAD.to_owned()),
-            Self::Layer(tensor) => Some(tensor.name()),
-            Self::Table => None,
+            Self::EmbedTokens => vec![EMBED_TOKENS.to_owned()],
+            Self::Norm => vec![NORM.to_owned()],
+            Self::LmHead => vec![LM_HEAD.to_owned()],
+            Self::Layer { layer_idx, modules, bias } => {
+                modules.iter().map(|&module| LayerTensor { layer_idx, module, bias }.name()).collect()
+            }
+            Self::Table => Vec::new(),
         }
-    }
-
-    /// Whether llama.cpp's converter permuted the rows (`LlamaModel.permute`), weights and biases alike.
-    pub(super) fn is_permuted(self) -> bool {
-        self.name().is_some_and(|name| is_permuted(&name))
     }
 }
 
-/// Whether a GGUF file holds the rows of this Hugging Face tensor in another order.
-pub(super) fn is_permuted(name: &str) -> bool {
-    LayerTensor::parse(name).is_some_and(|tensor| matches!(tensor.module, Module::QProj | Module::KProj))
+/// How a GGUF file stores the values of a tensor, beside their type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Form {
+    /// Rows of queries and keys in another order; biases too.
+    pub permuted: bool,
+    /// The values are 1 larger.
+    pub plus_one: bool,
+}
+
+impl Form {
+    /// Of a Hugging Face tensor.
+    pub(super) fn of(architecture: &Architecture, name: &str) -> Self {
+        let module = LayerTensor::parse(name).map(|tensor| tensor.module);
+        let permuted = matches!(module, Some(Module::QProj | Module::KProj));
+        let norm = name == NORM || module.is_some_and(is_norm);
+        Self { permuted: architecture.permuted && permuted, plus_one: architecture.norm_plus_one && norm }
+    }
+
+    /// Whether the stored values are those of the Hugging Face tensor, in its order.
+    pub(super) fn is_plain(self) -> bool {
+        !self.permuted && !self.plus_one
+    }
+}
+
+fn is_norm(module: Module) -> bool {
+    matches!(
+        module,
+        Module::InputLayernorm
+            | Module::QNorm
+            | Module::KNorm
+            | Module::PostAttentionLayernorm
+            | Module::PreFeedforwardLayernorm
+            | Module::PostFeedforwardLayernorm
+    )
 }
 
 /// The name in a GGUF file of a Hugging Face tensor; for messages about tensors that are missing.
-pub(super) fn gguf_name(name: &str) -> String {
+pub(super) fn gguf_name(architecture: &Architecture, name: &str) -> String {
     match name {
-        EMBED_TOKENS => "token_embd.weight".to_owned(),
-        NORM => "output_norm.weight".to_owned(),
-        LM_HEAD => "output.weight".to_owned(),
-        _ => {
-            let module = |tensor: &LayerTensor| MODULES.iter().find(|(_, module)| *module == tensor.module);
-            let Some((tensor, (module, _))) = LayerTensor::parse(name).and_then(|t| Some((t, module(&t)?))) else {
-                return name.to_owned();
-            };
-            format!("blk.{}.{module}.{}", tensor.layer_idx, if tensor.bias { "bias" } else { "weight" })
-        }
+        EMBED_TOKENS => return "token_embd.weight".to_owned(),
+        NORM => return "output_norm.weight".to_owned(),
+        LM_HEAD => return "output.weight".to_owned(),
+        _ => {}
     }
+    let Some(LayerTensor { layer_idx, module, bias }) = LayerTensor::parse(name) else { return name.to_owned() };
+    let holds = |stored: &&StoredModule| stored.1.contains(&module);
+    let Some((stored, _)) = architecture.stored_modules().find(holds) else { return name.to_owned() };
+    format!("blk.{layer_idx}.{stored}.{}", if bias { "bias" } else { "weight" })
 }
 
 /// The row of the file that holds row `row` of the Hugging Face tensor.
@@ -101,24 +123,40 @@ pub(super) fn permuted_row(row: usize, head_dim: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::architecture::ARCHITECTURES;
     use super::*;
+
+    fn llama() -> &'static Architecture {
+        ARCHITECTURES[0]
+    }
 
     #[test]
     fn names_map_both_ways() {
-        for (module_name, _) in MODULES {
-            for part in ["weight", "bias"] {
-                let name = format!("blk.12.{module_name}.{part}");
-                let hugging_face = Meaning::parse(&name).unwrap().name().unwrap();
-                assert_eq!(gguf_name(&hugging_face), name);
+        for architecture in ARCHITECTURES {
+            for (module_name, modules) in architecture.stored_modules() {
+                for part in ["weight", "bias"] {
+                    let name = format!("blk.12.{module_name}.{part}");
+                    let hugging_face = Meaning::parse(architecture, &name).unwrap().names();
+                    assert_eq!(hugging_face.len(), modules.len());
+                    assert!(hugging_face.iter().all(|own| gguf_name(architecture, own) == name));
+                }
+            }
+            for name in ["token_embd.weight", "output_norm.weight", "output.weight"] {
+                let hugging_face = Meaning::parse(architecture, name).unwrap().names();
+                assert_eq!(gguf_name(architecture, &hugging_face[0]), name);
             }
         }
-        for name in ["token_embd.weight", "output_norm.weight", "output.weight"] {
-            assert_eq!(gguf_name(&Meaning::parse(name).unwrap().name().unwrap()), name);
+        let names = Meaning::parse(llama(), "blk.0.attn_q.weight").unwrap().names();
+        assert_eq!(names, ["model.layers.0.self_attn.q_proj.weight"]);
+    }
+
+    #[test]
+    fn modules_are_stored_once() {
+        for architecture in ARCHITECTURES {
+            let modules: Vec<Module> =
+                architecture.stored_modules().flat_map(|(_, modules)| *modules).copied().collect();
+            assert!(modules.iter().enumerate().all(|(i, module)| !modules[..i].contains(module)), "{architecture:?}");
         }
-        assert_eq!(
-            Meaning::parse("blk.0.attn_q.weight").unwrap().name().unwrap(),
-            "model.layers.0.self_attn.q_proj.weight"
-        );
     }
 
     #[test]
@@ -126,7 +164,7 @@ mod tests {
         for name in
             ["blk.0.ffn_gate_inp.weight", "blk.01.attn_q.weight", "blk.0.attn_q_norm.weight", "blk.0.attn_q", "x"]
         {
-            assert_eq!(Meaning::parse(name), None, "{name}");
+            assert_eq!(Meaning::parse(llama(), name), None, "{name}");
         }
     }
 

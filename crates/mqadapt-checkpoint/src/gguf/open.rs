@@ -4,21 +4,24 @@ use std::collections::{HashMap, HashSet};
 
 use mqadapt_core::{DType, ModelConfig};
 
-use super::config::{model_config, refuse_other_models};
+use super::architecture::{self, Architecture};
+use super::config::model_config;
+use super::described::Tables;
 use super::ggml_type::GgmlType;
 use super::header::{GgufTensor, Header};
 use super::metadata::Metadata;
-use super::names::{Meaning, gguf_name};
+use super::names::{Form, Meaning, gguf_name};
 use super::problem::{Parsed, Problem};
 use super::read::Reader;
 use super::source::Source;
 use crate::tensor::prevailing_dtype;
-use crate::{StoredType, TensorInfo};
+use crate::{StoredType, TensorInfo, naming};
 
 /// A file whose header, metadata and tensors agree with each other.
 #[derive(Debug)]
 pub(super) struct Model {
     pub metadata: Metadata,
+    pub architecture: &'static Architecture,
     pub config: ModelConfig,
     /// In the order of the file, shard 0.
     pub tensors: Vec<TensorInfo>,
@@ -27,63 +30,103 @@ pub(super) struct Model {
 impl Model {
     pub(super) fn read(source: &dyn Source) -> Parsed<Self> {
         let header = Header::read(source)?;
-        refuse_other_models(&header.metadata)?;
-        let (tensors, stored_names) = hugging_face_tensors(&header.tensors)?;
-        let factors = header.tensor("rope_freqs.weight").map(|tensor| rope_factors(source, tensor)).transpose()?;
-        let config = model_config(&header, factors.as_deref(), prevailing_dtype(&tensors))?;
-        compare(&tensors, &stored_names, &config)?;
-        Ok(Self { metadata: header.metadata, config, tensors })
+        let architecture = architecture::of(&header.metadata)?;
+        let stored = hugging_face_tensors(&header.tensors, architecture)?;
+        let tables = tables(source, &header)?;
+        let whole: Vec<TensorInfo> = stored.iter().map(|stored| stored.info.clone()).collect();
+        let config = model_config(&header, architecture, &tables, prevailing_dtype(&whole))?;
+        let stored = split(stored, &config)?;
+        compare(&stored, &config, architecture)?;
+        let tensors = stored.into_iter().map(|stored| stored.info).collect();
+        Ok(Self { metadata: header.metadata, architecture, config, tensors })
     }
 }
 
-/// The file's tensors under their Hugging Face names, and beside each its name in the file.
-fn hugging_face_tensors(stored: &[GgufTensor]) -> Parsed<(Vec<TensorInfo>, Vec<&str>)> {
-    let mut tensors = Vec::new();
-    let mut stored_names = Vec::new();
+/// A tensor that carries weights, beside what it is in the file.
+struct Stored<'a> {
+    /// Under the first of its Hugging Face names until it is split.
+    info: TensorInfo,
+    meaning: Meaning,
+    name: &'a str,
+}
+
+/// The file's tensors under their Hugging Face names.
+fn hugging_face_tensors<'a>(stored: &'a [GgufTensor], architecture: &Architecture) -> Parsed<Vec<Stored<'a>>> {
+    let mut out = Vec::new();
     for tensor in stored {
-        let meaning = Meaning::parse(&tensor.name)
-            .ok_or_else(|| Problem::tensor(&tensor.name, "is not part of a model of architecture 'llama'"))?;
-        let Some(name) = meaning.name() else { continue };
-        if meaning.is_permuted() && tensor.shape.len() == 1 && tensor.ty.is_quantised() {
+        let meaning = Meaning::parse(architecture, &tensor.name).ok_or_else(|| {
+            let detail = format!("is not part of a model of architecture '{}'", architecture.name);
+            Problem::tensor(&tensor.name, detail)
+        })?;
+        let Some(name) = meaning.names().into_iter().next() else { continue };
+        let form = Form::of(architecture, &name);
+        if form.permuted && tensor.shape.len() == 1 && tensor.ty.is_quantised() {
             return Err(Problem::tensor(&tensor.name, format!("is a bias of type {}; expected F32", tensor.ty.name())));
         }
-        stored_names.push(tensor.name.as_str());
-        tensors.push(TensorInfo {
+        let info = TensorInfo {
             name,
             shape: tensor.shape.clone(),
             dtype: tensor.ty.stored_type(),
             bytes: tensor.bytes,
             shard: 0,
             offset: tensor.offset,
-            verbatim: !tensor.ty.is_quantised() && !meaning.is_permuted(),
-        });
+            verbatim: !tensor.ty.is_quantised() && form.is_plain(),
+        };
+        out.push(Stored { info, meaning, name: &tensor.name });
     }
-    Ok((tensors, stored_names))
+    Ok(out)
 }
 
+/// Splits tensors that hold the rows of several modules (Phi-3's `attn_qkv`): rows are whole blocks, so each part is a range
+/// of bytes.
+fn split<'a>(stored: Vec<Stored<'a>>, config: &ModelConfig) -> Parsed<Vec<Stored<'a>>> {
+    let mut out = Vec::with_capacity(stored.len());
+    for whole in stored {
+        let Stored { info, meaning, name } = &whole;
+        match *meaning {
+            Meaning::Layer { layer_idx, modules, bias } if modules.len() > 1 => {
+                let parts = naming::parts(config, layer_idx, modules, bias, info);
+                let detail = || format!("has shape {:?}, which is not that of the layer in the metadata", info.shape);
+                let parts = parts.ok_or_else(|| Problem::tensor(name, detail()))?;
+                out.extend(parts.into_iter().map(|info| Stored { info, meaning: *meaning, name }));
+            }
+            _ => out.push(whole),
+        }
+    }
+    Ok(out)
+}
+
+const NO_SUCH_LAYER: &str = "does not fit the metadata, which says that the model has no such layer or bias";
+
 /// Every tensor that the configuration expects must be there with its shape, and no other.
-fn compare(tensors: &[TensorInfo], stored_names: &[&str], config: &ModelConfig) -> Parsed<()> {
+fn compare(stored: &[Stored], config: &ModelConfig, architecture: &Architecture) -> Parsed<()> {
     let expected = config.tensors();
     let shapes: HashMap<&str, &[usize]> =
         expected.iter().map(|tensor| (tensor.name.as_str(), tensor.shape.as_slice())).collect();
-    for (tensor, stored_name) in tensors.iter().zip(stored_names) {
-        match shapes.get(tensor.name.as_str()) {
-            Some(shape) if *shape == tensor.shape => {}
+    for Stored { info, name, .. } in stored {
+        match shapes.get(info.name.as_str()) {
+            Some(shape) if *shape == info.shape => {}
             Some(shape) => {
-                let detail = format!("has shape {:?}, but the metadata says {shape:?}", tensor.shape);
-                return Err(Problem::tensor(stored_name, detail));
+                let detail = format!("has shape {:?}, but the metadata says {shape:?}", info.shape);
+                return Err(Problem::tensor(name, detail));
             }
-            None => {
-                let detail = "does not fit the metadata, which says that the model has no such layer or bias";
-                return Err(Problem::tensor(stored_name, detail));
-            }
+            None => return Err(Problem::tensor(name, NO_SUCH_LAYER)),
         }
     }
-    let found: HashSet<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+    let found: HashSet<&str> = stored.iter().map(|stored| stored.info.name.as_str()).collect();
     match expected.iter().find(|tensor| !found.contains(tensor.name.as_str())) {
-        Some(absent) => Err(Problem::tensor(&gguf_name(&absent.name), "is missing")),
+        Some(absent) => Err(Problem::tensor(&gguf_name(architecture, &absent.name), "is missing")),
         None => Ok(()),
     }
+}
+
+fn tables(source: &dyn Source, header: &Header) -> Parsed<Tables> {
+    let read = |name: &str| header.tensor(name).map(|tensor| rope_factors(source, tensor)).transpose();
+    Ok(Tables {
+        divisors: read("rope_freqs.weight")?,
+        short: read("rope_factors_short.weight")?,
+        long: read("rope_factors_long.weight")?,
+    })
 }
 
 fn rope_factors(source: &dyn Source, tensor: &GgufTensor) -> Parsed<Vec<f32>> {
@@ -92,7 +135,7 @@ fn rope_factors(source: &dyn Source, tensor: &GgufTensor) -> Parsed<Vec<f32>> {
         return Err(Problem::tensor(&tensor.name, "is not a list of F32 factors, one per frequency"));
     }
     let mut bytes = vec![0; 4 * count];
-    let reader = Reader { source, ty: tensor.ty, offset: tensor.offset, dtype: DType::F32 };
+    let reader = Reader { source, ty: tensor.ty, offset: tensor.offset, dtype: DType::F32, plus_one: false };
     reader.read(0, &mut bytes)?;
     Ok(bytes.as_chunks().0.iter().map(|&value| f32::from_le_bytes(value)).collect())
 }

@@ -27,6 +27,8 @@ pub(super) struct Reader<'a> {
     pub offset: u64,
     /// What the values are rounded to.
     pub dtype: DType,
+    /// The stored values are 1 larger, which is taken off in f32 before they are rounded.
+    pub plus_one: bool,
 }
 
 /// Fills `out` with a tensor's values from `first_value` on, which the caller has checked to be inside. Returns how many
@@ -109,12 +111,15 @@ impl Reader<'_> {
             }
             let (part, after) = rest.split_at_mut(count * self.dtype.bytes());
             match self.dtype {
-                DType::F32 if count == values => dequantize::to_f32(self.ty, blocks, part),
-                DType::BF16 if count == values => dequantize::to_bf16(self.ty, blocks, part),
+                DType::F32 if count == values && !self.plus_one => dequantize::to_f32(self.ty, blocks, part),
+                DType::BF16 if count == values && !self.plus_one => dequantize::to_bf16(self.ty, blocks, part),
                 _ => {
-                    // a part of a block at either end, or a type that can overflow
+                    // a part of a block at either end, a type that can overflow, or a norm
                     let scratch = scratch.get_mut(..4 * values).unwrap_or_default();
                     dequantize::to_f32(self.ty, blocks, scratch);
+                    if self.plus_one {
+                        subtract_one(scratch);
+                    }
                     let wanted = scratch.get(4 * skip..4 * (skip + count)).unwrap_or_default();
                     overflowed += convert(DType::F32, wanted, self.dtype, part);
                 }
@@ -122,5 +127,11 @@ impl Reader<'_> {
             (skip, rest) = (0, after);
         }
         overflowed
+    }
+}
+
+fn subtract_one(values: &mut [u8]) {
+    for value in values.as_chunks_mut().0 {
+        *value = (f32::from_le_bytes(*value) - 1.0).to_le_bytes();
     }
 }

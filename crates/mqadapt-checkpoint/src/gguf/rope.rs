@@ -2,38 +2,103 @@
 
 use std::f64::consts::PI;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::metadata::Metadata;
+use super::described::{Model, Tables, object};
+use super::metadata::ModelKeys;
 use super::problem::{Parsed, Problem};
 
 /// f32 factors against factors computed in f64: one rounding, with room for the converter's own arithmetic.
 const TOLERANCE: f64 = 1e-5;
 
-/// `rope_scaling` of a `config.json`, `null` where there is none. `factors` is `rope_freqs.weight`, if the file has it.
-pub(super) fn scaling(metadata: &Metadata, factors: Option<&[f32]>, theta: f64, head_dim: usize) -> Parsed<Value> {
-    if let Some(factors) = factors.filter(|factors| factors.iter().any(|&factor| factor != 1.0)) {
-        return llama3(factors, theta, head_dim);
+/// The fields of a model that rotates all layers alike: transformers 5 reads `rope_parameters`, 4.57 and other engines
+/// `rope_theta` and `rope_scaling`.
+pub(super) fn alike(model: &Model) -> Parsed<Map<String, Value>> {
+    let theta = model.keys.positive("rope.freq_base")?.unwrap_or(10_000.0);
+    let scaling = scaling(model.keys, model.tables, theta, model.sizes.head_dim)?;
+    Ok(object(json!({
+        "rope_theta": theta,
+        "rope_parameters": parameters(&scaling, theta),
+        "rope_scaling": scaling,
+    })))
+}
+
+/// The fields of a Gemma 3, which rotates layers with a window by a base of their own, and stretches the others only.
+pub(super) fn by_kind(model: &Model) -> Parsed<Map<String, Value>> {
+    let theta = model.keys.positive("rope.freq_base")?.unwrap_or(10_000.0);
+    let local_theta = model.keys.positive("rope.freq_base_swa")?.unwrap_or(10_000.0);
+    let scaling = scaling(model.keys, model.tables, theta, model.sizes.head_dim)?;
+    Ok(object(json!({
+        "rope_theta": theta,
+        "rope_local_base_freq": local_theta,
+        "rope_parameters": {
+            "full_attention": parameters(&scaling, theta),
+            "sliding_attention": parameters(&Value::Null, local_theta),
+        },
+        "rope_scaling": scaling,
+    })))
+}
+
+/// A `rope_scaling` and a base in one.
+fn parameters(scaling: &Value, theta: f64) -> Value {
+    let mut out = scaling.clone();
+    if out.is_null() {
+        out = json!({ "rope_type": "default" });
     }
-    let key = "llama.rope.scaling.type";
-    let linear = match metadata.text(key)? {
-        // files of 2023 say only the inverse of the factor
-        None => metadata.float("llama.rope.scale_linear")?,
+    out["rope_theta"] = json!(theta);
+    out
+}
+
+/// `rope_scaling` of a `config.json`, `null` where there is none.
+fn scaling(keys: ModelKeys, tables: &Tables, theta: f64, head_dim: usize) -> Parsed<Value> {
+    if let Some(divisors) = tables.divisors.as_ref().filter(|divisors| divisors.iter().any(|&own| own != 1.0)) {
+        return llama3(divisors, theta, head_dim);
+    }
+    let (name, factor) = ("rope.scaling.type", "rope.scaling.factor");
+    let given = keys.float(factor)?;
+    let linear = match keys.metadata.text(&keys.key(name))? {
+        // linear; files of 2023 have another key, and 0 is no scaling
+        None => given.or(keys.float("rope.scale_linear")?).filter(|&factor| factor != 0.0),
         Some("none") => None,
-        Some("linear") => {
-            let factor = metadata.float("llama.rope.scaling.factor")?;
-            Some(factor.ok_or_else(|| Problem::key("llama.rope.scaling.factor", "is missing"))?)
-        }
+        Some("linear") => Some(given.ok_or_else(|| keys.missing(factor))?),
+        Some("yarn") => return yarn(keys),
         Some(other) => {
-            let detail = format!("'{}' is not supported; supported are none, linear, and llama3", other.escape_debug());
-            return Err(Problem::key(key, detail));
+            let detail =
+                format!("'{}' is not supported; supported are none, linear, yarn, and llama3", other.escape_debug());
+            return Err(keys.problem(name, detail));
         }
     };
     match linear {
         None | Some(1.0) => Ok(Value::Null),
-        Some(factor) if factor > 0.0 => Ok(json!({ "rope_type": "linear", "factor": factor })),
-        Some(factor) => Err(Problem::key("llama.rope.scaling.factor", format!("must be positive; found {factor}"))),
+        Some(linear) if linear > 0.0 => Ok(json!({ "rope_type": "linear", "factor": linear })),
+        Some(linear) => Err(keys.problem(factor, format!("must be positive; found {linear}"))),
     }
+}
+
+/// `YaRN` with the attention factor that llama.cpp and transformers compute alike.
+fn yarn(keys: ModelKeys) -> Parsed<Value> {
+    for (name, neutral) in [
+        ("rope.scaling.attn_factor", 1.0),
+        ("rope.scaling.yarn_attn_factor", 1.0),
+        ("rope.scaling.yarn_ext_factor", 1.0),
+        ("rope.scaling.yarn_log_multiplier", 0.0),
+    ] {
+        if let Some(found) = keys.float(name)?.filter(|&found| found != neutral) {
+            return Err(keys.problem(name, format!("is {found}; supported is {neutral} only")));
+        }
+    }
+    let (factor, original) = ("rope.scaling.factor", "rope.scaling.original_context_length");
+    let mut out = json!({
+        "rope_type": "yarn",
+        "factor": keys.positive(factor)?.ok_or_else(|| keys.missing(factor))?,
+        "original_max_position_embeddings": keys.integer(original)?.map_or_else(|| keys.required_integer("context_length"), Ok)?,
+    });
+    for beta in ["beta_fast", "beta_slow"] {
+        if let Some(turns) = keys.positive(&format!("rope.scaling.yarn_{beta}"))? {
+            out[beta] = json!(turns);
+        }
+    }
+    Ok(out)
 }
 
 /// Factor `f_j` divides frequency `j`: 1 where it turns often within the original context, `factor` where it turns
@@ -104,6 +169,14 @@ impl Llama3 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gguf::metadata::Metadata;
+
+    /// Heads of 128 values.
+    fn scaled_by(divisors: Vec<f32>, theta: f64) -> Parsed<Value> {
+        let metadata = Metadata::default();
+        let keys = ModelKeys { metadata: &metadata, architecture: "llama" };
+        scaling(keys, &Tables { divisors: Some(divisors), ..Tables::default() }, theta, 128)
+    }
 
     fn table(own: Llama3, theta: f64, head_dim: usize) -> Vec<f32> {
         let factor = |j: usize| {
@@ -120,7 +193,7 @@ mod tests {
             [(8.0, 1.0, 4.0, 8192.0), (32.0, 1.0, 4.0, 8192.0), (4.0, 1.0, 3.0, 4096.0), (16.0, 1.0, 2.5, 2048.0)]
         {
             let factors = table(Llama3 { factor, low, high, original }, 500_000.0, 128);
-            let found = scaling(&Metadata::default(), Some(&factors), 500_000.0, 128).unwrap();
+            let found = scaled_by(factors, 500_000.0).unwrap();
             assert_eq!(found["factor"].as_f64(), Some(factor));
             assert_eq!(found["low_freq_factor"].as_f64(), Some(low));
             assert_eq!(found["high_freq_factor"].as_f64(), Some(high));
@@ -131,13 +204,13 @@ mod tests {
     #[test]
     fn another_table_is_refused() {
         let factors: Vec<f32> = (0..64).map(|j| 1.0 + j as f32).collect();
-        let error = scaling(&Metadata::default(), Some(&factors), 10_000.0, 128).unwrap_err();
+        let error = scaled_by(factors, 10_000.0).unwrap_err();
         let error = error.in_file("x".as_ref()).to_string();
         assert!(error.contains("llama3"), "{error}");
     }
 
     #[test]
     fn a_table_of_ones_is_no_scaling() {
-        assert_eq!(scaling(&Metadata::default(), Some(&[1.0; 32]), 10_000.0, 64).unwrap(), Value::Null);
+        assert_eq!(scaled_by(vec![1.0; 64], 10_000.0).unwrap(), Value::Null);
     }
 }

@@ -215,7 +215,7 @@ fn alignment_that_cannot_be() {
 
 #[test]
 fn another_architecture() {
-    refused(&tiny().text("general.architecture", "gemma3"), "is 'gemma3'; supported is 'llama' only");
+    refused(&tiny().text("general.architecture", "gpt2"), "is 'gpt2'; supported are llama, qwen2");
     refused(&tiny().without("general.architecture"), "'general.architecture' is missing");
 }
 
@@ -249,7 +249,10 @@ fn mixture_of_experts_and_split_files() {
 
 #[test]
 fn unknown_rope_scaling() {
-    refused(&tiny().text("llama.rope.scaling.type", "yarn"), "'yarn' is not supported");
+    refused(&tiny().text("llama.rope.scaling.type", "su"), "'su' is not supported");
+    let yarn = || tiny().text("llama.rope.scaling.type", "yarn");
+    refused(&yarn(), "'llama.rope.scaling.factor' is missing");
+    refused(&yarn().f32("llama.rope.scaling.attn_factor", 0.5), "is 0.5; supported is 1 only");
 }
 
 #[test]
@@ -322,9 +325,8 @@ fn expected(data: &[u8], ty: GgmlType, rows: usize, permuted: bool) -> Vec<f32> 
 
 fn read(file: &TestFile, name: &str, first: usize, count: usize) -> Vec<f32> {
     let bytes = file.bytes();
-    let model = model(file);
-    let gguf = Gguf { metadata: model.metadata, head_dim: model.config.head_dim };
-    let tensor = model.tensors.iter().find(|tensor| tensor.name == name).unwrap();
+    let (gguf, _, tensors) = Gguf::keep(model(file));
+    let tensor = tensors.iter().find(|tensor| tensor.name == name).unwrap();
     let mut out = vec![0; 4 * count];
     gguf.read_as(&bytes.as_slice(), tensor, DType::F32, first, &mut out).unwrap();
     out.as_chunks().0.iter().map(|&value| f32::from_le_bytes(value)).collect()

@@ -65,6 +65,10 @@ fn write_rope(source: &ModelConfig, out: &mut Map<String, Value>) {
         parameters.insert("rope_type".to_owned(), kind);
     }
     parameters.insert("rope_theta".to_owned(), json!(rope.theta));
+    if let Some(factor) = parameters.get("partial_rotary_factor").filter(|_| rotary == Rotary::Partial) {
+        // a Phi-3's `rope_scaling` has no place for it, so both versions read it beside
+        out.insert("partial_rotary_factor".to_owned(), factor.clone());
+    }
     let scaling = match (&rope.scaling, rotary) {
         (RopeScaling::None, _) => Value::Null,
         (_, Rotary::Partial) => old_phi3(&parameters),

@@ -177,3 +177,17 @@ fn windows_of_mistral_and_qwen() {
     json["max_window_layers"] = json!(1);
     assert_eq!(ModelConfig::from_value(json).unwrap().sliding_window, [None, Some(16), Some(16)]);
 }
+
+#[test]
+fn a_rewritten_phi3_rotates_as_many_values() {
+    let mut json = with("model_type", json!("phi3"));
+    json["rope_parameters"] = json!({
+        "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0],
+    });
+    let source = ModelConfig::from_value(json).unwrap();
+    let written = source.with_num_key_value_heads(&[1, 1, 1], "modeling_x").json;
+    assert_eq!(written["rope_scaling"]["short_factor"], json!([1.0, 1.5]));
+    assert_eq!(written["partial_rotary_factor"], json!(0.5), "which is not in rope_scaling");
+    assert_eq!(ModelConfig::from_value(written).unwrap().rope, source.rope);
+}

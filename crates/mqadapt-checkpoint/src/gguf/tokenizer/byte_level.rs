@@ -28,6 +28,7 @@ pub(super) fn pipeline(metadata: &Metadata, vocabulary: &Vocabulary) -> Parsed<P
             "merges": merges(metadata, vocabulary)?,
         }),
         adds_bos: pre.adds_bos,
+        normalized_tokens: false,
     })
 }
 

@@ -10,14 +10,15 @@ mod vocabulary;
 
 use serde_json::{Map, Value, json};
 
-use super::metadata::Metadata;
+use super::metadata::{Metadata, ModelKeys};
 use super::problem::{Parsed, Problem};
 use crate::SideFile;
 use crate::side_files::Content;
 use vocabulary::{SpecialTokens, Vocabulary};
 
 /// The files; none but the generation configuration where the metadata has no tokenizer.
-pub(super) fn side_files(metadata: &Metadata) -> Parsed<Vec<SideFile>> {
+pub(super) fn side_files(keys: ModelKeys) -> Parsed<Vec<SideFile>> {
+    let metadata = keys.metadata;
     let key = "tokenizer.ggml.model";
     let kind = metadata.text(key)?.unwrap_or("none");
     if matches!(kind, "none" | "no_vocab") {
@@ -41,7 +42,7 @@ pub(super) fn side_files(metadata: &Metadata) -> Parsed<Vec<SideFile>> {
     let mut files = vec![
         file("generation_config.json", &generation_config(metadata, &special, &vocabulary)?),
         file("tokenizer.json", &tokenizer_json(&pipeline, &vocabulary, &special, add)),
-        file("tokenizer_config.json", &tokenizer_config(metadata, &vocabulary, &special, add)?),
+        file("tokenizer_config.json", &tokenizer_config(keys, &pipeline, &vocabulary, &special, add)?),
     ];
     if let Some(template) = chat_template {
         files.push(SideFile { name: "chat_template.jinja".to_owned(), content: Content::Bytes(template.into()) });
@@ -63,6 +64,9 @@ struct Pipeline {
     model: Value,
     /// Whether a beginning-of-sequence token is added where the metadata does not say.
     adds_bos: bool,
+    /// Where user-defined tokens are looked for: in the text after normalisation, or in the text as it is given. Control
+    /// tokens are always found in the text as it is given.
+    normalized_tokens: bool,
 }
 
 /// Which tokens are put around a text.
@@ -86,19 +90,15 @@ impl Ends {
 }
 
 fn tokenizer_json(pipeline: &Pipeline, vocabulary: &Vocabulary, special: &SpecialTokens, add: Ends) -> Value {
-    let added: Vec<_> = vocabulary
-        .added(special)
-        .map(|(id, text, is_special)| {
-            let mut token = added_token(text, is_special);
-            token.insert("id".to_owned(), json!(id));
-            token
-        })
-        .collect();
+    let added = added_tokens(pipeline, vocabulary, special).map(|(id, mut token)| {
+        token.insert("id".to_owned(), json!(id));
+        token
+    });
     json!({
         "version": "1.0",
         "truncation": null,
         "padding": null,
-        "added_tokens": added,
+        "added_tokens": added.collect::<Vec<_>>(),
         "normalizer": pipeline.normalizer,
         "pre_tokenizer": pipeline.pre_tokenizer,
         "post_processor": post_processor(vocabulary, add),
@@ -107,14 +107,26 @@ fn tokenizer_json(pipeline: &Pipeline, vocabulary: &Vocabulary, special: &Specia
     })
 }
 
-/// `normalized` is false: the text of the token is looked for in the text as it is given.
-fn added_token(text: &str, special: bool) -> Map<String, Value> {
-    let fields =
-        [("single_word", false), ("lstrip", false), ("rstrip", false), ("normalized", false), ("special", special)];
-    let mut token = Map::new();
-    token.insert("content".to_owned(), json!(text));
-    token.extend(fields.map(|(name, flag)| (name.to_owned(), Value::Bool(flag))));
-    token
+/// Ids of the tokens that are found in a text before it is cut into words, and what `tokenizers` wants to know of each.
+fn added_tokens(
+    pipeline: &Pipeline,
+    vocabulary: &Vocabulary,
+    special: &SpecialTokens,
+) -> impl Iterator<Item = (usize, Map<String, Value>)> {
+    let normalized = pipeline.normalized_tokens;
+    vocabulary.added(special).map(move |(id, text, is_special)| {
+        let fields = [
+            ("single_word", false),
+            ("lstrip", false),
+            ("rstrip", false),
+            ("normalized", normalized && !is_special),
+            ("special", is_special),
+        ];
+        let mut token = Map::new();
+        token.insert("content".to_owned(), json!(text));
+        token.extend(fields.map(|(name, flag)| (name.to_owned(), Value::Bool(flag))));
+        (id, token)
+    })
 }
 
 /// A template with the tokens at the ends of each sequence; `null` where there are none.
@@ -140,11 +152,15 @@ fn post_processor(vocabulary: &Vocabulary, add: Ends) -> Value {
     })
 }
 
-fn tokenizer_config(metadata: &Metadata, vocabulary: &Vocabulary, special: &SpecialTokens, add: Ends) -> Parsed<Value> {
-    let decoder: Map<_, _> = vocabulary
-        .added(special)
-        .map(|(id, text, is_special)| (id.to_string(), Value::Object(added_token(text, is_special))))
-        .collect();
+fn tokenizer_config(
+    keys: ModelKeys,
+    pipeline: &Pipeline,
+    vocabulary: &Vocabulary,
+    special: &SpecialTokens,
+    add: Ends,
+) -> Parsed<Value> {
+    let decoder: Map<_, _> =
+        added_tokens(pipeline, vocabulary, special).map(|(id, token)| (id.to_string(), Value::Object(token))).collect();
     let mut out = Map::new();
     out.insert("add_bos_token".to_owned(), json!(add.bos.is_some()));
     out.insert("add_eos_token".to_owned(), json!(add.eos.is_some()));
@@ -159,9 +175,9 @@ fn tokenizer_config(metadata: &Metadata, vocabulary: &Vocabulary, special: &Spec
         out.extend(id.and_then(|id| vocabulary.text(id)).map(|text| (name.to_owned(), json!(text))));
     }
     // transformers reads chat_template.jinja beside this file; versions before 4.43 read it here
-    out.extend(metadata.text("tokenizer.chat_template")?.map(|text| ("chat_template".to_owned(), json!(text))));
+    out.extend(keys.metadata.text("tokenizer.chat_template")?.map(|text| ("chat_template".to_owned(), json!(text))));
     out.insert("clean_up_tokenization_spaces".to_owned(), json!(false));
-    out.extend(metadata.integer("llama.context_length")?.map(|n| ("model_max_length".to_owned(), json!(n))));
+    out.extend(keys.integer("context_length")?.map(|n| ("model_max_length".to_owned(), json!(n))));
     out.insert("tokenizer_class".to_owned(), json!("PreTrainedTokenizerFast"));
     Ok(Value::Object(out))
 }

@@ -45,6 +45,9 @@ pub(super) fn pipeline(metadata: &Metadata, vocabulary: &Vocabulary, special: &S
             "merges": merges(metadata, vocabulary)?,
         }),
         adds_bos: true,
+        // `SentencePiece` looks for them after it has replaced spaces, where a run of spaces is a token too (Gemma). A
+        // prefix would be put before each of their texts as well; then llama.cpp's rule holds, as for control tokens.
+        normalized_tokens: !add_prefix,
     })
 }
 

@@ -4,6 +4,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use crate::gguf::header::Header;
+use crate::gguf::metadata::ModelKeys;
 use crate::gguf::test_writer::TestFile;
 use crate::side_files::Content;
 
@@ -60,7 +61,8 @@ fn sentencepiece() -> TestFile {
 fn files(file: &TestFile) -> Result<Vec<(String, Value)>, String> {
     let bytes = file.bytes();
     let header = Header::read(&bytes.as_slice()).unwrap();
-    let files = super::side_files(&header.metadata).map_err(|problem| problem.in_file("x".as_ref()).to_string())?;
+    let keys = ModelKeys { metadata: &header.metadata, architecture: "llama" };
+    let files = super::side_files(keys).map_err(|problem| problem.in_file("x".as_ref()).to_string())?;
     let parsed = files.into_iter().map(|file| {
         let Content::Bytes(bytes) = file.content else { panic!("made, not copied") };
         let value = serde_json::from_slice(&bytes).unwrap_or_else(|_| String::from_utf8(bytes).unwrap().into());

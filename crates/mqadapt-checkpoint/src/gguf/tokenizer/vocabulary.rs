@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use serde_json::{Map, Value, json};
 
-use crate::gguf::config::token_id;
+use crate::gguf::described::token_id;
 use crate::gguf::metadata::Metadata;
 use crate::gguf::problem::{Parsed, Problem};
 
