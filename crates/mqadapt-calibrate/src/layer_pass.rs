@@ -1,7 +1,7 @@
 //! What passes between the steps of one layer's merge.
 
-use mqadapt_compress::LayerWeights;
 use mqadapt_compress::closed_form::LayerReport;
+use mqadapt_compress::{LayerWeights, QkNorm};
 use mqadapt_core::AttentionShape;
 use mqadapt_model::Activations;
 
@@ -21,6 +21,8 @@ pub struct CalibratedLayer {
 /// What a pass of the original stream through a layer left.
 pub(crate) struct LayerPass {
     pub(crate) geometry: AttentionShape,
+    /// Where queries and keys are normalised.
+    pub(crate) norms: Option<QkNorm>,
     /// None where statistics are saved.
     pub(crate) sample: Option<LayerSample>,
     /// What `o_proj` read of every sequence, for the refit; nothing where there is none.

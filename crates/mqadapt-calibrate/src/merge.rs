@@ -284,7 +284,8 @@ impl<'a> CalibratedMerge<'a> {
         };
         layer.run_observed(&mut streams.original, &mut look, progress)?;
         streams.layer_idx += 1;
-        Ok(LayerPass { geometry: geometry.clone(), sample: collector.map(Collector::finish), attention })
+        let norms = qk_norm(self.checkpoint, layer_idx)?;
+        Ok(LayerPass { geometry: geometry.clone(), norms, sample: collector.map(Collector::finish), attention })
     }
 
     /// Refits `o_proj` on the converted stream, and takes it through the converted layer.
@@ -303,8 +304,7 @@ impl<'a> CalibratedMerge<'a> {
         let Some(stream) = self.streams.as_mut().and_then(|streams| streams.converted.as_mut()) else { return Ok(()) };
         let cache = LayerCache::heads(merged.report.num_key_value_heads);
         let refitting = Refitting { layer: &layer, geometry, original, cache, dtype: self.dtype };
-        let refine = self.options.refine.filter(|_| !geometry.qk_norm);
-        let sums = if let Some(refine) = &refine {
+        let sums = if let Some(refine) = &self.options.refine {
             let mut moved = refined(&layer, &run, stream, original, merged, refine, progress)?;
             moved.round_to(self.dtype);
             let mut of_moved = run.attention.like(geometry.num_attention_heads * geometry.head_dim)?;

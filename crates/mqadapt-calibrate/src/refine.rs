@@ -32,9 +32,11 @@ pub(crate) fn refined(
         Ok(Target::of_original(x, &attention, &original.o_proj, features, &progressing)?)
     };
     let heads = merged.report.num_key_value_heads;
-    refine(&merged.weights, geometry, heads, options, &progressing, target).map_err(|error| match error {
-        RefineFailed::Reading(error) => error,
-        RefineFailed::Merging(source) => Error::merge(layer_idx)(source),
+    refine(&merged.weights, geometry, run.norms.as_ref(), heads, options, &progressing, target).map_err(|error| {
+        match error {
+            RefineFailed::Reading(error) => error,
+            RefineFailed::Merging(source) => Error::merge(layer_idx)(source),
+        }
     })
 }
 

@@ -1,8 +1,7 @@
 //! A layer's attention weights, shape and norms. In: a checkpoint; out: what a merge takes.
 
 use mqadapt_checkpoint::Checkpoint;
-use mqadapt_compress::LayerWeights;
-use mqadapt_compress::closed_form::QkNorm;
+use mqadapt_compress::{LayerWeights, QkNorm};
 use mqadapt_core::family::{LayerTensor, Module, QkNorm as QkNormKind};
 use mqadapt_core::{AttentionShape, ModelConfig};
 

@@ -3,7 +3,8 @@
 
 use mqadapt_core::{AttentionShape, DType, LayerCache, Progressing};
 
-use crate::heads::closed_form::{LayerReport, QkNorm};
+use crate::heads::closed_form::LayerReport;
+use crate::qk_norm::QkNorm;
 use crate::statistics::{LayerStatistics, Moment};
 use crate::{Error, LayerWeights};
 

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use crate::Error;
 use crate::attention::{PART, Probabilities, ROWS, product, project, rotate, rotate_back, view};
 use crate::layer::LayerWeights;
+use crate::qk_norm::{QkNorm, normalise, normalise_back};
 use mqadapt_core::AttentionShape;
 
 /// One sequence: what the projections read, and the attention output that is wanted, `[tokens, hidden_size]` each.
@@ -54,6 +55,16 @@ struct Projected {
     v: Vec<f32>,
 }
 
+impl Projected {
+    /// Normalises queries and keys, and returns them as they were.
+    fn normalise(&mut self, norms: &QkNorm) -> (Vec<f32>, Vec<f32>) {
+        let before = (self.q.clone(), self.k.clone());
+        normalise(&mut self.q, &norms.q_norm, norms.eps);
+        normalise(&mut self.k, &norms.k_norm, norms.eps);
+        before
+    }
+}
+
 /// What a query head hands back.
 struct HeadGradient {
     q: Vec<f32>,
@@ -61,10 +72,11 @@ struct HeadGradient {
     v: Vec<f32>,
 }
 
-/// The gradient for one sequence; the layer has `heads` K/V heads.
+/// The gradient for one sequence; the layer has `heads` K/V heads, and `norms` where queries and keys are normalised.
 pub(crate) fn gradient(
     weights: &LayerWeights,
     geometry: &AttentionShape,
+    norms: Option<&QkNorm>,
     heads: usize,
     target: &Target,
     progress: &Progressing<'_>,
@@ -77,6 +89,7 @@ pub(crate) fn gradient(
         k: project(x, &weights.k_proj, weights.k_proj_bias.as_deref(), hidden, progress)?,
         v: project(x, &weights.v_proj, weights.v_proj_bias.as_deref(), hidden, progress)?,
     };
+    let before = norms.map(|norms| (norms, p.normalise(norms)));
     rotate(&mut p.q, q_heads, geometry);
     rotate(&mut p.k, heads, geometry);
     let head = |h: usize| Head { p: &p, geometry, h, g: h / (q_heads / heads), q_width, kv_width, tokens };
@@ -112,6 +125,10 @@ pub(crate) fn gradient(
     let (mut by_k, by_v) = (shared(|part| &part.k), shared(|part| &part.v));
     rotate_back(&mut by_q, q_heads, geometry);
     rotate_back(&mut by_k, heads, geometry);
+    if let Some((norms, (q, k))) = &before {
+        normalise_back(&mut by_q, q, &norms.q_norm, norms.eps);
+        normalise_back(&mut by_k, k, &norms.k_norm, norms.eps);
+    }
     let bias = |there: &Option<Vec<f32>>, by: &[f32], width: usize| there.as_ref().map(|_| column_sums(by, width));
     let by = LayerWeights {
         q_proj: by_columns(&by_q, q_width, x, hidden),

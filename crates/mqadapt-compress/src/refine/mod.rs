@@ -8,11 +8,12 @@ mod gradient;
 mod tests;
 
 pub use gradient::Target;
-use gradient::gradient;
+pub(crate) use gradient::gradient;
 use mqadapt_core::Progressing;
 
 use crate::Error;
 use crate::layer::{LayerWeights, check_len};
+use crate::qk_norm::QkNorm;
 use mqadapt_core::AttentionShape;
 
 /// Decay of the first and the second moment of Adam.
@@ -35,22 +36,25 @@ impl Default for RefineOptions {
     }
 }
 
-/// Adam on the projections of a layer with `heads` K/V heads; `target(step)` gives the sequence of a step.
+/// Adam on the projections of a layer with `heads` K/V heads, and `norms` where queries and keys are normalised;
+/// `target(step)` gives the sequence of a step.
 ///
 /// # Errors
-/// What `target` gives; [`Error::Shape`]; [`Error::Option`] for a layer with q/k norm or soft-capping, which the
-/// gradient does not cover; [`Error::NotFinite`]; [`Error::Interrupted`].
+/// What `target` gives; [`Error::Shape`]; [`Error::Option`] for a layer with soft-capping, which the gradient does not
+/// cover, or without its norms; [`Error::NotFinite`]; [`Error::Interrupted`].
 pub fn refine<E: From<Error>>(
     weights: &LayerWeights,
     geometry: &AttentionShape,
+    norms: Option<&QkNorm>,
     heads: usize,
     options: &RefineOptions,
     progress: &Progressing<'_>,
     mut target: impl FnMut(usize) -> Result<Target, E>,
 ) -> Result<LayerWeights, E> {
     weights.validate(geometry, heads)?;
-    if geometry.qk_norm || geometry.attn_logit_softcapping.is_some() {
-        return Err(Error::Option("gradient steps need a layer without q/k norm and soft-capping".into()).into());
+    if geometry.qk_norm != norms.is_some() || geometry.attn_logit_softcapping.is_some() {
+        let detail = "gradient steps need a layer without soft-capping, and the norms of one with q/k norm";
+        return Err(Error::Option(detail.into()).into());
     }
     let mut moved = weights.clone();
     let mut adam: Vec<Adam> = tensors(&mut moved).into_iter().map(|w| Adam::new(w, options.rate)).collect();
@@ -59,7 +63,7 @@ pub fn refine<E: From<Error>>(
         let tokens = target.x.len() / geometry.hidden_size;
         check_len("x", target.x.len(), tokens * geometry.hidden_size)?;
         check_len("y", target.y.len(), target.x.len())?;
-        let mut found = gradient(&moved, geometry, heads, &target, progress)?;
+        let mut found = gradient(&moved, geometry, norms, heads, &target, progress)?;
         if !found.error.is_finite() {
             return Err(Error::NotFinite.into());
         }

@@ -26,9 +26,10 @@ fn the_gradient_is_that_of_the_error() {
     let geometry = AttentionShape { sliding_window: Some(30), ..geometry(4, 2, 8, 3) };
     let weights = random_layer(&geometry, true, &mut noise);
     let target = &targets(&geometry, 2, &mut noise)[0];
-    let found = gradient(&weights, &geometry, 2, target, &Progressing::UNWATCHED).unwrap();
-    let error =
-        |weights: &crate::LayerWeights| gradient(weights, &geometry, 2, target, &Progressing::UNWATCHED).unwrap().error;
+    let found = gradient(&weights, &geometry, None, 2, target, &Progressing::UNWATCHED).unwrap();
+    let error = |weights: &crate::LayerWeights| {
+        gradient(weights, &geometry, None, 2, target, &Progressing::UNWATCHED).unwrap().error
+    };
     let mut by = found.by.clone();
     for (at, by) in super::tensors(&mut by).into_iter().enumerate() {
         // along the gradient and along one other direction
@@ -58,7 +59,7 @@ fn steps_lower_the_error_and_do_not_depend_on_threads() {
     let run = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
-            refine::<Error>(&weights, &geometry, 1, &options, &Progressing::UNWATCHED, |step| {
+            refine::<Error>(&weights, &geometry, None, 1, &options, &Progressing::UNWATCHED, |step| {
                 Ok(targets[step % 2].clone())
             })
             .unwrap()
@@ -66,12 +67,14 @@ fn steps_lower_the_error_and_do_not_depend_on_threads() {
     };
     let moved = run(1);
     assert_eq!(moved, run(3));
-    let error =
-        |w| targets.iter().map(|t| gradient(w, &geometry, 1, t, &Progressing::UNWATCHED).unwrap().error).sum::<f64>();
+    let error = |w| {
+        targets.iter().map(|t| gradient(w, &geometry, None, 1, t, &Progressing::UNWATCHED).unwrap().error).sum::<f64>()
+    };
     assert!(error(&moved) < 0.8 * error(&weights), "{} {}", error(&moved), error(&weights));
     let same = refine::<Error>(
         &weights,
         &geometry,
+        None,
         1,
         &RefineOptions { steps: 0, ..options },
         &Progressing::UNWATCHED,
@@ -84,13 +87,21 @@ fn steps_lower_the_error_and_do_not_depend_on_threads() {
 fn what_the_gradient_does_not_cover_is_refused() {
     let geometry = AttentionShape { qk_norm: true, ..geometry(4, 2, 8, 3) };
     let weights = random_layer(&geometry, false, &mut Noise(33));
-    let refused =
-        refine::<Error>(&weights, &geometry, 2, &RefineOptions::default(), &Progressing::UNWATCHED, |_| unreachable!());
+    let refused = refine::<Error>(
+        &weights,
+        &geometry,
+        None,
+        2,
+        &RefineOptions::default(),
+        &Progressing::UNWATCHED,
+        |_| unreachable!(),
+    );
     assert!(matches!(refused, Err(Error::Option(_))));
     let short = Target { x: vec![0.0; geometry.hidden_size], y: Vec::new() };
     let geometry = AttentionShape { qk_norm: false, ..geometry };
-    let refused = refine::<Error>(&weights, &geometry, 2, &RefineOptions::default(), &Progressing::UNWATCHED, |_| {
-        Ok(short.clone())
-    });
+    let refused =
+        refine::<Error>(&weights, &geometry, None, 2, &RefineOptions::default(), &Progressing::UNWATCHED, |_| {
+            Ok(short.clone())
+        });
     assert!(matches!(refused, Err(Error::Shape { name: "y", .. })));
 }

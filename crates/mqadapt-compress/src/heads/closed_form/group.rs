@@ -22,11 +22,16 @@ pub(crate) struct Group<'a> {
     pub(crate) progress: &'a Progressing<'a>,
 }
 
+/// Query heads of some K/V heads, in their order.
+pub(crate) fn query_heads(members: &[usize], geometry: &AttentionShape) -> Vec<usize> {
+    let r = geometry.num_key_value_groups();
+    members.iter().flat_map(|g| g * r..(g + 1) * r).collect()
+}
+
 impl Group<'_> {
     /// Query heads, members in order.
     pub(crate) fn query_heads(&self) -> Vec<usize> {
-        let r = self.geometry.num_key_value_groups();
-        self.members.iter().flat_map(|g| g * r..(g + 1) * r).collect()
+        query_heads(self.members, self.geometry)
     }
 
     /// Position in `members` of the `i`-th query head of [`Self::query_heads`].

@@ -7,18 +7,9 @@ use mqadapt_core::Progressing;
 use crate::Error;
 use crate::attention::{attend, project, rotate};
 use crate::layer::{LayerWeights, check_len};
+use crate::qk_norm::{QkNorm, normalise};
+use crate::refine::Target;
 use mqadapt_core::AttentionShape;
-
-/// The norms of queries and keys of a layer that has them: `x / rms(x) * weight`, for each head.
-#[derive(Clone, Debug, PartialEq)]
-pub struct QkNorm {
-    /// `[head_dim]`
-    pub q_norm: Vec<f32>,
-    /// `[head_dim]`
-    pub k_norm: Vec<f32>,
-    /// Added to the mean square.
-    pub eps: f64,
-}
 
 /// Inputs of one layer and the attention outputs of the original on them.
 ///
@@ -27,7 +18,7 @@ pub struct QkNorm {
 pub struct Measurement {
     geometry: AttentionShape,
     norms: Option<QkNorm>,
-    sequences: Vec<(Vec<f32>, Vec<f32>)>,
+    sequences: Vec<Target>,
 }
 
 impl Measurement {
@@ -51,19 +42,27 @@ impl Measurement {
                 "measuring needs calibration inputs, and the norms of a layer with q/k norm".into(),
             ));
         }
-        for norm in norms.iter().flat_map(|norms| [&norms.q_norm, &norms.k_norm]) {
-            check_len("q/k norm", norm.len(), geometry.head_dim)?;
-        }
+        norms.iter().try_for_each(|norms| norms.check(geometry.head_dim))?;
         let hidden = geometry.hidden_size;
         let sequences = sequences
             .into_iter()
             .map(|x| {
                 check_len("x", x.len(), x.len() / hidden * hidden)?;
                 let y = normed_outputs(weights, geometry, norms.as_ref(), geometry.num_key_value_heads, &x, progress)?;
-                Ok((x, y))
+                Ok(Target { x, y })
             })
             .collect::<Result<_, Error>>()?;
         Ok(Self { geometry: geometry.clone(), norms, sequences })
+    }
+
+    /// The norms of queries and keys, where the layer has them.
+    pub(crate) fn norms(&self) -> Option<&QkNorm> {
+        self.norms.as_ref()
+    }
+
+    /// Inputs and the original's attention outputs.
+    pub(crate) fn targets(&self) -> &[Target] {
+        &self.sequences
     }
 
     /// Relative error of the attention output of `weights` with
@@ -79,7 +78,7 @@ impl Measurement {
         progress: &Progressing<'_>,
     ) -> Result<f64, Error> {
         let mut by_length: BTreeMap<usize, (f64, f64)> = BTreeMap::new();
-        for (x, y) in &self.sequences {
+        for Target { x, y } in &self.sequences {
             let norms = self.norms.as_ref();
             let merged = normed_outputs(weights, &self.geometry, norms, num_key_value_heads, x, progress)?;
             let (error, energy) = by_length.entry(x.len()).or_default();
@@ -113,15 +112,6 @@ fn normed_features(
     rotate(&mut q, geometry.num_attention_heads, geometry);
     rotate(&mut k, num_key_value_heads, geometry);
     attend(geometry, &q, &k, &v, num_key_value_heads, progress)
-}
-
-/// Every head of every row by its root mean square.
-fn normalise(x: &mut [f32], weight: &[f32], eps: f64) {
-    for head in x.chunks_exact_mut(weight.len()) {
-        let energy: f64 = head.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
-        let scale = (energy / crate::algebra::count(weight.len()) + eps).sqrt().recip() as f32;
-        head.iter_mut().zip(weight).for_each(|(v, w)| *v = *v * scale * w);
-    }
 }
 
 /// Attention outputs after `o_proj`, `[tokens, hidden_size]`, its bias left out.

@@ -1,21 +1,21 @@
 //! A whole layer: groups, values, the cut, keys, and what it all costs.
 
-use faer::{Mat, MatRef};
+use faer::Mat;
 use mqadapt_core::{AttentionShape, DType, Progressing};
 
+use super::assembly::Assembly;
 use super::cut::{Cut, candidates, context_cut};
 use super::group::Group;
-use super::grouping::{Groups, choose, contiguous};
+use super::grouping::{choose, contiguous};
 use super::keys::{KeySolution, solve_keys};
 use super::measure::Measurement;
+use super::normed::NormedKeys;
 use super::predict::{Loss, predict};
 use super::prior::Prior;
 use super::report::{Fallback, LayerReport, Solution};
 use super::values::{ValueSolution, solve_values};
 use crate::Error;
-use crate::layer::{
-    LayerWeights, affine_head, check_target, output_head, round_to, store_affine_head, store_output_head,
-};
+use crate::layer::{LayerWeights, check_target};
 use crate::statistics::{LayerStatistics, Moment};
 
 /// Choices of [`merge`].
@@ -62,32 +62,42 @@ pub fn merge(
         return Ok((weights.clone(), report));
     }
     statistics.check(geometry, geometry.num_key_value_heads / target, &Moment::ALL)?;
-    let prior = Prior::new(weights, geometry, statistics.shape().block_heads, progress)?;
+    let normed = NormedKeys::new(weights, geometry, measurement, progress)?;
+    let linear = normed.as_ref().map(|normed| normed.linear_k_proj(weights, geometry.hidden_size));
+    let k_proj = if geometry.qk_norm { linear.as_deref() } else { Some(&weights.k_proj[..]) };
+    let prior = Prior::new(weights, k_proj, geometry, statistics.shape().block_heads, progress)?;
     let (cuts, first_cut) = cuts(geometry, options, measurement)?;
     let groups = if options.regroup {
         choose(weights, geometry, statistics, &prior, target, first_cut, progress)?
     } else {
         contiguous(geometry, target)
     };
-    let solver = Solver { weights, geometry, statistics, prior: &prior, groups: &groups, options, progress };
+    let assembly = Assembly { weights, geometry, groups: &groups, dtype: options.dtype };
+    let solver = Solver { assembly, statistics, prior: &prior, normed: normed.as_ref(), options, progress };
     let mut best = solver.closed_form(&cuts, measurement, &mut report)?;
+    match &normed {
+        Some(normed) => best = solver.through_norms(normed, best, measurement, &mut report)?,
+        None if geometry.qk_norm => report.fallbacks.push(Fallback::MeanKeys),
+        None => {}
+    }
     let neighbours = contiguous(geometry, target);
-    let averaging = Solver { groups: &neighbours, ..solver };
+    let averaging = Solver { assembly: Assembly { groups: &neighbours, ..assembly }, ..solver };
     let mean = averaging.mean(best.cut, measurement)?;
     report.compared.push((Solution::Mean, mean.error));
     let mut taken = &solver;
     if mean.not_worse_than(&best) {
         (best, taken) = (mean, &averaging);
-        report.fallbacks.retain(|fallback| *fallback != Fallback::PlainValues);
+        report.fallbacks.clear();
         report.fallbacks.push(Fallback::Mean);
     }
     let judged = !geometry.qk_norm;
     let loss = taken.loss(judged.then_some((&best.keys, best.cut)), &best.values, None)?;
     report.output_error = share(loss.output_lost, loss.output_total);
-    report.cut = judged.then_some(best.cut);
+    let averaged = |fallback: &Fallback| matches!(fallback, Fallback::MeanKeys | Fallback::Mean);
+    report.cut = (judged || !report.fallbacks.iter().any(averaged)).then_some(best.cut);
     report.logit_error = judged.then(|| share(loss.logit_lost, loss.logit_total));
-    if *taken.groups != neighbours {
-        report.regrouped = Some(taken.groups.concat());
+    if *taken.assembly.groups != neighbours {
+        report.regrouped = Some(taken.assembly.groups.concat());
     }
     if best.weights.is_finite() { Ok((best.weights, report)) } else { Err(Error::NotFinite) }
 }
@@ -110,7 +120,8 @@ fn cuts(
             Some(longest) => one(context_cut(geometry, *longest)),
             None => Err(Error::Option("a cut from target contexts needs at least one context".into())),
         },
-        Cut::Measured if geometry.qk_norm || geometry.rotary_pairs() == 0 => one(0),
+        Cut::Measured if geometry.rotary_pairs() == 0 => one(0),
+        Cut::Measured if measurement.is_none() && geometry.qk_norm => one(0),
         Cut::Measured if measurement.is_none() => {
             Err(Error::Option("a measured cut needs a measurement on calibration inputs".into()))
         }
@@ -142,11 +153,11 @@ impl Candidate {
 /// The parts every step needs.
 #[derive(Clone, Copy)]
 struct Solver<'a> {
-    weights: &'a LayerWeights,
-    geometry: &'a AttentionShape,
+    assembly: Assembly<'a>,
     statistics: &'a LayerStatistics,
     prior: &'a Prior,
-    groups: &'a Groups,
+    /// Where the layer has q/k norms, and something to measure on.
+    normed: Option<&'a NormedKeys<'a>>,
     options: &'a ClosedFormOptions,
     progress: &'a Progressing<'a>,
 }
@@ -154,16 +165,16 @@ struct Solver<'a> {
 impl<'a> Solver<'a> {
     fn group(&self, i: usize) -> Group<'a> {
         Group {
-            geometry: self.geometry,
+            geometry: self.assembly.geometry,
             statistics: self.statistics,
-            members: &self.groups[i],
+            members: &self.assembly.groups[i],
             prior: Some(self.prior),
             progress: self.progress,
         }
     }
 
     fn groups(&self) -> impl Iterator<Item = Group<'a>> {
-        (0..self.groups.len()).map(|i| self.group(i))
+        (0..self.assembly.groups.len()).map(|i| self.group(i))
     }
 
     /// The closed form, with joint values where they are nearer than without.
@@ -173,10 +184,8 @@ impl<'a> Solver<'a> {
         measurement: Option<&Measurement>,
         report: &mut LayerReport,
     ) -> Result<Candidate, Error> {
-        if self.geometry.qk_norm {
-            report.fallbacks.push(Fallback::MeanKeys);
-        }
-        let solve = |g: Group<'_>| solve_values(&g, &g.output_metrics(self.weights), self.options.joint_iterations);
+        let solve =
+            |g: Group<'_>| solve_values(&g, &g.output_metrics(self.assembly.weights), self.options.joint_iterations);
         let solved = self.groups().map(solve).collect::<Result<Vec<_>, Error>>()?;
         let (mut plain, mut joint, mut searched) = (Vec::new(), Vec::new(), false);
         for values in solved {
@@ -204,9 +213,42 @@ impl<'a> Solver<'a> {
         self.best_keys(cuts, simpler.values, measurement, report)
     }
 
+    /// Keys of a cut; the mean where q/k norms leave nothing else.
+    fn keys(&self, cut: usize) -> Result<Vec<KeySolution>, Error> {
+        if self.assembly.geometry.qk_norm && self.normed.is_none() {
+            return Ok(self.mean_keys());
+        }
+        let before_norms = |members: &[usize], solved| match self.normed {
+            Some(normed) => normed.before_norms(members, &solved),
+            None => solved,
+        };
+        self.groups().map(|g| Ok(before_norms(g.members, solve_keys(&g, cut)?))).collect()
+    }
+
+    /// The nearest of a solution of a layer with q/k norms, the one with its keys searched and the one with them averaged.
+    fn through_norms(
+        &self,
+        normed: &NormedKeys<'_>,
+        solved: Candidate,
+        measurement: Option<&Measurement>,
+        report: &mut LayerReport,
+    ) -> Result<Candidate, Error> {
+        let start = self.assembly.with_values(&solved.values);
+        let keys = normed.search(&self.assembly, &solved.keys, start, self.progress)?;
+        let searched = self.candidate(solved.values.clone(), keys, solved.cut, measurement)?;
+        let mean = self.candidate(solved.values.clone(), self.mean_keys(), solved.cut, measurement)?;
+        report.compared.extend([(Solution::SearchedKeys, searched.error), (Solution::MeanKeys, mean.error)]);
+        let best = if solved.not_worse_than(&searched) { solved } else { searched };
+        if mean.not_worse_than(&best) {
+            report.fallbacks.push(Fallback::MeanKeys);
+            return Ok(mean);
+        }
+        Ok(best)
+    }
+
     /// Each group averaged, queries and `o_proj` as they are.
     fn mean(&self, cut: usize, measurement: Option<&Measurement>) -> Result<Candidate, Error> {
-        let d = self.geometry.head_dim;
+        let d = self.assembly.geometry.head_dim;
         let values = |keys: &KeySolution| ValueSolution {
             rows: keys.rows.clone(),
             maps: vec![Mat::identity(d, d); keys.maps.len()],
@@ -217,7 +259,7 @@ impl<'a> Solver<'a> {
 
     /// The mean of each group, queries as they are.
     fn mean_keys(&self) -> Vec<KeySolution> {
-        let d = self.geometry.head_dim;
+        let d = self.assembly.geometry.head_dim;
         let mean = |g: Group<'_>| KeySolution {
             rows: Mat::from_fn(d, g.members.len() * d, |i, j| {
                 if j % d == i { 1.0 / crate::algebra::count(g.members.len()) } else { 0.0 }
@@ -235,15 +277,11 @@ impl<'a> Solver<'a> {
         measurement: Option<&Measurement>,
         report: &mut LayerReport,
     ) -> Result<Candidate, Error> {
-        let mut weights = self.with_values(&values);
+        let mut weights = self.assembly.with_values(&values);
         let mut best: Option<(f64, usize, Vec<KeySolution>)> = None;
         for &cut in cuts {
-            let keys = if self.geometry.qk_norm {
-                self.mean_keys()
-            } else {
-                self.groups().map(|g| solve_keys(&g, cut)).collect::<Result<_, Error>>()?
-            };
-            self.write_keys(&keys, &mut weights);
+            let keys = self.keys(cut)?;
+            self.assembly.write_keys(&keys, &mut weights);
             let error = self.error(&weights, &keys, cut, &values, measurement)?;
             if cuts.len() > 1 {
                 report.measured.push((cut, error));
@@ -253,7 +291,7 @@ impl<'a> Solver<'a> {
             }
         }
         let (error, cut, keys) = best.ok_or(Error::NotFinite)?;
-        self.write_keys(&keys, &mut weights);
+        self.assembly.write_keys(&keys, &mut weights);
         Ok(Candidate { values, keys, cut, weights, error })
     }
 
@@ -264,8 +302,8 @@ impl<'a> Solver<'a> {
         cut: usize,
         measurement: Option<&Measurement>,
     ) -> Result<Candidate, Error> {
-        let mut weights = self.with_values(&values);
-        self.write_keys(&keys, &mut weights);
+        let mut weights = self.assembly.with_values(&values);
+        self.assembly.write_keys(&keys, &mut weights);
         let error = self.error(&weights, &keys, cut, &values, measurement)?;
         Ok(Candidate { values, keys, cut, weights, error })
     }
@@ -284,9 +322,9 @@ impl<'a> Solver<'a> {
             return Ok(f64::INFINITY);
         }
         let error = if let Some(measurement) = measurement {
-            measurement.relative_error(weights, self.groups.len(), self.progress)?
+            measurement.relative_error(weights, self.assembly.groups.len(), self.progress)?
         } else {
-            let loss = self.loss((!self.geometry.qk_norm).then_some((keys, cut)), values, Some(self.prior))?;
+            let loss = self.loss((!self.assembly.geometry.qk_norm).then_some((keys, cut)), values, Some(self.prior))?;
             share(loss.output_lost, loss.output_total)
         };
         Ok(if error.is_nan() { f64::INFINITY } else { error })
@@ -302,74 +340,9 @@ impl<'a> Solver<'a> {
         let mut loss = Loss::default();
         for (i, group) in self.groups().enumerate() {
             let group = Group { prior, ..group };
-            let metrics = group.output_metrics(self.weights);
+            let metrics = group.output_metrics(self.assembly.weights);
             loss.add(&predict(&group, &metrics, keys.map(|(k, cut)| (&k[i], cut)), &values[i])?);
         }
         Ok(loss)
     }
-
-    /// A merged layer with its values and `o_proj`; keys and queries still to be written.
-    fn with_values(&self, values: &[ValueSolution]) -> LayerWeights {
-        let (geometry, weights) = (self.geometry, self.weights);
-        let (d, hidden, heads) = (geometry.head_dim, geometry.hidden_size, geometry.num_attention_heads);
-        let rows = self.groups.len() * d;
-        let mut merged = LayerWeights {
-            q_proj: vec![0.0; heads * d * hidden],
-            k_proj: vec![0.0; rows * hidden],
-            v_proj: vec![0.0; rows * hidden],
-            o_proj: vec![0.0; hidden * heads * d],
-            q_proj_bias: weights.q_proj_bias.as_ref().map(|b| vec![0.0; b.len()]),
-            k_proj_bias: weights.k_proj_bias.as_ref().map(|_| vec![0.0; rows]),
-            v_proj_bias: weights.v_proj_bias.as_ref().map(|_| vec![0.0; rows]),
-        };
-        let mut to = 0;
-        for (i, group) in self.groups().enumerate() {
-            let v =
-                mix(values[i].rows.as_ref(), group.members, &weights.v_proj, weights.v_proj_bias.as_deref(), d, hidden);
-            store_affine_head(v.as_ref(), i, hidden, &mut merged.v_proj, merged.v_proj_bias.as_mut());
-            for (map, from) in values[i].maps.iter().zip(group.query_heads()) {
-                let o = output_head(&weights.o_proj, from, heads, d, hidden) * map;
-                store_output_head(o.as_ref(), to, heads, &mut merged.o_proj);
-                to += 1;
-            }
-        }
-        merged.round_to(self.options.dtype);
-        merged
-    }
-
-    fn write_keys(&self, keys: &[KeySolution], merged: &mut LayerWeights) {
-        let (geometry, weights) = (self.geometry, self.weights);
-        let (d, hidden) = (geometry.head_dim, geometry.hidden_size);
-        let mut to = 0;
-        for (i, group) in self.groups().enumerate() {
-            let k =
-                mix(keys[i].rows.as_ref(), group.members, &weights.k_proj, weights.k_proj_bias.as_deref(), d, hidden);
-            store_affine_head(k.as_ref(), i, hidden, &mut merged.k_proj, merged.k_proj_bias.as_mut());
-            for (map, from) in keys[i].maps.iter().zip(group.query_heads()) {
-                let q = map * affine_head(&weights.q_proj, weights.q_proj_bias.as_deref(), from, d, hidden);
-                store_affine_head(q.as_ref(), to, hidden, &mut merged.q_proj, merged.q_proj_bias.as_mut());
-                to += 1;
-            }
-        }
-        let biases = [&mut merged.q_proj_bias, &mut merged.k_proj_bias].into_iter().flatten();
-        for values in [&mut merged.q_proj, &mut merged.k_proj].into_iter().chain(biases) {
-            round_to(values, self.options.dtype);
-        }
-    }
-}
-
-/// `rows * [head; head; ...]` of the members' projections, `[head_dim, hidden_size (+ 1)]`.
-fn mix(
-    rows: MatRef<'_, f64>,
-    members: &[usize],
-    weight: &[f32],
-    bias: Option<&[f32]>,
-    d: usize,
-    hidden: usize,
-) -> Mat<f64> {
-    let mut sum = Mat::<f64>::zeros(d, hidden + usize::from(bias.is_some()));
-    for (slot, head) in members.iter().enumerate() {
-        sum += rows.subcols(slot * d, d) * affine_head(weight, bias, *head, d, hidden);
-    }
-    sum
 }

@@ -4,6 +4,7 @@
 //!
 //! `docs/merge-methods.md` derives the formulas.
 
+mod assembly;
 mod cut;
 mod group;
 mod grouping;
@@ -13,6 +14,7 @@ mod lbfgs;
 mod measure;
 mod merge;
 mod method;
+mod normed;
 mod pairs;
 mod predict;
 mod predicted;
@@ -25,7 +27,7 @@ pub(crate) mod tests;
 mod values;
 
 pub use cut::Cut;
-pub use measure::{Measurement, QkNorm};
+pub use measure::Measurement;
 #[cfg(test)]
 pub(crate) use measure::{features, outputs};
 pub use merge::{ClosedFormOptions, merge};

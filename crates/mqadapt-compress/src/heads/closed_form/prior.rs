@@ -29,12 +29,14 @@ pub(crate) struct Prior {
 }
 
 impl Prior {
-    /// For statistics that are kept of `block_heads` K/V heads at a time.
+    /// For statistics that are kept of `block_heads` K/V heads at a time. `k_proj`: what makes keys of inputs, where that is
+    /// linear.
     ///
     /// # Errors
     /// [`Error::Interrupted`].
     pub(crate) fn new(
         weights: &LayerWeights,
+        k_proj: Option<&[f32]>,
         geometry: &AttentionShape,
         block_heads: usize,
         progress: &Progressing<'_>,
@@ -45,7 +47,7 @@ impl Prior {
                 .map(|block| project(block, block, None, hidden, progress))
                 .collect()
         };
-        let key = if geometry.qk_norm { Vec::new() } else { of(&weights.k_proj)? };
+        let key = k_proj.map_or(Ok(Vec::new()), of)?;
         Ok(Self { key, value: of(&weights.v_proj)?, block_heads, head_dim })
     }
 

@@ -4,7 +4,8 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fallback {
-    /// Keys are the mean of their group: q/k norms do not commute with mixing heads.
+    /// Keys of a layer with q/k norms are the mean of their group: other mixes need calibration inputs, or do not lower the
+    /// error of the attention output.
     MeanKeys,
     /// The joint step is left out: with it, the attention output is no nearer.
     PlainValues,
@@ -21,7 +22,7 @@ impl Fallback {
     #[must_use]
     pub fn describe(self) -> &'static str {
         match self {
-            Self::MeanKeys => "keys mean-pooled: q/k norm does not commute with mixing heads",
+            Self::MeanKeys => "keys mean-pooled: q/k norms, and other mixes do not lower the measured error",
             Self::PlainValues => "values without the joint step: it does not lower the error of the attention output",
             Self::Mean => "heads averaged as by mean: the closed form does not lower the error of the attention output",
             Self::NotRefined => "gradient steps dropped: they do not lower the error of the attention output",
@@ -33,10 +34,14 @@ impl Fallback {
 /// A solution for a layer, simplest last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Solution {
+    /// Keys of a layer with q/k norms after the search, values as below.
+    SearchedKeys,
     /// The closed form with joint values.
     Joint,
     /// The closed form, its rows as they are.
     Plain,
+    /// Keys of a layer with q/k norms averaged, values as above.
+    MeanKeys,
     /// Contiguous heads averaged.
     Mean,
 }
@@ -46,8 +51,10 @@ impl Solution {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::SearchedKeys => "searched_keys",
             Self::Joint => "joint_values",
             Self::Plain => "closed_form_rows",
+            Self::MeanKeys => "mean_keys",
             Self::Mean => "mean",
         }
     }

@@ -57,7 +57,11 @@ pub(crate) fn random_layer(geometry: &AttentionShape, biases: bool, noise: &mut 
 }
 
 /// Each K/V head repeated `times`, one after the other.
-fn expand(weights: &LayerWeights, geometry: &AttentionShape, times: usize) -> (LayerWeights, AttentionShape) {
+pub(crate) fn expand(
+    weights: &LayerWeights,
+    geometry: &AttentionShape,
+    times: usize,
+) -> (LayerWeights, AttentionShape) {
     let kv = geometry.num_key_value_heads * times;
     let order: Vec<usize> = (0..geometry.num_attention_heads).collect();
     let kv_order: Vec<usize> = (0..kv).map(|g| g / times).collect();

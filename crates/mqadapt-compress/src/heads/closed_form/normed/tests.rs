@@ -1,0 +1,138 @@
+//! Exact where heads are equal or turned, nearer than the mean where they are neither.
+
+use mqadapt_core::Progressing;
+
+use super::*;
+use crate::heads::closed_form::tests::{Noise, expand, geometry, inputs, random_layer};
+use crate::heads::closed_form::{ClosedFormOptions, Cut, Fallback, LayerReport, Solution, merge};
+use crate::qk_norm::normalise;
+use crate::{Accumulator, LayerStatistics};
+
+fn norms(d: usize, noise: &mut Noise) -> QkNorm {
+    let pairs: Vec<f32> = noise.vec(d, 0.2).into_iter().map(|v| 1.0 + v).collect();
+    // the two dims of a rotary pair alike, so that a turned head is one after the norm, too
+    let weight = |at: usize| (0..d).map(|i| pairs[(i % (d / 2) + at) % d]).collect();
+    QkNorm { q_norm: weight(0), k_norm: weight(d / 2), eps: 1e-6 }
+}
+
+fn statistics(weights: &LayerWeights, geometry: &AttentionShape, norms: &QkNorm, x: &[Vec<f32>]) -> LayerStatistics {
+    let mut sums = Accumulator::new(geometry.clone(), &weights.o_proj, None).unwrap();
+    for x in x {
+        let of = |w: &[f32]| project(x, w, None, geometry.hidden_size, &Progressing::UNWATCHED).unwrap();
+        let (mut q, mut k) = (of(&weights.q_proj), of(&weights.k_proj));
+        normalise(&mut q, &norms.q_norm, norms.eps);
+        normalise(&mut k, &norms.k_norm, norms.eps);
+        sums.add_sequence(&q, &k, &of(&weights.v_proj), &Progressing::UNWATCHED).unwrap();
+    }
+    sums.finish()
+}
+
+/// Merges; errors of the result and of the mean on other inputs than the keys were searched on.
+fn merged(
+    weights: &LayerWeights,
+    geometry: &AttentionShape,
+    target: usize,
+    noise: &mut Noise,
+) -> (f64, f64, LayerReport) {
+    let norms = norms(geometry.head_dim, noise);
+    let x = inputs(geometry, &[200; 12], noise);
+    let statistics = statistics(weights, geometry, &norms, &x);
+    let measurement = |x: Vec<Vec<f32>>| {
+        Measurement::new(weights, geometry, Some(norms.clone()), x, &Progressing::UNWATCHED).unwrap()
+    };
+    let seen = measurement(x);
+    let options = ClosedFormOptions { cut: Cut::Measured, ..ClosedFormOptions::default() };
+    let unwatched = &Progressing::UNWATCHED;
+    let (merged, report) = merge(weights, geometry, target, &statistics, &options, Some(&seen), unwatched).unwrap();
+    let mean = |w: &[f32]| -> Vec<f32> {
+        let heads = geometry.num_key_value_heads / target;
+        let head = |of: &[f32], i: usize| of.iter().skip(i).step_by(geometry.head_dim * 40).sum::<f32>() / heads as f32;
+        let groups = w.chunks_exact(w.len() / target);
+        groups.flat_map(|of| (0..geometry.head_dim * 40).map(move |i| head(of, i))).collect()
+    };
+    let averaged = LayerWeights { k_proj: mean(&weights.k_proj), v_proj: mean(&weights.v_proj), ..weights.clone() };
+    let other = measurement(inputs(geometry, &[200, 200], noise));
+    let error = |weights| other.relative_error(weights, target, unwatched).unwrap();
+    (error(&merged), error(&averaged), report)
+}
+
+fn compared(report: &LayerReport, solution: Solution) -> f64 {
+    report.compared.iter().find(|(of, _)| *of == solution).unwrap().1
+}
+
+#[test]
+fn equal_heads_merge_without_loss() {
+    let mut noise = Noise(61);
+    let small = AttentionShape { qk_norm: true, ..geometry(8, 2, 8, 4) };
+    let (weights, geometry) = expand(&random_layer(&small, false, &mut noise), &small, 2);
+    let (error, mean, report) = merged(&weights, &geometry, 2, &mut noise);
+    assert!(error < 1e-5 && mean < 1e-5, "{error:e} {mean:e} {report:?}");
+}
+
+#[test]
+fn heads_turned_pair_by_pair_merge_well() {
+    let mut noise = Noise(62);
+    let geometry = AttentionShape { qk_norm: true, ..geometry(4, 2, 8, 4) };
+    let mut weights = random_layer(&geometry, false, &mut noise);
+    let (one, other) = weights.k_proj.split_at_mut(8 * 40);
+    let (re, im) = other.split_at_mut(4 * 40);
+    for j in 0..4 {
+        let (sin, cos) = (0.5 + j as f32).sin_cos();
+        for i in 0..40 {
+            let (a, b) = (one[j * 40 + i], one[(j + 4) * 40 + i]);
+            (re[j * 40 + i], im[j * 40 + i]) = (a * cos - b * sin, a * sin + b * cos);
+        }
+    }
+    weights.v_proj.copy_within(..8 * 40, 8 * 40);
+    let (error, mean, report) = merged(&weights, &geometry, 1, &mut noise);
+    assert!(error < 0.02, "{error:e} {report:?}");
+    assert!(mean > 0.3, "{mean} {report:?}");
+}
+
+#[test]
+fn the_search_beats_the_mean_on_other_inputs() {
+    let mut noise = Noise(63);
+    let geometry = AttentionShape { qk_norm: true, ..geometry(6, 3, 8, 4) };
+    let weights = random_layer(&geometry, false, &mut noise);
+    let (error, mean, report) = merged(&weights, &geometry, 1, &mut noise);
+    assert!(error < 0.9 * mean, "{error} {mean} {report:?}");
+    assert!(compared(&report, Solution::SearchedKeys) < 0.9 * compared(&report, Solution::MeanKeys), "{report:?}");
+    assert!(!report.fallbacks.contains(&Fallback::MeanKeys) && report.cut.is_some());
+}
+
+/// Along the gradient, the error changes as the gradient says.
+#[test]
+fn the_gradient_is_that_of_the_error() {
+    let mut noise = Noise(64);
+    let geometry = AttentionShape { qk_norm: true, ..geometry(4, 2, 8, 3) };
+    let weights = random_layer(&geometry, true, &mut noise);
+    let norms = norms(8, &mut noise);
+    let x = inputs(&geometry, &[60, 30], &mut noise);
+    let unwatched = &Progressing::UNWATCHED;
+    let measurement = Measurement::new(&weights, &geometry, Some(norms), x, unwatched).unwrap();
+    let normed = NormedKeys::new(&weights, &geometry, Some(&measurement), unwatched).unwrap().unwrap();
+    let groups = vec![vec![0, 1]];
+    let assembly =
+        Assembly { weights: &weights, geometry: &geometry, groups: &groups, dtype: mqadapt_core::DType::F32 };
+    let mix = |rows, columns, noise: &mut Noise| faer::Mat::from_fn(rows, columns, |_, _| f64::from(noise.next()));
+    let keys = KeySolution { rows: mix(8, 16, &mut noise), maps: (0..4).map(|_| mix(8, 8, &mut noise)).collect() };
+    let values = crate::heads::closed_form::values::ValueSolution { rows: keys.rows.clone(), maps: keys.maps.clone() };
+    let mut merged = assembly.with_values(&[values]);
+    let parts = normed.sequence_weights();
+    let mut at = |keys: &KeySolution| {
+        assembly.write_exact_keys(std::slice::from_ref(keys), &mut merged);
+        normed.error(&assembly, &merged, &parts, unwatched).unwrap()
+    };
+    let by = at(&keys).1;
+    let mut along = |step: f64| {
+        let mut moved = keys.clone();
+        moved.rows += faer::Scale(step) * &by[0].rows;
+        moved.maps.iter_mut().zip(&by[0].maps).for_each(|(map, by)| *map += faer::Scale(step) * by);
+        at(&moved).0
+    };
+    let squares = by[0].maps.iter().chain([&by[0].rows]).map(|m| crate::algebra::dot(m.as_ref(), m.as_ref()));
+    let slope: f64 = squares.sum();
+    let step = 1e-2 / slope.sqrt();
+    let numeric = (along(step) - along(-step)) / (2.0 * step);
+    assert!((numeric - slope).abs() < 1e-2 * slope, "{numeric} {slope}");
+}
