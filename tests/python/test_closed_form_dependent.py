@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+# with a tensor for each projection, which the tests change
+FAMILIES = [family for family in tiny.CALIBRATED if family != "phi3"]
 TEXT = [tiny.ids(96, seed=seed) for seed in range(8)]
 MORE = [tiny.ids(96, seed=seed) for seed in range(24)]
 PROBE = [tiny.ids(80, seed=seed) for seed in (90, 91)]
@@ -84,7 +86,7 @@ def copies(family: str, heads: int = 1, times: int = 6, **changes: Any) -> PreTr
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", tiny.CALIBRATED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_heads_equal_up_to_noise(family: str, way: str, tmp_path: Path) -> None:
     for noise in NOISES if way == "plain" else (1e-6, 1e-3):
         for projections in (("v_proj",), ("k_proj",), ("k_proj", "v_proj")) if way == "plain" else (("v_proj",),):
@@ -94,7 +96,7 @@ def test_heads_equal_up_to_noise(family: str, way: str, tmp_path: Path) -> None:
             assert closed < 1.2 * mean + 1e-6, (noise, projections, closed, mean)
 
 
-@pytest.mark.parametrize("family", tiny.CALIBRATED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_three_heads_nine_times_over(family: str, tmp_path: Path) -> None:
     shape = {"num_attention_heads": 9, "hidden_size": 72}
     source = add_noise(copies(family, 3, 3, **shape), ("k_proj", "v_proj"), 1e-3)
@@ -149,10 +151,10 @@ def turn(model: PreTrainedModel, keys: bool) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("family", tiny.CALIBRATED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_turned_heads_merge(family: str, tmp_path: Path) -> None:
     # phases do not commute with q/k norm
-    source = turn(copies(family), keys=family != "qwen3")
+    source = turn(copies(family), keys=family not in ("qwen3", "gemma3_text"))
     merged = Merged(tmp_path / "exact", source)
     assert merged.cost("mqa:all") > 0.1
     for way in WAYS.values():
@@ -163,7 +165,7 @@ def test_turned_heads_merge(family: str, tmp_path: Path) -> None:
     assert short.cost("mqa:all", "closed-form") < 1e-3
 
 
-@pytest.mark.parametrize("family", tiny.CALIBRATED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_dead_heads(family: str, tmp_path: Path) -> None:
     for size in (0.0, 1e-8, 1e-3):
         for projections in (("v_proj",), ("k_proj",), ("k_proj", "v_proj"), ("o_proj",)):
@@ -180,7 +182,7 @@ def test_dead_heads(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", tiny.CALIBRATED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_text_of_few_distinct_tokens(family: str, way: str, tmp_path: Path) -> None:
     merged = Merged(tmp_path / "src", gentle(tiny.model(family)))
     mean = merged.cost("mqa:all")

@@ -98,10 +98,7 @@ pub(crate) struct Probabilities<'a> {
 impl Probabilities<'_> {
     /// Rows `start .. start + rows` into `out`, row-major `[rows, start + rows]`.
     pub(crate) fn block(&self, start: usize, rows: usize, out: &mut Vec<f32>) {
-        let keys = start + rows;
-        out.clear();
-        out.resize(rows * keys, 0.0);
-        product(out, self.q.subrows(start, rows), self.k.subrows(0, keys).transpose());
+        self.products(start, rows, out);
         let mut scale = self.geometry.scaling as f32;
         if let Some(cap) = self.geometry.attn_logit_softcapping {
             let cap = cap as f32;
@@ -111,7 +108,25 @@ impl Probabilities<'_> {
             scale = 1.0;
         }
         let window = self.geometry.sliding_window;
-        Arch::new().dispatch(Softmax { logits: out, keys, start, scale, window });
+        Arch::new().dispatch(Softmax { logits: out, keys: start + rows, start, scale, window });
+    }
+
+    /// What a change of a logit before its bound changes behind it, for the same rows: `1 - tanh(logit / cap)^2`. `false`: there
+    /// is no bound.
+    pub(crate) fn slopes(&self, start: usize, rows: usize, out: &mut Vec<f32>) -> bool {
+        let Some(cap) = self.geometry.attn_logit_softcapping else { return false };
+        self.products(start, rows, out);
+        let factor = (self.geometry.scaling / cap) as f32;
+        out.iter_mut().for_each(|x| *x = 1.0 - (*x * factor).tanh().powi(2));
+        true
+    }
+
+    /// Products of queries and keys.
+    fn products(&self, start: usize, rows: usize, out: &mut Vec<f32>) {
+        let keys = start + rows;
+        out.clear();
+        out.resize(rows * keys, 0.0);
+        product(out, self.q.subrows(start, rows), self.k.subrows(0, keys).transpose());
     }
 }
 

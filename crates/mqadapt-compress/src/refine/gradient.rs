@@ -195,7 +195,7 @@ impl<'a> Head<'a> {
             k: vec![0.0; self.tokens * d],
             v: vec![0.0; self.tokens * d],
         };
-        let (mut p, mut by_p) = (Vec::new(), Vec::new());
+        let (mut p, mut by_p, mut slopes) = (Vec::new(), Vec::new(), Vec::new());
         for start in (0..self.tokens).step_by(ROWS) {
             progress.tell()?;
             let rows = ROWS.min(self.tokens - start);
@@ -211,6 +211,9 @@ impl<'a> Head<'a> {
                 for (by, p) in by_p.iter_mut().zip(p) {
                     *by = (*by - mean) * p * scaling;
                 }
+            }
+            if probabilities.slopes(start, rows, &mut slopes) {
+                by_p.iter_mut().zip(&slopes).for_each(|(by, slope)| *by *= slope);
             }
             let by_logits = view(&by_p, rows, keys, keys);
             product(&mut out.q[start * d..keys * d], by_logits, probabilities.k.subrows(0, keys));

@@ -40,8 +40,8 @@ impl Default for RefineOptions {
 /// `target(step)` gives the sequence of a step.
 ///
 /// # Errors
-/// What `target` gives; [`Error::Shape`]; [`Error::Option`] for a layer with soft-capping, which the gradient does not
-/// cover, or without its norms; [`Error::NotFinite`]; [`Error::Interrupted`].
+/// What `target` gives; [`Error::Shape`]; [`Error::Option`] for a layer without its norms; [`Error::NotFinite`];
+/// [`Error::Interrupted`].
 pub fn refine<E: From<Error>>(
     weights: &LayerWeights,
     geometry: &AttentionShape,
@@ -52,9 +52,10 @@ pub fn refine<E: From<Error>>(
     mut target: impl FnMut(usize) -> Result<Target, E>,
 ) -> Result<LayerWeights, E> {
     weights.validate(geometry, heads)?;
-    if geometry.qk_norm != norms.is_some() || geometry.attn_logit_softcapping.is_some() {
-        let detail = "gradient steps need a layer without soft-capping, and the norms of one with q/k norm";
-        return Err(Error::Option(detail.into()).into());
+    if geometry.qk_norm != norms.is_some() {
+        return Err(
+            Error::Option("gradient steps need the norms of a layer with q/k norm, and no others".into()).into()
+        );
     }
     let mut moved = weights.clone();
     let mut adam: Vec<Adam> = tensors(&mut moved).into_iter().map(|w| Adam::new(w, options.rate)).collect();

@@ -22,13 +22,22 @@ fn targets(geometry: &AttentionShape, heads: usize, noise: &mut Noise) -> Vec<Ta
 
 #[test]
 fn the_gradient_is_that_of_the_error() {
+    holds(&AttentionShape { sliding_window: Some(30), ..geometry(4, 2, 8, 3) });
+}
+
+#[test]
+fn the_gradient_passes_soft_capping_and_the_factor_of_rotated_dims() {
+    holds(&AttentionShape { attn_logit_softcapping: Some(0.7), rotary_factor: 1.3, ..geometry(4, 2, 8, 3) });
+}
+
+/// The gradient is the slope of the error.
+fn holds(geometry: &AttentionShape) {
     let mut noise = Noise(31);
-    let geometry = AttentionShape { sliding_window: Some(30), ..geometry(4, 2, 8, 3) };
-    let weights = random_layer(&geometry, true, &mut noise);
-    let target = &targets(&geometry, 2, &mut noise)[0];
-    let found = gradient(&weights, &geometry, None, 2, target, &Progressing::UNWATCHED).unwrap();
+    let weights = random_layer(geometry, true, &mut noise);
+    let target = &targets(geometry, 2, &mut noise)[0];
+    let found = gradient(&weights, geometry, None, 2, target, &Progressing::UNWATCHED).unwrap();
     let error = |weights: &crate::LayerWeights| {
-        gradient(weights, &geometry, None, 2, target, &Progressing::UNWATCHED).unwrap().error
+        gradient(weights, geometry, None, 2, target, &Progressing::UNWATCHED).unwrap().error
     };
     let mut by = found.by.clone();
     for (at, by) in super::tensors(&mut by).into_iter().enumerate() {

@@ -94,7 +94,6 @@ impl<'a> NormedKeys<'a> {
     }
 
     /// Lowers the error of the attention output by L-BFGS on the mixes of all groups; `merged` has the layer's values.
-    /// A layer with soft-capping, which the gradient does not cover, is left as it is.
     ///
     /// # Errors
     /// [`Error::Interrupted`].
@@ -105,9 +104,6 @@ impl<'a> NormedKeys<'a> {
         mut merged: LayerWeights,
         progress: &Progressing<'_>,
     ) -> Result<Vec<KeySolution>, Error> {
-        if assembly.geometry.attn_logit_softcapping.is_some() {
-            return Ok(start.to_vec());
-        }
         let units: Vec<Vec<f64>> = assembly.groups.iter().map(|members| self.units(members)).collect();
         let weights = self.sequence_weights();
         let mut keys = start.to_vec();
