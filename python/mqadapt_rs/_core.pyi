@@ -193,6 +193,9 @@ class Family:
     @property
     def layers_may_differ(self) -> bool:
         """Whether layers of one model may have different numbers of K/V heads."""
+    @property
+    def gguf(self) -> bool:
+        """Whether GGUF files of it are read."""
 
 def families() -> list[Family]:
     """The model families."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import families_table
+
 ROOT = Path(__file__).resolve().parents[2]
 INDEX = ROOT / "docs" / "README.md"
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
@@ -49,3 +51,7 @@ def test_links_to_sections_exist(page: Path) -> None:
         titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
         anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
         assert section in anchors, f"{page.name}: {target}#{section}"
+
+
+def test_the_table_of_families_is_that_of_the_registry() -> None:
+    assert families_table.table() in (ROOT / "README.md").read_text()

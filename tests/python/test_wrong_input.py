@@ -105,7 +105,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
     "negative_layers": ("one", edit_config(num_hidden_layers=-1), "num_hidden_layers"),
     "huge_hidden_size": ("one", edit_config(hidden_size=2**62), "hidden_size"),
     "kv_heads_do_not_divide": ("one", edit_config(num_key_value_heads=4), "num_key_value_heads"),
-    "unknown_rope": ("one", edit_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type"),
+    "unknown_rope": ("one", edit_config(rope_parameters={"rope_type": "proportional", "rope_theta": 1e4}), "rope_type"),
     "unknown_activation": ("one", edit_config(hidden_act="relu6"), "hidden_act"),
     "no_weights": ("one", lambda f: (f / "model.safetensors").unlink(), "safetensors"),
     "empty_weights": ("one", write("model.safetensors", b""), "model.safetensors"),

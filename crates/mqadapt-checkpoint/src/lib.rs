@@ -49,6 +49,7 @@ pub use error::{Error, HeaderProblem, Result};
 pub use file::{MAX_CONFIG_BYTES, open_regular, read_small};
 #[doc(hidden)]
 pub use gguf::check_gguf_bytes;
+pub use gguf::gguf_model_types;
 pub use header::{Header, HeaderEntry, MAX_HEADER_BYTES};
 #[doc(hidden)]
 pub use index::index_shards;

@@ -117,7 +117,9 @@ impl Probabilities<'_> {
         let Some(cap) = self.geometry.attn_logit_softcapping else { return false };
         self.products(start, rows, out);
         let factor = (self.geometry.scaling / cap) as f32;
-        out.iter_mut().for_each(|x| *x = 1.0 - (*x * factor).tanh().powi(2));
+        for x in &mut *out {
+            *x = 1.0 - (*x * factor).tanh().powi(2);
+        }
         true
     }
 

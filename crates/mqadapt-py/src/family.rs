@@ -34,6 +34,12 @@ impl Family {
         !self.0.text_config
     }
 
+    /// Whether GGUF files of it are read.
+    #[getter]
+    fn gguf(&self) -> bool {
+        mqadapt_checkpoint::gguf_model_types().any(|model_type| model_type == self.0.model_type)
+    }
+
     fn __repr__(&self) -> String {
         format!("Family(model_type='{}')", self.0.model_type)
     }

@@ -38,6 +38,11 @@ use names::Form;
 use open::Model;
 use source::Source;
 
+/// `model_type` of the families of which GGUF files are read.
+pub fn gguf_model_types() -> impl Iterator<Item = &'static str> {
+    architecture::ARCHITECTURES.iter().map(|architecture| architecture.model_type)
+}
+
 /// What is kept of an open file beside its [`Contents`].
 #[derive(Debug)]
 pub(crate) struct Gguf {

@@ -178,10 +178,8 @@ impl ModelConfig {
         let (defaults, runnable) = (&family.defaults, family.runnable);
 
         let hidden_size = fields.required_size("hidden_size")?;
-        let num_attention_heads = match (fields.size("num_attention_heads")?, defaults.num_attention_heads) {
-            (Some(heads), _) | (None, Some(heads)) => heads,
-            (None, None) => return Err(fields.missing("num_attention_heads")),
-        };
+        let given = fields.size("num_attention_heads")?.or(defaults.num_attention_heads);
+        let num_attention_heads = given.ok_or_else(|| fields.missing("num_attention_heads"))?;
         let num_hidden_layers = fields.required_size("num_hidden_layers")?;
         let head_dim = match (fields.size("head_dim")?, defaults.head_dim) {
             (Some(found), _) => found,
@@ -363,8 +361,9 @@ impl ModelConfig {
 /// The `model_type` in [`FAMILIES`] that is most like this one.
 fn nearest(model_type: &str) -> &'static str {
     // the beginning of a name says more than its length: qwen2_moe is a qwen2
-    let likeness = |family: &&&Family| (strsim::jaro_winkler(family.model_type, model_type) * 1e6) as u64;
-    FAMILIES.iter().max_by_key(likeness).map_or("llama", |family| family.model_type)
+    let likeness = |family: &&&Family| strsim::jaro_winkler(family.model_type, model_type);
+    let nearest = FAMILIES.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+    nearest.map_or("llama", |family| family.model_type)
 }
 
 #[cfg(test)]

@@ -281,7 +281,7 @@ impl Source<'_> {
         let default = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
         Ok(RopeScaling::LongRope {
             short_factor: factors("short_factor")?,
-            context: original as usize,
+            context: whole(original),
             attention_factor: own.positive("attention_factor")?.unwrap_or(default),
         })
     }
@@ -305,13 +305,20 @@ impl Source<'_> {
             let expected = format!("1.0 or absent: a {} rotates whole heads", self.family.model_type);
             return if factor == 1.0 { Ok(self.head_dim) } else { Err(detail(&expected)) };
         }
-        let rotary_dim = (self.head_dim as f64 * factor) as usize;
+        let rotary_dim = whole(self.head_dim as f64 * factor);
         if (2..=self.head_dim).contains(&rotary_dim) && rotary_dim.is_multiple_of(2) {
             Ok(rotary_dim)
         } else {
             Err(detail(&format!("a part of head_dim {} that is even", self.head_dim)))
         }
     }
+}
+
+/// A positive number without its fraction.
+fn whole(value: f64) -> usize {
+    #[allow(clippy::cast_sign_loss)] // it has none
+    let whole = value.max(0.0) as usize;
+    whole
 }
 
 /// An error of a field, with the place of that field.

@@ -190,7 +190,9 @@ impl<B: Backend> Weights<'_, B> {
             }
         }
         if divisor != 1.0 {
-            weight.iter_mut().for_each(|w| *w = (f64::from(*w) / divisor) as f32);
+            for w in &mut weight {
+                *w = (f64::from(*w) / divisor) as f32;
+            }
         }
         Ok(Arc::new(self.backend.vector(weight)?))
     }

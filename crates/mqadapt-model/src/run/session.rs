@@ -173,13 +173,11 @@ impl<B: Backend> Session<B> {
     fn reach(&mut self, decoder: &Decoder<B>) -> Result<()> {
         let end = self.batch.positions_end();
         let limits = decoder.config.rope.iter().flatten().filter_map(Rope::longest_context);
-        match limits.min().filter(|limit| end > *limit) {
-            Some(limit) => Err(Error::Context { limit, found: end }),
-            None => {
-                self.ropes.reach(end);
-                Ok(())
-            }
+        if let Some(limit) = limits.min().filter(|limit| end > *limit) {
+            return Err(Error::Context { limit, found: end });
         }
+        self.ropes.reach(end);
+        Ok(())
     }
 
     /// One pass of the batch through some layers, from its embeddings where `embed` says so, else from `ws.hidden`.

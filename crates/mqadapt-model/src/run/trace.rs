@@ -102,7 +102,9 @@ impl<B: Backend> Runner<B> {
         // the final norm of a decoder has the divisor of the logits in it
         let scaling = self.decoder.config.logits_scaling as f32;
         if scaling != 1.0 {
-            out[layers].iter_mut().for_each(|value| *value *= scaling);
+            for value in &mut out[layers] {
+                *value *= scaling;
+            }
         }
         Ok(out)
     }
