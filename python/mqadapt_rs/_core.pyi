@@ -15,6 +15,7 @@ _Progress: TypeAlias = Callable[[str, int, int], object]
 __all__ = [
     "Calibration",
     "ConversionReport",
+    "Family",
     "HiddenStates",
     "LayerCache",
     "Method",
@@ -25,6 +26,7 @@ __all__ = [
     "Verification",
     "__version__",
     "convert",
+    "families",
     "gguf_files",
     "inspect",
     "methods",

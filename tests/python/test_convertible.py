@@ -133,7 +133,7 @@ def test_what_needs_a_forward_pass_is_refused(family: str, tmp_path: Path) -> No
     assert (told["model_type"], told["num_key_value_heads"]) == (family, [HEADS] * 2)
     assert told["parameters"] == sum(value.numel() for value in tensors(source).values())
     assert told["kv_bytes_per_token"] == 2 * 2 * HEADS * HEAD_DIM * 4
-    with pytest.raises(ArgumentError, match=rf"a {family} cannot be run here.*mean, first and random"):
+    with pytest.raises(ArgumentError, match=rf"the family {family} cannot be run here.*mean, first and random"):
         Model.load(source)
     for method in ("closed-form", "prune"):
         with pytest.raises(ArgumentError, match=rf"'{method}' runs the model.*use mean, first or random"):
@@ -167,7 +167,7 @@ def test_experts_in_four_bits_pass_through(tmp_path: Path) -> None:
 
 def test_norms_over_all_heads_are_merged_with_them(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "source", "olmo2")
-    with pytest.raises(ArgumentError, match=r"'closed-form' cannot merge a olmo2.*use mean, first or random"):
+    with pytest.raises(ArgumentError, match=r"'closed-form' cannot merge the family olmo2.*use mean, first or random"):
         convert(source, tmp_path / "out", "mqa:all", "closed-form", calibration=Calibration([tiny.ids(64)]), sync=False)
     convert(source, tmp_path / "out", "mqa:all", "random", sync=False)
     for name, value in tensors(tmp_path / "out").items():

@@ -73,14 +73,14 @@ impl<'a> CalibratedMerge<'a> {
         let family = checkpoint.config().family;
         if !family.runnable {
             let detail = format!(
-                "'{}' runs the model over a text, and a {} cannot be run here; use mean, first or random",
+                "'{}' runs the model over a text, and the family {} cannot be run here; use mean, first or random",
                 method.name, family.model_type
             );
             return Err(Error::Argument { name: "method", detail });
         }
         if family.forward.qk_norm == QkNorm::Layer {
             let detail = format!(
-                "'{}' cannot merge a {}, which normalises the keys of all heads together; use mean, first or random",
+                "'{}' cannot merge the family {}, which normalises the keys of all heads together; use mean, first or random",
                 method.name, family.model_type
             );
             return Err(Error::Argument { name: "method", detail });

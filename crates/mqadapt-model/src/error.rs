@@ -66,8 +66,8 @@ pub enum Error {
     },
     /// The family has no forward pass here.
     #[error(
-        "a {model_type} cannot be run here: this family is converted without a forward pass, by the methods mean, first and \
-         random; run the result in transformers"
+        "the family {model_type} cannot be run here: it is converted without a forward pass, by the methods mean, first and random; \
+         run the result in transformers"
     )]
     NotRunnable {
         /// The family.
