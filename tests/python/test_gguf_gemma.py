@@ -117,6 +117,18 @@ def test_the_imported_model_knows_a_text(imported: Path) -> None:
     assert loss < 1.5  # nats per token
 
 
+def test_perplexity_is_that_of_transformers(imported: Path) -> None:
+    """One window of 600 tokens, longer than the layers' windows of 512."""
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    ids = Tokenizer.from_file(str(imported / "tokenizer.json")).encode(text).ids[:600]
+    assert len(ids) == 600
+    with torch.no_grad():
+        wanted = tiny.load(imported)(torch.tensor([ids]), labels=torch.tensor([ids])).loss.exp().item()
+    assert mqadapt_rs.Model.load(imported, dtype="float32").perplexity(ids, context=600) == pytest.approx(
+        wanted, rel=1e-5
+    )
+
+
 def test_there_is_nothing_to_merge(imported: Path) -> None:
     manifest = json.loads((imported / "mqadapt.json").read_text())
     assert manifest["num_key_value_heads_before"] == manifest["num_key_value_heads_after"] == [1] * 18
