@@ -198,3 +198,16 @@ def test_a_fused_tensor_of_another_height_is_named(rows: int, tmp_path: Path) ->
     save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(Exception, match=r"layers\.1\.self_attn\.qkv_proj\.weight.*144"):
         inspect(source)
+
+
+def test_modules_that_belong_in_one_tensor_are_refused_apart(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = tiny.save(tmp_path / "source", "phi3")
+    stored = tensors(source)
+    value = stored.pop("model.layers.1.self_attn.qkv_proj.weight")
+    for nth, name in enumerate("qkv"):
+        stored[f"model.layers.1.self_attn.{name}_proj.weight"] = value[nth * 48 : (nth + 1) * 48].clone()
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Exception, match=r"layers\.1\.self_attn\.qkv_proj\.weight"):
+        inspect(source)

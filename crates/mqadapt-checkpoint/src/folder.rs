@@ -75,6 +75,7 @@ fn contents(
         check_index(path, index, &shards, &tensors)?;
     }
     adopt(&mut config, &mut tensors);
+    refuse_unfused(folder, &config, &tensors)?;
     split(&config, &mut tensors);
     check_tensors(folder, &config, &shards, &tensors)?;
     Ok(Contents { config, shards, tensors })
@@ -198,6 +199,17 @@ pub(crate) fn check_tensors(
         }
     }
     Ok(())
+}
+
+/// A family whose files have tensors of several modules has no tensor for one of them: transformers would not find it.
+fn refuse_unfused(folder: &Path, config: &ModelConfig, tensors: &[TensorInfo]) -> Result<()> {
+    let alone = |tensor: &&TensorInfo| {
+        LayerTensor::parse(&tensor.name).is_some_and(|role| config.family.fused_with(role.module).is_some())
+    };
+    let Some(tensor) = tensors.iter().find(alone) else { return Ok(()) };
+    let found = ExpectedTensor { name: tensor.name.clone(), shape: tensor.shape.clone() };
+    let ExpectedTensor { name, shape: expected } = stored(config, found);
+    Err(Error::MissingTensor { path: folder.to_owned(), name, expected })
 }
 
 /// The tensor of the files that holds an expected one: its name, and the shape of all that it holds.

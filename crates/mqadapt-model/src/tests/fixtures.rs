@@ -69,7 +69,7 @@ impl Tiny {
     pub(super) fn of(json: &Value, dtype: DType, tensors: Vec<(String, Vec<usize>, Vec<f32>)>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("config.json"), json.to_string()).unwrap();
-        let bytes: Vec<_> = tensors
+        let bytes: Vec<_> = stored(json, tensors)
             .into_iter()
             .map(|(name, shape, values)| {
                 let bytes: Vec<u8> = match dtype {
@@ -80,14 +80,14 @@ impl Tiny {
                 (name, shape, bytes)
             })
             .collect();
-        let stored = match dtype {
+        let stored_type = match dtype {
             DType::F32 => Dtype::F32,
             DType::BF16 => Dtype::BF16,
             DType::F16 => Dtype::F16,
         };
         let views = bytes
             .iter()
-            .map(|(name, shape, bytes)| (name.as_str(), TensorView::new(stored, shape.clone(), bytes).unwrap()));
+            .map(|(name, shape, bytes)| (name.as_str(), TensorView::new(stored_type, shape.clone(), bytes).unwrap()));
         safetensors::serialize_to_file(views, None, &folder.path().join("model.safetensors")).unwrap();
         Self { checkpoint: Checkpoint::open(folder.path()).unwrap(), folder }
     }
@@ -99,6 +99,23 @@ impl Tiny {
     pub(super) fn load(&self, options: &LoadOptions) -> Model {
         Model::load(&self.checkpoint, options, &NoProgress).unwrap()
     }
+}
+
+/// Tensors as the family's files have them: neighbours that share one, their rows one under the other.
+fn stored(json: &Value, tensors: Vec<(String, Vec<usize>, Vec<f32>)>) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+    let config = ModelConfig::from_value(json.clone()).unwrap();
+    let mut out: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
+    for (role, shape, values) in tensors {
+        let name = config.stored_name(&role).into_owned();
+        match out.last_mut() {
+            Some(last) if last.0 == name => {
+                last.1[0] += shape[0];
+                last.2.extend(values);
+            }
+            _ => out.push((name, shape, values)),
+        }
+    }
+    out
 }
 
 /// Largest difference, relative to the largest value.

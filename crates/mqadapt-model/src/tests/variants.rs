@@ -40,5 +40,30 @@ pub(super) fn shapes() -> Vec<Value> {
     let scaling = json!({ "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                           "original_max_position_embeddings": 64 });
     shapes.push(config("llama", &json!({ "rope_scaling": scaling })));
+    let yarn = json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64 });
+    shapes.push(config("llama", &json!({ "rope_scaling": yarn, "num_key_value_heads": 2 })));
+    let kinds = ["sliding_attention", "full_attention", "sliding_attention"];
+    shapes.extend([
+        config(
+            "gemma2",
+            &json!({ "num_key_value_heads": 2, "sliding_window": 7, "attn_logit_softcapping": 3.0,
+                     "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 20 }),
+        ),
+        config(
+            "gemma3_text",
+            &json!({ "sliding_window": 7, "layer_types": kinds, "rope_local_base_freq": 50.0, "num_key_value_heads": 2 }),
+        ),
+        config(
+            "granite",
+            &json!({ "embedding_multiplier": 2.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5,
+                     "logits_scaling": 3.0, "attention_bias": true, "mlp_bias": true }),
+        ),
+        config("olmo2", &json!({ "num_key_value_heads": 3 })),
+        config("olmo2", &mixed),
+        config("olmo3", &json!({ "sliding_window": 7, "layer_types": kinds })),
+        config("phi3", &json!({ "num_key_value_heads": 2, "partial_rotary_factor": 0.5 })),
+        config("phi3", &mixed),
+        config("smollm3", &json!({ "no_rope_layers": [1, 0, 1], "num_key_value_heads": 2 })),
+    ]);
     shapes
 }
