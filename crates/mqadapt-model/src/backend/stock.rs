@@ -268,8 +268,11 @@ impl Backend for Stock {
         let (re, im) = (heads.narrow(2, 0, pairs)?, heads.narrow(2, pairs, pairs)?);
         let turned_re = (re.broadcast_mul(&cos)? - im.broadcast_mul(&sin)?)?;
         let turned_im = (im.broadcast_mul(&cos)? + re.broadcast_mul(&sin)?)?;
-        let rest = heads.narrow(2, 2 * pairs, head_dim - 2 * pairs)?;
-        *x = Some(Tensor::cat(&[turned_re, turned_im, rest], 2)?.reshape((rows, width))?);
+        let mut parts = vec![turned_re, turned_im];
+        if 2 * pairs < head_dim {
+            parts.push(heads.narrow(2, 2 * pairs, head_dim - 2 * pairs)?);
+        }
+        *x = Some(Tensor::cat(&parts, 2)?.reshape((rows, width))?);
         Ok(())
     }
 
