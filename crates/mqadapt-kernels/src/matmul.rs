@@ -205,6 +205,12 @@ impl Grid {
     }
 }
 
+/// Whether half-precision weights of a tile are widened once, before the product, and not in registers for every few rows. AVX2
+/// has registers for three rows, and widening costs it as much as their products do.
+fn widens_first(isa: Isa, tile: Tile) -> bool {
+    isa == Isa::Avx2 && tile.rows >= 24
+}
+
 /// The activations in every form that the weights of a call need.
 pub(crate) struct Operand<'a> {
     k: usize,
@@ -309,6 +315,14 @@ impl Operand<'_> {
                     vdpbf16::block(x, self.stride, weight[first..][..len].as_ptr(), k, tile, bias, to);
                 }
                 WeightsRef::F32(w) => float::block(isa, x, stride, w[first..][..len].as_ptr(), None, k, tile, bias, to),
+                WeightsRef::F16(w) if widens_first(isa, tile) => scratch::with(len, |wide: &mut [f32]| {
+                    crate::convert::f32_from_f16(isa, &w[first..][..len], wide);
+                    float::block(isa, x, stride, wide.as_ptr(), None, k, tile, bias, to);
+                }),
+                WeightsRef::Bf16(w) if widens_first(isa, tile) => scratch::with(len, |wide: &mut [f32]| {
+                    crate::convert::f32_from_bf16(isa, &w[first..][..len], wide);
+                    float::block(isa, x, stride, wide.as_ptr(), None, k, tile, bias, to);
+                }),
                 WeightsRef::F16(w) => float::block(isa, x, stride, w[first..][..len].as_ptr(), None, k, tile, bias, to),
                 WeightsRef::Bf16(w) => {
                     float::block(isa, x, stride, w[first..][..len].as_ptr(), None, k, tile, bias, to);

@@ -197,16 +197,22 @@ unsafe fn dots<D: Dot, const R: usize>(x: *const D::X, stride: usize, first: Pla
             D::prefetch(next.wrapping_add(w_stride));
             D::prefetch(next.wrapping_add(2 * w_stride));
             D::prefetch(next.wrapping_add(3 * w_stride));
-            let w = [
-                D::load_w(at),
-                D::load_w(at.add(w_stride)),
-                D::load_w(at.add(2 * w_stride)),
-                D::load_w(at.add(3 * w_stride)),
-            ];
-            for r in 0..R {
-                let x = D::load_x(x.add(r * stride + i));
+            if R < 4 {
+                // One vector of weights at a time: twelve sums, three rows and it are the sixteen registers of AVX2.
+                let x: [D::V; R] = std::array::from_fn(|r| D::load_x(x.add(r * stride + i)));
                 for c in 0..4 {
-                    sums[r][c] = D::add_product(sums[r][c], x, w[c]);
+                    let w = D::load_w(at.add(c * w_stride));
+                    for r in 0..R {
+                        sums[r][c] = D::add_product(sums[r][c], x[r], w);
+                    }
+                }
+            } else {
+                let w: [D::V; 4] = std::array::from_fn(|c| D::load_w(at.add(c * w_stride)));
+                for r in 0..R {
+                    let x = D::load_x(x.add(r * stride + i));
+                    for c in 0..4 {
+                        sums[r][c] = D::add_product(sums[r][c], x, w[c]);
+                    }
                 }
             }
             i += D::STEP;
