@@ -11,15 +11,20 @@ use std::ops::Range;
 mod bf16;
 mod chunk;
 mod exact;
+mod packed;
+mod packed_store;
 mod partial;
 mod store;
 mod work_item;
 
 #[cfg(test)]
+mod packed_tests;
+#[cfg(test)]
 mod tests;
 
+pub use packed_store::{KvBits, PackedKv, PackedKvMut};
 use partial::Partial;
-use work_item::{Item, Views};
+use work_item::{Item, Rows, Scales, Views};
 
 /// K or V of one layer: `head_dim` contiguous values for each K/V head and position.
 ///
@@ -115,12 +120,11 @@ impl Cpu {
         segments: &[Segment<'_>],
         out: &mut [f32],
     ) {
-        check(params, q, k, v, segments, out);
-        let group = params.num_attention_heads / params.num_key_value_heads;
-        let window = params.sliding_window.unwrap_or(usize::MAX);
+        let rows = [k.into(), v.into()];
+        check(params, q, rows, [k.data.len(), v.data.len()], segments, out);
         macro_rules! attend {
             ($k:expr, $v:expr, $chunk:expr) => {
-                self.attend(Views { params, group, window, q, k, v, k_data: $k, v_data: $v }, segments, $chunk, out)
+                self.attend(views(params, q, rows, [$k, $v], None), segments, $chunk, out)
             };
         }
         match (k.data, v.data) {
@@ -130,6 +134,42 @@ impl Cpu {
             (FloatsRef::Bf16(a), FloatsRef::Bf16(b)) if self.takes_pairs(params, k) => attend!(a, b, bf16::attend),
             (FloatsRef::Bf16(a), FloatsRef::Bf16(b)) => attend!(a, b, exact::attend),
             _ => panic!("K and V share a dtype"),
+        }
+    }
+
+    /// [`Self::attention`] over a cache of integers; K, V and `head_dim` are alike.
+    ///
+    /// # Panics
+    /// As [`Self::attention`].
+    pub fn attention_packed(
+        &self,
+        params: &AttentionParams,
+        q: &[f32],
+        k: PackedKv<'_>,
+        v: PackedKv<'_>,
+        segments: &[Segment<'_>],
+        out: &mut [f32],
+    ) {
+        assert!(k.bits == v.bits && k.head_dim == v.head_dim && k.positions == v.positions, "K and V are alike");
+        let row_stride = k.bits.row_bytes(k.head_dim);
+        let rows = Rows { head_stride: k.positions * row_stride, row_stride, head_dim: k.head_dim };
+        for kv in [k, v] {
+            assert!(kv.scales.len() >= params.num_key_value_heads * kv.positions, "every row has a scale");
+            // a row may be shorter than a head has values
+            assert!(kv.values.len() >= params.num_key_value_heads * rows.head_stride, "every head has its rows");
+        }
+        let padded = k.values.len() + k.head_dim;
+        check(params, q, [rows; 2], [padded; 2], segments, out);
+        let inside = |start: usize, len: usize| assert!(start + len <= k.positions, "K/V lies outside of the cache");
+        for segment in segments {
+            inside(segment.own_start, segment.q_len);
+            segment.prefix.iter().for_each(|span| inside(span.start, span.len));
+        }
+        let scales = Scales { k: k.scales, v: v.scales, positions: k.positions };
+        let views = views(params, q, [rows; 2], [k.values, v.values], Some(scales));
+        match k.bits {
+            KvBits::Eight => self.attend(views, segments, packed::attend_int8, out),
+            KvBits::Four => self.attend(views, segments, packed::attend_int4, out),
         }
     }
 
@@ -249,7 +289,27 @@ type Attend<E> = unsafe fn(Isa, &Item<'_, E>, usize, &mut Partial<'_>, &mut [f32
 /// Query rows times heads of a group in one task, about: a multiple of every `Simd::TILE_ROWS`.
 const ITEM_ROWS: usize = 60;
 
-fn check(params: &AttentionParams, q: &[f32], k: KvRef<'_>, v: KvRef<'_>, segments: &[Segment<'_>], out: &[f32]) {
+fn views<'a, E>(
+    params: &'a AttentionParams,
+    q: &'a [f32],
+    [k, v]: [Rows; 2],
+    [k_data, v_data]: [&'a [E]; 2],
+    scales: Option<Scales<'a>>,
+) -> Views<'a, E> {
+    let group = params.num_attention_heads / params.num_key_value_heads;
+    let window = params.sliding_window.unwrap_or(usize::MAX);
+    Views { params, group, window, q, k, v, k_data, v_data, scales }
+}
+
+/// `lengths`: elements of K and V.
+fn check(
+    params: &AttentionParams,
+    q: &[f32],
+    [k, v]: [Rows; 2],
+    lengths: [usize; 2],
+    segments: &[Segment<'_>],
+    out: &[f32],
+) {
     let (heads, kv_heads) = (params.num_attention_heads, params.num_key_value_heads);
     assert!(
         kv_heads > 0 && heads.is_multiple_of(kv_heads),
@@ -264,9 +324,9 @@ fn check(params: &AttentionParams, q: &[f32], k: KvRef<'_>, v: KvRef<'_>, segmen
     );
     let rows = q.len() / q_row;
     let fits = |start: usize, len: usize| {
-        [k, v].iter().all(|kv| {
+        [k, v].iter().zip(lengths).all(|(kv, elements)| {
             let last = (start + len - 1) * kv.row_stride + (kv_heads - 1) * kv.head_stride;
-            last + kv.head_dim <= kv.data.len()
+            last + kv.head_dim <= elements
         })
     };
     for segment in segments.iter().filter(|segment| segment.q_len > 0) {

@@ -40,6 +40,7 @@ mod activation;
 mod attention;
 mod convert;
 mod cpu;
+mod hadamard;
 mod head;
 mod isa;
 mod matmul;
@@ -53,7 +54,7 @@ mod testing;
 mod weights;
 
 pub use activation::Activation;
-pub use attention::{AttentionParams, KvMut, KvRef, Segment, Span};
+pub use attention::{AttentionParams, KvBits, KvMut, KvRef, PackedKv, PackedKvMut, Segment, Span};
 pub use cpu::Cpu;
 pub use head::{DivergenceHead, RowScore, ScoreHead};
 pub use isa::Isa;

@@ -107,6 +107,20 @@ pub(crate) unsafe trait Simd: Copy + 'static {
         }
     }
 
+    /// Looks the halves of `n` bytes up in `table`: the low half of byte `i` gives `low[i]`, the high one `high[i]`. Writes
+    /// `n` values to each, nothing else.
+    #[inline(always)]
+    unsafe fn look_up(table: &[i8; 16], from: *const i8, n: usize, low: *mut i8, high: *mut i8) {
+        for i in 0..n {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let byte = (*from.add(i)).cast_unsigned();
+                *low.add(i) = table[usize::from(byte & 15)];
+                *high.add(i) = table[usize::from(byte >> 4)];
+            }
+        }
+    }
+
     /// Asks for the cache line at `at`, which may be any address.
     #[inline(always)]
     unsafe fn prefetch<T>(_at: *const T) {}

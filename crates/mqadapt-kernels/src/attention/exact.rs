@@ -116,7 +116,7 @@ unsafe impl<S: Simd, E: Element> Method for Widened<S, E> {
 
 /// `to[r] += weights[r, p] * v[p]` for `R` queries and `len` positions.
 #[inline(always)]
-unsafe fn weigh_run<S: Simd, E: Element, const R: usize>(
+pub(super) unsafe fn weigh_run<S: Simd, E: Element, const R: usize>(
     weights: *const f32,
     v: *const E,
     stride: usize,

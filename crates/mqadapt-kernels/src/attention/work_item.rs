@@ -4,13 +4,37 @@ use super::{
     AttentionParams, KvRef, Segment, Span,
     partial::{Partial, scale},
 };
-use crate::{Isa, pool::Parts};
+use crate::{Isa, hadamard::rotate, pool::Parts};
+use half::f16;
 use std::ops::Range;
 
 /// Positions whose softmax is computed apart and then merged: the unit of work in a decode step.
 pub(super) const CHUNK: usize = 256;
 /// Positions for which a row's maximum is updated once; divides `CHUNK`, a multiple of every ISA's four vectors.
 pub(super) const TILE: usize = 128;
+
+/// Where the rows of K or V lie, in elements.
+#[derive(Clone, Copy)]
+pub(super) struct Rows {
+    pub(super) head_stride: usize,
+    pub(super) row_stride: usize,
+    pub(super) head_dim: usize,
+}
+
+impl From<KvRef<'_>> for Rows {
+    fn from(kv: KvRef<'_>) -> Self {
+        Self { head_stride: kv.head_stride, row_stride: kv.row_stride, head_dim: kv.head_dim }
+    }
+}
+
+/// The scales of integer rows, `[num_key_value_heads, positions]`.
+#[derive(Clone, Copy)]
+pub(super) struct Scales<'a> {
+    pub(super) k: &'a [f16],
+    pub(super) v: &'a [f16],
+    /// Positions of a head.
+    pub(super) positions: usize,
+}
 
 /// A call's operands.
 #[derive(Clone, Copy)]
@@ -20,10 +44,12 @@ pub(super) struct Views<'a, E> {
     /// Positions that a row attends, at most.
     pub(super) window: usize,
     pub(super) q: &'a [f32],
-    pub(super) k: KvRef<'a>,
-    pub(super) v: KvRef<'a>,
+    pub(super) k: Rows,
+    pub(super) v: Rows,
     pub(super) k_data: &'a [E],
     pub(super) v_data: &'a [E],
+    /// Of integers, which are in the rotated basis of [`rotate`]; `None` for floats.
+    pub(super) scales: Option<Scales<'a>>,
 }
 
 impl<E> Views<'_, E> {
@@ -52,14 +78,14 @@ impl<E> Views<'_, E> {
         (self.most_queries() * self.k.head_dim).next_multiple_of(16)
     }
 
-    /// A transposed tile of K.
+    /// A transposed tile of K, and the scales of its columns.
     pub(super) fn keys_len(&self) -> usize {
-        self.k.head_dim * TILE
+        (self.k.head_dim + 1) * TILE
     }
 
-    /// A tile of V in `bf16`, whole vectors a row.
+    /// A tile of V in `bf16`, whole vectors a row; or scales, and then a tile in 8-bit integers.
     pub(super) fn values_len(&self) -> usize {
-        self.v.head_dim.next_multiple_of(32) * TILE / 2
+        self.v.head_dim.next_multiple_of(32) * TILE / 2 + TILE
     }
 }
 
@@ -146,6 +172,10 @@ impl<'a, E> Item<'a, E> {
                 out.copy_from_slice(&total.values[query * dim..][..dim]);
                 // SAFETY: a slice of `dim`; a `Cpu` holds only an available `isa`.
                 unsafe { scale(isa, out.as_mut_ptr(), dim, inverse) };
+                if self.views.scales.is_some() {
+                    // SAFETY: a `Cpu` holds only an available `isa`.
+                    unsafe { rotate(isa, out) };
+                }
             }
         }
     }

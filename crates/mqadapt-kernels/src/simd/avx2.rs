@@ -139,6 +139,10 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
     #[inline(always)]
+    unsafe fn look_up(table: &[i8; 16], from: *const i8, n: usize, low: *mut i8, high: *mut i8) {
+        unsafe { look_up(table, from, n, low, high) }
+    }
+    #[inline(always)]
     unsafe fn transpose<E: Element>(
         from: *const E,
         stride: usize,
@@ -212,6 +216,36 @@ unsafe impl Simd for Avx2 {
             let mut out = [0; 4];
             _mm_storeu_si128(out.as_mut_ptr().cast(), sums);
             out
+        }
+    }
+}
+
+/// [`Simd::look_up`], 32 or 16 bytes at a time and the rest one by one.
+#[inline(always)]
+pub(super) unsafe fn look_up(table: &[i8; 16], from: *const i8, n: usize, low: *mut i8, high: *mut i8) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (levels, nibble) = (_mm_loadu_si128(table.as_ptr().cast()), _mm256_set1_epi8(15));
+        let wide = _mm256_broadcastsi128_si256(levels);
+        let mut i = 0;
+        while i + 32 <= n {
+            let bytes = _mm256_loadu_si256(from.add(i).cast());
+            let above = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble);
+            _mm256_storeu_si256(low.add(i).cast(), _mm256_shuffle_epi8(wide, _mm256_and_si256(bytes, nibble)));
+            _mm256_storeu_si256(high.add(i).cast(), _mm256_shuffle_epi8(wide, above));
+            i += 32;
+        }
+        while i + 16 <= n {
+            let (bytes, nibble) = (_mm_loadu_si128(from.add(i).cast()), _mm_set1_epi8(15));
+            let above = _mm_and_si128(_mm_srli_epi16::<4>(bytes), nibble);
+            _mm_storeu_si128(low.add(i).cast(), _mm_shuffle_epi8(levels, _mm_and_si128(bytes, nibble)));
+            _mm_storeu_si128(high.add(i).cast(), _mm_shuffle_epi8(levels, above));
+            i += 16;
+        }
+        for i in i..n {
+            let byte = (*from.add(i)).cast_unsigned();
+            *low.add(i) = table[usize::from(byte & 15)];
+            *high.add(i) = table[usize::from(byte >> 4)];
         }
     }
 }

@@ -127,6 +127,10 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
     #[inline(always)]
+    unsafe fn look_up(table: &[i8; 16], from: *const i8, n: usize, low: *mut i8, high: *mut i8) {
+        unsafe { super::avx2::look_up(table, from, n, low, high) }
+    }
+    #[inline(always)]
     unsafe fn transpose<E: Element>(
         from: *const E,
         stride: usize,
