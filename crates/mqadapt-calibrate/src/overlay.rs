@@ -20,7 +20,7 @@ pub fn load_calibrated(
     merge: &mut CalibratedMerge<'_>,
     progress: &dyn Progress,
 ) -> Result<Model> {
-    let unchanged = LoadOptions { plan: None, ..options.clone() };
+    let unchanged = LoadOptions { plan: options.plan.as_ref().map(Plan::unmerged), ..options.clone() };
     let model = Model::load(checkpoint, &unchanged, progress)?;
     let Some(plan) = &options.plan else { return Ok(model) };
     with_merged_layers(&model, checkpoint, plan, merge, progress)
@@ -37,7 +37,7 @@ pub fn with_merged_layers(
     merge: &mut CalibratedMerge<'_>,
     progress: &dyn Progress,
 ) -> Result<Model> {
-    let mut model = model.with_plan(checkpoint, &Plan::keep(checkpoint.config()), "mean", &MergeOptions::default())?;
+    let mut model = model.with_plan(checkpoint, &plan.unmerged(), "mean", &MergeOptions::default())?;
     for layer_idx in plan.changed_layers() {
         let weights = layer_weights(checkpoint, layer_idx)?;
         let Some(&cache) = plan.layers().get(layer_idx) else { continue };

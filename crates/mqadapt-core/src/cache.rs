@@ -25,6 +25,42 @@ pub enum CacheForm {
 pub enum CacheStorage {
     /// In the dtype that the model computes its cache in.
     AsComputed,
+    /// 8-bit integers, with a scale of 16 bits for each head's key and each head's value.
+    Int8,
+    /// 4-bit integers, with a scale of 16 bits for each head's key and each head's value.
+    Int4,
+}
+
+impl CacheStorage {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::AsComputed, Self::Int8, Self::Int4];
+
+    /// Its name: `computed`, `int8`, `int4`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AsComputed => "computed",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+        }
+    }
+
+    /// The storage of this name.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|storage| storage.name() == name)
+    }
+
+    /// Bytes of a row of this many values, where a value is computed in `value_bytes` bytes.
+    fn row_bytes(self, values: usize, value_bytes: usize) -> u64 {
+        const SCALE: usize = 2;
+        let bytes = match self {
+            Self::AsComputed => values * value_bytes,
+            Self::Int8 => values + SCALE,
+            Self::Int4 => values.div_ceil(2) + SCALE,
+        };
+        bytes as u64
+    }
 }
 
 /// The attention cache of a layer as a method made it: its answer to a [`LayerCache`]. Configuration, manifest and forward pass
@@ -78,18 +114,30 @@ impl LayerCache {
     /// `value_bytes` bytes.
     #[must_use]
     pub fn bytes_per_token(self, head_dim: usize, value_bytes: usize) -> u64 {
-        match self.storage {
-            CacheStorage::AsComputed => self.shape(head_dim).values_per_token() * value_bytes as u64,
+        match self.shape(head_dim) {
+            LayerShape::Heads { num_key_value_heads, head_dim } => {
+                2 * num_key_value_heads as u64 * self.storage.row_bytes(head_dim, value_bytes) // a key, a value
+            }
         }
+    }
+
+    /// The same form, stored otherwise.
+    #[must_use]
+    pub fn stored(self, storage: CacheStorage) -> Self {
+        Self { storage, ..self }
     }
 }
 
-/// Its name in the text of a plan: `mqa`, `gqa2`.
+/// Its name in the text of a plan: `mqa`, `gqa2`, `mqa@int4`.
 impl fmt::Display for LayerCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.form {
             CacheForm::Heads(1) => f.write_str("mqa"),
             CacheForm::Heads(heads) => write!(f, "gqa{heads}"),
+        }?;
+        match self.storage {
+            CacheStorage::AsComputed => Ok(()),
+            storage => write!(f, "@{}", storage.name()),
         }
     }
 }

@@ -59,6 +59,18 @@ pub enum Error {
         /// The model's last layer.
         last: usize,
     },
+    /// A layer's cache is to be stored in two ways.
+    #[error(
+        "the plan stores the K/V cache of layer {layer} as {plan}, but kv asks for {kv}; leave one of them out, or make them equal"
+    )]
+    PlanStorage {
+        /// The layer.
+        layer: usize,
+        /// The storage of the plan.
+        plan: &'static str,
+        /// The storage for all layers.
+        kv: &'static str,
+    },
     /// A layer cannot have this many K/V heads.
     #[error("layer {layer} cannot have {found} K/V heads: it has {source_heads}, so {legal} are possible")]
     PlanHeads {

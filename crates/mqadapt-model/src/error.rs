@@ -108,6 +108,14 @@ pub enum Error {
         /// Its size in bytes.
         bytes: u64,
     },
+    /// The device has no K/V cache that is stored so.
+    #[error(
+        "a K/V cache stored as {storage} needs device 'cpu'; on other devices leave out kv='{storage}', and '@{storage}' in the plan"
+    )]
+    Storage {
+        /// The storage asked for.
+        storage: &'static str,
+    },
     /// The device is not there, or this build cannot use it.
     #[error("device '{device}' is not available: {detail}")]
     Device {

@@ -83,7 +83,11 @@ impl Model {
         let overlay = if plan.is_keep() { None } else { Some(Overlay::new(&plan, &options.method, options.merge)?) };
         let config = planned(source, &plan);
         let dtype = options.dtype.unwrap_or(checkpoint.dtype());
-        let weights = Loading { checkpoint, config: &config, overlay: overlay.as_ref(), options, progress };
+        let overlay = overlay.as_ref();
+        let weights = Loading { checkpoint, config: &config, plan: &plan, overlay, options, progress };
+        if let Some((_, storage)) = plan.stored_layer().filter(|_| options.device != Device::Cpu) {
+            return Err(Error::Storage { storage: storage.name() });
+        }
         let engine = match options.device {
             Device::Cpu => Engine::Kernels(weights.runner(Kernels::new(options.precision, options.weights)?, dtype)?),
             Device::CpuStock => Engine::Stock(weights.runner(Stock::cpu(), DType::F32)?),
@@ -104,6 +108,7 @@ impl Model {
             let detail = "was made for a model with other K/V heads".to_owned();
             return Err(Error::Argument { name: "plan", detail });
         }
+        self.check_storage(plan)?;
         let overlay = Overlay::new(plan, method, *merge)?;
         let config = planned(source, plan);
         let layers: Vec<usize> = (0..config.num_hidden_layers)
@@ -112,7 +117,7 @@ impl Model {
         let mut options = self.options.clone();
         (options.plan, options.method, options.merge) = (Some(plan.clone()), method.to_owned(), *merge);
         let engine = on_backend!(&self.engine, runner => runner
-            .with(overlay::with_plan(&runner.decoder, checkpoint, &config, &overlay, &layers, options.dtype, &NoProgress)?)
+            .with(overlay::with_plan(&runner.decoder, checkpoint, &config, &overlay, &layers, options.dtype, &NoProgress)?, plan.storage())
             .into());
         let fingerprint = fingerprint(&checkpoint.fingerprint()?, plan, &options);
         Ok(Self { engine, plan: plan.clone(), fingerprint, dtype: self.dtype, options, replaced: Vec::new() })
@@ -124,17 +129,16 @@ impl Model {
     /// # Errors
     /// [`Error::Argument`] where a length does not fit.
     pub fn with_layer(&self, layer_idx: usize, cache: LayerCache, weights: &LayerWeights) -> Result<Self> {
-        let mut heads = self.config().num_key_value_heads.clone();
         let wrong = |detail: String| Error::Argument { name: "weights", detail };
+        let mut caches = self.plan.layers().to_vec();
         let own =
-            heads.get_mut(layer_idx).ok_or_else(|| wrong(format!("are for layer {layer_idx}, which is not there")))?;
-        *own = cache.num_key_value_heads();
-        let mut source = self.config().clone();
-        source.num_key_value_heads = self.plan.source_num_key_value_heads().to_vec();
-        let plan = Plan::from_heads(&heads, &source)?;
-        let config = planned(&source, &plan);
+            caches.get_mut(layer_idx).ok_or_else(|| wrong(format!("are for layer {layer_idx}, which is not there")))?;
+        *own = cache;
+        let plan = Plan::from_layers(&caches, self.plan.unmerged().layers())?;
+        self.check_storage(&plan)?;
+        let config = planned(self.config(), &plan);
         let engine = on_backend!(&self.engine, runner => runner
-            .with(overlay::with_layer(&runner.decoder, &config, layer_idx, weights, self.dtype)?)
+            .with(overlay::with_layer(&runner.decoder, &config, layer_idx, weights, self.dtype)?, plan.storage())
             .into());
         let fingerprint = name_of(&[&self.fingerprint, &layer_idx.to_string(), &overlay::fingerprint(weights)]);
         let mut replaced = self.replaced.clone();
@@ -149,11 +153,11 @@ impl Model {
     /// [`Error::Argument`] for a layer that is not there or a model of another kind.
     pub fn with_layers_of(&self, layers: &[(usize, &Self)]) -> Result<Self> {
         let wrong = |detail: &str| Error::Argument { name: "layers", detail: detail.to_owned() };
-        let mut heads = self.config().num_key_value_heads.clone();
+        let mut caches = self.plan.layers().to_vec();
         let (mut replaced, mut names) = (self.replaced.clone(), vec![self.fingerprint.clone()]);
         for (layer_idx, donor) in layers {
-            let theirs = donor.config().num_key_value_heads.get(*layer_idx);
-            let (Some(own), Some(&theirs)) = (heads.get_mut(*layer_idx), theirs) else {
+            let theirs = donor.plan.layers().get(*layer_idx);
+            let (Some(own), Some(&theirs)) = (caches.get_mut(*layer_idx), theirs) else {
                 return Err(wrong("name one that is not there"));
             };
             if donor.plan.source_num_key_value_heads() != self.plan.source_num_key_value_heads()
@@ -166,10 +170,8 @@ impl Model {
             replaced.push(*layer_idx);
             names.push(format!("{layer_idx} {}", donor.fingerprint));
         }
-        let mut source = self.config().clone();
-        source.num_key_value_heads = self.plan.source_num_key_value_heads().to_vec();
-        let plan = Plan::from_heads(&heads, &source)?;
-        let config = planned(&source, &plan);
+        let plan = Plan::from_layers(&caches, self.plan.unmerged().layers())?;
+        let config = planned(self.config(), &plan);
         let engine = match &self.engine {
             Engine::Kernels(runner) => {
                 let donors: Option<Vec<_>> = layers
@@ -180,7 +182,7 @@ impl Model {
                     })
                     .collect();
                 let donors = donors.ok_or_else(|| wrong("are on another device"))?;
-                Engine::Kernels(runner.with(overlay::with_layers_of(&runner.decoder, config, &donors)?))
+                Engine::Kernels(runner.with(overlay::with_layers_of(&runner.decoder, config, &donors)?, plan.storage()))
             }
             Engine::Stock(runner) => {
                 let donors: Option<Vec<_>> = layers
@@ -191,12 +193,20 @@ impl Model {
                     })
                     .collect();
                 let donors = donors.ok_or_else(|| wrong("are on another device"))?;
-                Engine::Stock(runner.with(overlay::with_layers_of(&runner.decoder, config, &donors)?))
+                Engine::Stock(runner.with(overlay::with_layers_of(&runner.decoder, config, &donors)?, plan.storage()))
             }
         };
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let fingerprint = name_of(&names);
         Ok(Self { engine, plan, fingerprint, dtype: self.dtype, options: self.options.clone(), replaced })
+    }
+
+    /// Whether the device stores caches as a plan says.
+    fn check_storage(&self, plan: &Plan) -> Result<()> {
+        match plan.stored_layer() {
+            Some((_, storage)) if self.options.device != Device::Cpu => Err(Error::Storage { storage: storage.name() }),
+            _ => Ok(()),
+        }
     }
 
     /// The configuration, its K/V heads those of the plan.
@@ -247,6 +257,7 @@ impl Model {
 struct Loading<'a> {
     checkpoint: &'a Checkpoint,
     config: &'a ModelConfig,
+    plan: &'a Plan,
     overlay: Option<&'a Overlay<'a>>,
     options: &'a LoadOptions,
     progress: &'a dyn Progress,
@@ -255,9 +266,9 @@ struct Loading<'a> {
 impl Loading<'_> {
     /// `kv_dtype`: of the cache, unless the options say otherwise.
     fn runner<B: Backend>(&self, backend: B, kv_dtype: DType) -> Result<Runner<B>> {
-        let Self { checkpoint, config, overlay, options, progress } = *self;
+        let Self { checkpoint, config, plan, overlay, options, progress } = *self;
         let decoder: Decoder<B> = weights::decoder(checkpoint, backend, config, overlay, options.dtype, progress)?;
-        Ok(Runner::new(decoder, options.kv_dtype.unwrap_or(kv_dtype), options.max_tokens_in_flight))
+        Ok(Runner::new(decoder, plan.storage(), options.kv_dtype.unwrap_or(kv_dtype), options.max_tokens_in_flight))
     }
 }
 

@@ -1,11 +1,11 @@
 //! `ModelConfig`, and `LayerCache`: what its layers may cache.
 
-use mqadapt_core::{DType, Plan, cost};
+use mqadapt_core::{CacheStorage, DType, Plan, cost};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
 use crate::arguments::{Text, Whole};
-use crate::errors::OrRaise;
+use crate::errors::{OrRaise, argument};
 use crate::source::local_path;
 
 /// What a model is: the validated content of its `config.json`.
@@ -116,6 +116,12 @@ pub(crate) fn model_config(config: &Bound<'_, PyAny>) -> PyResult<ModelConfig> {
     config.py().get_type::<ModelConfig>().call_method1("load", (config,))?.extract().map_err(Into::into)
 }
 
+/// A way to store a cache, by its name.
+pub(crate) fn parse_storage(name: &str, text: &str) -> PyResult<CacheStorage> {
+    let known = CacheStorage::ALL.map(CacheStorage::name).join(", ");
+    CacheStorage::parse(text).ok_or_else(|| argument(format!("{name} '{text}' is not one of {known}")))
+}
+
 /// What a layer caches of every token.
 #[pyclass(module = "mqadapt_rs._core", frozen, eq, hash, from_py_object)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -124,10 +130,21 @@ pub(crate) struct LayerCache(pub(crate) mqadapt_core::LayerCache);
 #[pymethods]
 #[allow(clippy::trivially_copy_pass_by_ref)] // PyO3 lends what it holds
 impl LayerCache {
-    /// K/V heads, stored in the dtype that they are computed in.
+    /// K/V heads, and how they are stored.
     #[new]
-    fn new(num_key_value_heads: Whole) -> PyResult<Self> {
-        num_key_value_heads.positive("num_key_value_heads").map(|heads| Self(mqadapt_core::LayerCache::heads(heads)))
+    #[pyo3(
+        signature = (num_key_value_heads, storage = Text::from("computed")),
+        text_signature = "(num_key_value_heads, storage='computed')"
+    )]
+    fn new(num_key_value_heads: Whole, storage: Text) -> PyResult<Self> {
+        let heads = num_key_value_heads.positive("num_key_value_heads")?;
+        Ok(Self(mqadapt_core::LayerCache::heads(heads).stored(parse_storage("storage", &storage)?)))
+    }
+
+    /// How it is stored: `computed`, `int8`, `int4`.
+    #[getter]
+    fn storage(&self) -> &'static str {
+        self.0.storage.name()
     }
 
     #[getter]
@@ -147,8 +164,8 @@ impl LayerCache {
         Ok(self.0.bytes_per_token(model_config(config)?.0.head_dim, value_bytes))
     }
 
-    fn __reduce__<'py>(&self, py: Python<'py>) -> (Bound<'py, PyType>, (usize,)) {
-        (py.get_type::<Self>(), (self.num_key_value_heads(),))
+    fn __reduce__<'py>(&self, py: Python<'py>) -> (Bound<'py, PyType>, (usize, &'static str)) {
+        (py.get_type::<Self>(), (self.num_key_value_heads(), self.storage()))
     }
 
     fn __str__(&self) -> String {
@@ -156,6 +173,11 @@ impl LayerCache {
     }
 
     fn __repr__(&self) -> String {
-        format!("LayerCache(num_key_value_heads={})", self.num_key_value_heads())
+        match self.0.storage {
+            CacheStorage::AsComputed => format!("LayerCache(num_key_value_heads={})", self.num_key_value_heads()),
+            storage => {
+                format!("LayerCache(num_key_value_heads={}, storage='{}')", self.num_key_value_heads(), storage.name())
+            }
+        }
     }
 }

@@ -57,6 +57,7 @@ fn is_about_plan(error: &mqadapt_core::Error) -> bool {
             | Error::PlanLength { .. }
             | Error::PlanLayer { .. }
             | Error::PlanHeads { .. }
+            | Error::PlanStorage { .. }
             | Error::Syntax { what: "plan", .. }
     )
 }
@@ -111,6 +112,7 @@ impl IntoPyErr for mqadapt_model::Error {
             | Error::Token { .. }
             | Error::Argument { .. }
             | Error::Device { .. }
+            | Error::Storage { .. }
             | Error::Context { .. }
             | Error::NotRunnable { .. } => argument(message),
             Error::Interrupted(interrupted) => interrupted.into_py_err(),

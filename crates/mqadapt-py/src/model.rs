@@ -14,7 +14,7 @@ use crate::arguments::{
     Real, Text, Whole, counts, dtype as parse_dtype, merge_options, method as parse_method, sequences, token_ids,
 };
 use crate::calibration::{self, Calibration};
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, parse_storage};
 use crate::errors::{OrRaise, argument};
 use crate::plan::{self, Plan};
 use crate::source::local_path;
@@ -85,9 +85,9 @@ impl Model {
     #[classmethod]
     #[pyo3(
         signature = (src, plan = None, method = Text::from("mean"), seed = Whole::from(0), dtype = None, *,
-            device = Text::from("cpu"), weights = Text::from("stored"), kv_dtype = None, precision = Text::from("fast"),
+            device = Text::from("cpu"), weights = Text::from("stored"), kv_dtype = None, kv = None, precision = Text::from("fast"),
             max_tokens_in_flight = Whole::from(1024), calibration = None, progress = None),
-        text_signature = "($cls, src, plan='keep', method='mean', seed=0, dtype=None, *, device='cpu', weights='stored', kv_dtype=None, precision='fast', max_tokens_in_flight=1024, calibration=None, progress=None)"
+        text_signature = "($cls, src, plan='keep', method='mean', seed=0, dtype=None, *, device='cpu', weights='stored', kv_dtype=None, kv=None, precision='fast', max_tokens_in_flight=1024, calibration=None, progress=None)"
     )]
     #[allow(clippy::too_many_arguments)] // the keywords of the Python function
     fn load(
@@ -100,6 +100,7 @@ impl Model {
         device: Text,
         weights: Text,
         kv_dtype: Option<Text>,
+        kv: Option<Text>,
         precision: Text,
         max_tokens_in_flight: Whole,
         calibration: Option<&Bound<'_, Calibration>>,
@@ -119,10 +120,13 @@ impl Model {
         let max_tokens_in_flight = max_tokens_in_flight.within("max_tokens_in_flight", 1..=most)?;
         let path = local_path(src, false)?;
         let checkpoint = py.detach(|| Checkpoint::open(&path)).or_raise()?;
-        let plan = plan::read_or_keep(plan, checkpoint.config())?;
+        let mut plan = plan::read_or_keep(plan, checkpoint.config())?;
+        if let Some(kv) = kv {
+            plan = plan.stored(parse_storage("kv", &kv)?).or_raise()?;
+        }
         let calibration = if plan.is_keep() { None } else { calibration::needed(parsed, calibration)? };
         let options = LoadOptions {
-            plan: (!plan.is_keep()).then_some(plan),
+            plan: Some(plan),
             method,
             merge: merge_options(seed, checkpoint.config()),
             dtype,

@@ -1,6 +1,6 @@
 //! `Plan`.
 
-use mqadapt_core::cost;
+use mqadapt_core::{CacheStorage, cost};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
@@ -50,6 +50,12 @@ impl Plan {
         self.0.num_key_value_heads()
     }
 
+    /// How the K/V cache of each layer is stored.
+    #[getter]
+    fn storage(&self) -> Vec<&'static str> {
+        self.0.storage().into_iter().map(CacheStorage::name).collect()
+    }
+
     /// K/V heads of each layer of the model that the plan was built for.
     #[getter]
     fn source_num_key_value_heads(&self) -> Vec<usize> {
@@ -80,7 +86,11 @@ impl Plan {
     }
 
     fn __repr__(&self) -> String {
-        format!("Plan(num_key_value_heads={:?})", self.0.num_key_value_heads())
+        let heads = self.0.num_key_value_heads();
+        if self.0.stored_layer().is_none() {
+            return format!("Plan(num_key_value_heads={heads:?})");
+        }
+        format!("Plan(num_key_value_heads={heads:?}, storage={:?})", self.storage())
     }
 }
 
@@ -105,7 +115,8 @@ pub(crate) fn read_or_keep(
 /// A plan from a `Plan`, its text, or the name of a plan file.
 pub(crate) fn read(plan: &Bound<'_, PyAny>, config: &mqadapt_core::ModelConfig) -> PyResult<mqadapt_core::Plan> {
     if let Ok(plan) = plan.extract::<Plan>() {
-        return mqadapt_core::Plan::from_heads(&plan.0.num_key_value_heads(), config).or_raise();
+        let source = mqadapt_core::Plan::keep(config);
+        return mqadapt_core::Plan::from_layers(plan.0.layers(), source.layers()).or_raise();
     }
     if let Ok(heads) = plan.extract::<Vec<Whole>>() {
         let heads = counts("num_key_value_heads", &heads)?;

@@ -20,6 +20,13 @@ impl Target for HuggingFace {
     }
 
     fn check(&self, source: &ModelConfig, plan: &Plan) -> Result<(), String> {
+        if let Some((layer, storage)) = plan.stored_layer() {
+            let storage = storage.name();
+            return Err(format!(
+                "cannot hold how a K/V cache is stored: the plan says {storage} for layer {layer}, but a checkpoint has weights \
+                 alone; leave '@{storage}' out, and give it to Model.load, or --kv {storage} to the commands that run the result"
+            ));
+        }
         let heads = plan.num_key_value_heads();
         if !source.family.text_config || heads.windows(2).all(|pair| pair[0] == pair[1]) {
             return Ok(());

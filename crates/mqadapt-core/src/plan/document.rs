@@ -5,10 +5,11 @@ use std::fmt;
 use serde_json::Value;
 
 use super::Plan;
-use crate::{Error, ModelConfig, Result};
+use crate::{CacheStorage, Error, LayerCache, ModelConfig, Result};
 
 impl Plan {
-    /// Reads the content of a plan file, JSON or YAML: `{"num_key_value_heads": [3, 3, 1, ...]}`.
+    /// Reads the content of a plan file, JSON or YAML: `{"num_key_value_heads": [3, 3, 1, ...]}`, and
+    /// `"storage": ["int4", "computed", ...]` where caches are not stored as computed.
     ///
     /// # Errors
     /// [`Error::Syntax`], and those of [`Self::from_heads`].
@@ -20,21 +21,39 @@ impl Plan {
         } else {
             serde_yaml_ng::from_str(text).map_err(|e| wrong(e.to_string()))?
         };
-        let expected = "expected {\"num_key_value_heads\": [one whole number per layer]}";
+        let expected = "expected {\"num_key_value_heads\": [one whole number per layer]}, and where caches are not stored as computed \"storage\": [one of \"computed\", \"int8\" and \"int4\" per layer]";
         let fields = document.as_object().ok_or_else(|| wrong(expected.to_owned()))?;
-        if let Some(unknown) = fields.keys().find(|key| *key != "num_key_value_heads") {
+        if let Some(unknown) = fields.keys().find(|key| !matches!(key.as_str(), "num_key_value_heads" | "storage")) {
             return Err(wrong(format!("unknown field '{unknown}'; {expected}")));
         }
         let entries =
             fields.get("num_key_value_heads").and_then(Value::as_array).ok_or_else(|| wrong(expected.to_owned()))?;
         let heads: Option<Vec<_>> = entries.iter().map(|n| n.as_u64().and_then(|n| usize::try_from(n).ok())).collect();
-        Self::from_heads(&heads.ok_or_else(|| wrong(expected.to_owned()))?, config)
+        let plan = Self::from_heads(&heads.ok_or_else(|| wrong(expected.to_owned()))?, config)?;
+        let Some(storage) = fields.get("storage") else { return Ok(plan) };
+        let storage = storage.as_array().ok_or_else(|| wrong(expected.to_owned()))?;
+        if storage.len() != plan.layers.len() {
+            return Err(Error::PlanLength { expected: plan.layers.len(), found: storage.len() });
+        }
+        let stored = |(cache, name): (&LayerCache, &Value)| {
+            let storage = name.as_str().and_then(CacheStorage::parse);
+            storage
+                .map(|storage| cache.stored(storage))
+                .ok_or_else(|| wrong(format!("{name} is no storage; {expected}")))
+        };
+        let layers: Result<Vec<_>> = plan.layers.iter().zip(storage).map(stored).collect();
+        Ok(Self { layers: layers?, ..plan })
     }
 }
 
 /// The canonical file form.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{{\"num_key_value_heads\": {:?}}}", self.num_key_value_heads())
+        write!(f, "{{\"num_key_value_heads\": {:?}", self.num_key_value_heads())?;
+        if self.stored_layer().is_some() {
+            let names: Vec<_> = self.layers.iter().map(|cache| cache.storage.name()).collect();
+            write!(f, ", \"storage\": {names:?}")?;
+        }
+        f.write_str("}")
     }
 }

@@ -1,15 +1,16 @@
 //! The text of a plan, as people write it on a command line. In: text and the model's configuration; out: a plan.
 
 use super::Plan;
-use crate::{Error, LayerCache, ModelConfig, Result};
+use crate::{CacheStorage, Error, LayerCache, ModelConfig, Result};
 
 impl Plan {
     /// Reads a plan:
     ///
     /// - `keep`;
     /// - flags, one per layer: `1, 0, 0, 1` (1: one K/V head; 0: unchanged);
-    /// - `mqa:LAYERS` and `gqaN:LAYERS` joined by `;`, later ones override, where `LAYERS` is `all`, `firstN`, `lastN`,
-    ///   `alternateN` (the last layer, the last but two, ...; N of them) or a list such as `0,3-7,29`.
+    /// - `mqa:LAYERS`, `gqaN:LAYERS` and `keep:LAYERS` joined by `;`, later ones override, where `LAYERS` is `all`, `firstN`,
+    ///   `lastN`, `alternateN` (the last layer, the last but two, ...; N of them) or a list such as `0,3-7,29`. Behind each
+    ///   name may stand how the cache is stored: `@int8`, `@int4`.
     ///
     /// # Errors
     /// [`Error::PlanSyntax`], [`Error::PlanLayer`], and those of [`Self::from_heads`].
@@ -21,29 +22,38 @@ impl Plan {
         if trimmed.starts_with(['0', '1']) {
             return Self::parse_flags(trimmed, config);
         }
-        let mut heads = config.num_key_value_heads.clone();
+        let keep = Self::keep(config);
+        let mut caches = keep.layers.clone();
         for part in trimmed.split(';').map(str::trim) {
-            let (own, layers) = parse_part(part, trimmed, heads.len())?;
+            let Part { heads, storage, layers } = parse_part(part, trimmed, caches.len())?;
             for layer in layers {
-                heads[layer] = own;
+                caches[layer] = heads.map_or(keep.layers[layer], LayerCache::heads).stored(storage);
             }
         }
-        Self::from_heads(&heads, config)
+        Self::from_layers(&caches, &keep.layers)
     }
 
     /// The text of the plan, which [`Self::parse`] reads back: `keep`, or parts such as `mqa:0,3-7` joined by `; `, ascending
     /// by the bytes of what the layers cache.
     #[must_use]
     pub fn describe(&self) -> String {
-        let changed = self.changed_layers();
-        let mut caches: Vec<_> = changed.iter().map(|&idx| self.layers[idx]).collect();
-        caches.sort_by_cached_key(|cache| (cache.bytes_per_token(1, 1), cache.to_string()));
-        caches.dedup();
-        let part = |cache: &LayerCache| {
-            let layers = changed.iter().copied().filter(|&idx| self.layers[idx] == *cache);
-            format!("{cache}:{}", ranges(layers))
+        let named = |idx: usize| {
+            let cache = self.layers[idx];
+            match cache.storage {
+                _ if self.changes(idx) => Some((cache.bytes_per_token(64, 2), cache.to_string())),
+                CacheStorage::AsComputed => None,
+                // K/V heads of kept layers differ, so these stand behind all others
+                storage => Some((u64::MAX, format!("keep@{}", storage.name()))),
+            }
         };
-        let parts: Vec<_> = caches.iter().map(part).collect();
+        let mut names: Vec<_> = (0..self.layers.len()).filter_map(named).collect();
+        names.sort();
+        names.dedup();
+        let part = |name: &(u64, String)| {
+            let layers = (0..self.layers.len()).filter(|&idx| named(idx).as_ref() == Some(name));
+            format!("{}:{}", name.1, ranges(layers))
+        };
+        let parts: Vec<_> = names.iter().map(part).collect();
         if parts.is_empty() { "keep".to_owned() } else { parts.join("; ") }
     }
 
@@ -63,22 +73,41 @@ impl Plan {
     }
 }
 
-/// One `mqa:LAYERS` or `gqaN:LAYERS`: the count and the layers.
-fn parse_part(part: &str, text: &str, num_hidden_layers: usize) -> Result<(usize, Vec<usize>)> {
+/// One part of a plan, such as `mqa@int4:LAYERS`.
+struct Part {
+    /// `None`: those of the source.
+    heads: Option<usize>,
+    storage: CacheStorage,
+    layers: Vec<usize>,
+}
+
+fn parse_part(part: &str, text: &str, num_hidden_layers: usize) -> Result<Part> {
     let wrong = |detail: String| Error::PlanSyntax { text: shorten(text), detail };
-    let usage = "a plan is 'keep', a flag per layer ('1, 0, ...'), a .json or .yaml file, or parts such as 'mqa:last8' and 'gqa2:0,3-7' joined by ';'";
+    let usage = "a plan is 'keep', a flag per layer ('1, 0, ...'), a .json or .yaml file, or parts such as 'mqa:last8', 'gqa2:0,3-7' and 'keep@int4:all' joined by ';'";
     let (kind, layers) = part.split_once(':').ok_or_else(|| wrong(format!("'{part}' is not understood; {usage}")))?;
-    let kind = kind.trim();
-    let heads = match kind.strip_prefix("gqa") {
-        Some(count) => number(count).filter(|n| *n > 0),
-        None => (kind == "mqa").then_some(1),
+    let (form, storage) = match kind.split_once('@') {
+        Some((form, storage)) => (form.trim(), Some(storage.trim())),
+        None => (kind.trim(), None),
     };
-    let heads = heads.ok_or_else(|| wrong(format!("'{kind}' is neither 'mqa' nor 'gqaN' with N from 1; {usage}")))?;
+    let heads = match (form, form.strip_prefix("gqa")) {
+        ("keep", _) => Some(None),
+        ("mqa", _) => Some(Some(1)),
+        (_, Some(count)) => number(count).filter(|n| *n > 0).map(Some),
+        _ => None,
+    };
+    let heads =
+        heads.ok_or_else(|| wrong(format!("'{form}' is neither 'keep', 'mqa' nor 'gqaN' with N from 1; {usage}")))?;
+    let storage = match storage {
+        None => CacheStorage::AsComputed,
+        Some(name) => CacheStorage::parse(name)
+            .filter(|storage| *storage != CacheStorage::AsComputed)
+            .ok_or_else(|| wrong(format!("'@{name}' is no way to store a K/V cache; '@int8' and '@int4' are")))?,
+    };
     let layers = parse_layers(layers.trim(), num_hidden_layers).map_err(|problem| match problem {
         LayersProblem::Syntax(detail) => wrong(detail),
         LayersProblem::Range(layer) => Error::PlanLayer { layer, last: num_hidden_layers - 1 },
     })?;
-    Ok((heads, layers))
+    Ok(Part { heads, storage, layers })
 }
 
 enum LayersProblem {

@@ -6,7 +6,7 @@ mod document;
 mod grammar;
 
 use crate::cache::divisors;
-use crate::{Error, LayerCache, ModelConfig, Result};
+use crate::{CacheStorage, Error, LayerCache, ModelConfig, Result};
 pub use change::TensorChange;
 
 /// One [`LayerCache`] per layer, legal for the model that the plan was built for.
@@ -69,23 +69,58 @@ impl Plan {
         &self.source
     }
 
-    /// Whether the plan changes this layer.
+    /// Whether the plan changes the weights of this layer.
     #[must_use]
     pub fn changes(&self, layer_idx: usize) -> bool {
-        let source = self.source.get(layer_idx).map(|&heads| LayerCache::heads(heads));
-        self.layers.get(layer_idx).copied() != source
+        let own = self.layers.get(layer_idx).map(|cache| cache.form);
+        own != self.source.get(layer_idx).map(|&heads| LayerCache::heads(heads).form)
     }
 
-    /// The layers that the plan changes, ascending.
+    /// The layers whose weights the plan changes, ascending.
     #[must_use]
     pub fn changed_layers(&self) -> Vec<usize> {
         (0..self.layers.len()).filter(|&idx| self.changes(idx)).collect()
     }
 
-    /// Whether it changes nothing.
+    /// Whether it leaves all weights as they are.
     #[must_use]
     pub fn is_keep(&self) -> bool {
         self.changed_layers().is_empty()
+    }
+
+    /// How the cache of each layer is stored.
+    #[must_use]
+    pub fn storage(&self) -> Vec<CacheStorage> {
+        self.layers.iter().map(|cache| cache.storage).collect()
+    }
+
+    /// The first layer whose cache is not stored as computed.
+    #[must_use]
+    pub fn stored_layer(&self) -> Option<(usize, CacheStorage)> {
+        let mut layers = self.layers.iter().map(|cache| cache.storage).enumerate();
+        layers.find(|(_, storage)| *storage != CacheStorage::AsComputed)
+    }
+
+    /// The plan that changes no weights and stores every layer's cache as this one does.
+    #[must_use]
+    pub fn unmerged(&self) -> Self {
+        let own = self.source.iter().zip(&self.layers);
+        let layers = own.map(|(&heads, cache)| LayerCache::heads(heads).stored(cache.storage)).collect();
+        Self { layers, source: self.source.clone() }
+    }
+
+    /// The plan with every layer's cache stored so.
+    ///
+    /// # Errors
+    /// [`Error::PlanStorage`] for a layer that the plan stores otherwise.
+    pub fn stored(&self, storage: CacheStorage) -> Result<Self> {
+        let other = |cache: &LayerCache| !matches!(cache.storage, CacheStorage::AsComputed) && cache.storage != storage;
+        if let Some(layer) = self.layers.iter().position(other) {
+            let (plan, kv) = (self.layers[layer].storage.name(), storage.name());
+            return Err(Error::PlanStorage { layer, plan, kv });
+        }
+        let layers = self.layers.iter().map(|cache| cache.stored(storage)).collect();
+        Ok(Self { layers, source: self.source.clone() })
     }
 }
 

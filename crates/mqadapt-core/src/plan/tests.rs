@@ -116,3 +116,51 @@ fn reductions_ascend_and_are_legal() {
         Err(Error::PlanHeads { found: 5, .. })
     ));
 }
+
+#[test]
+fn storage_stands_behind_any_form() {
+    let config = model(4, 6);
+    for (text, expected, file) in [
+        ("keep@int4:all", "keep@int4:0-5", true),
+        ("mqa@int8:last2; keep@int4:0", "mqa@int8:4-5; keep@int4:0", true),
+        ("gqa2@int4:all; gqa2:3; mqa @ int4 :0", "mqa@int4:0; gqa2@int4:1-2,4-5; gqa2:3", true),
+        ("mqa:0; keep:all", "keep", false),
+        ("gqa4@int8:1", "keep@int8:1", true),
+    ] {
+        let plan = Plan::parse(text, &config).unwrap();
+        assert_eq!(plan.describe(), expected, "{text}");
+        assert_eq!(Plan::parse(expected, &config).unwrap(), plan);
+        assert_eq!(Plan::from_document(&plan.to_string(), &config).unwrap(), plan);
+        assert_eq!(plan.to_string().contains("storage"), file);
+    }
+    for text in
+        ["keep@int4", "mqa@:all", "mqa@int5:all", "mqa@computed:all", "@int4:all", "mqa@2.5:all", "keep@int4@int4:all"]
+    {
+        assert!(Plan::parse(text, &config).is_err(), "{text}");
+    }
+    let stored = "{\"num_key_value_heads\": [4, 4, 4, 4, 4, 1], \"storage\": ";
+    for list in ["[]", "\"int4\"", "[1, 2, 3, 4, 5, 6]", "[\"int4\", \"int4\", \"int4\", \"int4\", \"int4\", \"x\"]"] {
+        assert!(Plan::from_document(&format!("{stored}{list}}}"), &config).is_err(), "{list}");
+    }
+}
+
+#[test]
+fn storage_changes_bytes_and_no_weights() {
+    let config = model(4, 6); // head_dim 8
+    let plan = Plan::parse("keep@int4:0-1; keep@int8:2; mqa@int4:3", &config).unwrap();
+    let bytes: Vec<_> = plan.layers().iter().map(|cache| cache.bytes_per_token(8, 2)).collect();
+    assert_eq!(bytes, [2 * 4 * 6, 2 * 4 * 6, 2 * 4 * 10, 2 * 6, 2 * 4 * 16, 2 * 4 * 16]);
+    assert_eq!(LayerCache::heads(2).stored(CacheStorage::Int4).bytes_per_token(7, 2), 2 * 2 * 6);
+    assert_eq!((plan.changed_layers(), plan.stored_layer()), (vec![3], Some((0, CacheStorage::Int4))));
+    assert_eq!(plan.unmerged().describe(), "keep@int4:0-1,3; keep@int8:2");
+}
+
+#[test]
+fn one_storage_for_all_layers() {
+    let config = model(4, 3);
+    let stored = |text: &str, storage| Plan::parse(text, &config).unwrap().stored(storage);
+    assert_eq!(stored("mqa:1", CacheStorage::Int8).unwrap().describe(), "mqa@int8:1; keep@int8:0,2");
+    assert_eq!(stored("keep@int8:2", CacheStorage::Int8).unwrap().describe(), "keep@int8:0-2");
+    let error = stored("keep@int8:2", CacheStorage::Int4).unwrap_err().to_string();
+    assert!(error.contains("layer 2") && error.contains("int8") && error.contains("int4"), "{error}");
+}

@@ -2,14 +2,14 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use mqadapt_core::{Activation, AttentionShape, DType};
+use mqadapt_core::{Activation, AttentionShape, CacheStorage, DType};
 use mqadapt_kernels::{
     AttentionParams, Cpu, DivergenceHead, Linear as LinearRef, MatmulOut, Precision, RopeTables, RowScore, ScoreHead,
     Segment, Store, WeightsRef,
 };
 
 use super::{Backend, Head, HostMatrix, Linear, ScoreTarget, Scored};
-use crate::cache::FloatCache;
+use crate::cache::KernelCache;
 use crate::error::{Error, Result};
 use crate::load::int8::Int8;
 use crate::load::storage::Floats;
@@ -98,7 +98,7 @@ impl Backend for Kernels {
     type Matrix = KernelMatrix;
     type Vector = Vec<f32>;
     type Buffer = Vec<f32>;
-    type Cache = FloatCache;
+    type Cache = KernelCache;
 
     fn matrix(&self, matrix: HostMatrix) -> Result<KernelMatrix> {
         let HostMatrix { values, out_features, in_features } = matrix;
@@ -121,11 +121,11 @@ impl Backend for Kernels {
         true
     }
 
-    fn cache(&self, shape: &AttentionShape, slots: usize, dtype: DType) -> Result<FloatCache> {
-        FloatCache::new(shape, slots, dtype)
+    fn cache(&self, shape: &AttentionShape, storage: CacheStorage, slots: usize, dtype: DType) -> Result<KernelCache> {
+        KernelCache::new(shape, storage, slots, dtype)
     }
 
-    fn cache_bytes(&self, cache: &FloatCache) -> u64 {
+    fn cache_bytes(&self, cache: &KernelCache) -> u64 {
         cache.bytes()
     }
 
@@ -247,7 +247,7 @@ impl Backend for Kernels {
         v: &Vec<f32>,
         shape: &AttentionShape,
         batch: &Batch,
-        cache: &mut FloatCache,
+        cache: &mut KernelCache,
     ) -> Result<()> {
         cache.store(self.cpu, k, v, shape, batch);
         Ok(())
@@ -258,7 +258,7 @@ impl Backend for Kernels {
         q: &Vec<f32>,
         shape: &AttentionShape,
         batch: &Batch,
-        cache: &FloatCache,
+        cache: &KernelCache,
         out: &mut Vec<f32>,
     ) -> Result<()> {
         out.resize(q.len(), 0.0);

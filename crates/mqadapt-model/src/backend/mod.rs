@@ -9,7 +9,7 @@ mod stock;
 
 use std::sync::Arc;
 
-use mqadapt_core::{Activation, AttentionShape, DType};
+use mqadapt_core::{Activation, AttentionShape, CacheStorage, DType};
 
 use crate::error::Result;
 use crate::load::storage::Floats;
@@ -83,7 +83,8 @@ pub(crate) trait Backend: Sized + Send + Sync + 'static {
     fn vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
     /// Whether caches are in main memory, not in that of a device.
     fn in_main_memory(&self) -> bool;
-    fn cache(&self, shape: &AttentionShape, slots: usize, dtype: DType) -> Result<Self::Cache>;
+    /// A cache of this many slots; `dtype`: of values that are stored as computed.
+    fn cache(&self, shape: &AttentionShape, storage: CacheStorage, slots: usize, dtype: DType) -> Result<Self::Cache>;
     /// Bytes allocated for it.
     fn cache_bytes(&self, cache: &Self::Cache) -> u64;
     fn upload(&self, values: &[f32], width: usize, out: &mut Self::Buffer) -> Result<()>;

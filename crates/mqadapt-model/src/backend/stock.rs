@@ -3,7 +3,7 @@
 //! are rounded to their type.
 
 use candle_core::{D, DType as CandleDType, Device, Tensor};
-use mqadapt_core::{Activation, AttentionShape, DType};
+use mqadapt_core::{Activation, AttentionShape, CacheStorage, DType};
 
 use mqadapt_kernels::{FloatsRef, Span};
 
@@ -169,7 +169,10 @@ impl Backend for Stock {
         self.device.is_cpu()
     }
 
-    fn cache(&self, shape: &AttentionShape, slots: usize, dtype: DType) -> Result<StockCache> {
+    fn cache(&self, shape: &AttentionShape, storage: CacheStorage, slots: usize, dtype: DType) -> Result<StockCache> {
+        if storage != CacheStorage::AsComputed {
+            return Err(Error::Storage { storage: storage.name() });
+        }
         let dims = (shape.num_key_value_heads, slots, shape.head_dim);
         let zeros = || Tensor::zeros(dims, candle_dtype(dtype), &self.device);
         Ok(StockCache { k: zeros()?, v: zeros()? })

@@ -3,6 +3,10 @@
 //! A kind of cache is one file, which knows its bytes, how rows are stored, and how queries attend to them.
 
 mod float;
+mod kind;
+mod packed;
 pub(crate) mod slots;
 
-pub(crate) use float::FloatCache;
+use float::FloatCache;
+pub(crate) use kind::KernelCache;
+use packed::PackedCache;

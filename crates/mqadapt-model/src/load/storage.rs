@@ -96,7 +96,7 @@ impl Lines {
     }
 
     /// [`Self::zeros`]; `None` if there is not that much memory.
-    fn try_zeros(bytes: usize) -> Option<Self> {
+    pub(crate) fn try_zeros(bytes: usize) -> Option<Self> {
         let lines = bytes.div_ceil(size_of::<Line>());
         if lines == 0 {
             return Some(Self(Memory::Own(Vec::new())));

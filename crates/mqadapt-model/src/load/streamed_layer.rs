@@ -9,7 +9,7 @@ use std::sync::Arc;
 use mqadapt_checkpoint::{Checkpoint, StoredType, first_not_finite, not_finite};
 use mqadapt_compress::LayerWeights;
 use mqadapt_core::family::{EMBED_TOKENS, LayerTensor, Module};
-use mqadapt_core::{DType, LayerCache, ModelConfig, Progress, Progressing};
+use mqadapt_core::{CacheStorage, DType, LayerCache, ModelConfig, Progress, Progressing};
 use mqadapt_kernels::Precision;
 
 use crate::backend::{Backend, Head, HostMatrix, Kernels};
@@ -102,10 +102,11 @@ impl StreamedLayer {
             head: Head { lm_head: empty, softcap: None },
             backend: Arc::new(backend),
         };
+        let storage = vec![CacheStorage::AsComputed; decoder.layers.len()];
         Ok(Self {
             layer_idx,
             of_layers: config.num_hidden_layers,
-            runner: Runner::new(decoder, checkpoint.dtype(), usize::MAX),
+            runner: Runner::new(decoder, storage, checkpoint.dtype(), usize::MAX),
         })
     }
 
@@ -135,7 +136,11 @@ impl StreamedLayer {
         let mut config = self.runner.decoder.config.clone();
         config.num_key_value_heads = vec![cache.num_key_value_heads()];
         let decoder = overlay::with_layer(&self.runner.decoder, &config, 0, weights, dtype)?;
-        Ok(Self { layer_idx: self.layer_idx, of_layers: self.of_layers, runner: self.runner.with(decoder) })
+        Ok(Self {
+            layer_idx: self.layer_idx,
+            of_layers: self.of_layers,
+            runner: self.runner.with(decoder, self.runner.storage.clone()),
+        })
     }
 
     /// Takes all sequences through the layer.

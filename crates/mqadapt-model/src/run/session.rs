@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mqadapt_core::{AttentionShape, DType, LayerShape, Progressing, Rope};
+use mqadapt_core::{AttentionShape, CacheStorage, DType, LayerCache, LayerShape, Progressing, Rope};
 
 use crate::allocator;
 use crate::backend::Backend;
@@ -23,6 +23,8 @@ const SPARE_BYTES: u64 = 256 << 20;
 pub(crate) struct Runner<B: Backend> {
     pub decoder: Decoder<B>,
     pub kv_dtype: DType,
+    /// How each layer's cache is stored.
+    pub storage: Vec<CacheStorage>,
     /// Most rows of a pass.
     pub max_tokens_in_flight: usize,
     session: Mutex<Session<B>>,
@@ -36,8 +38,8 @@ type Spare<B> = Arc<Mutex<Option<Session<B>>>>;
 /// What a pass works with. Kept between calls, so that memory is allocated for the largest only.
 pub(crate) struct Session<B: Backend> {
     pub caches: Vec<B::Cache>,
-    /// The shape of each cache.
-    shapes: Vec<LayerShape>,
+    /// The shape and storage of each cache.
+    shapes: Vec<(LayerShape, CacheStorage)>,
     pub slots: Slots,
     capacity: usize,
     pub ropes: RopeTables,
@@ -46,18 +48,29 @@ pub(crate) struct Session<B: Backend> {
 }
 
 impl<B: Backend> Runner<B> {
-    pub(crate) fn new(decoder: Decoder<B>, kv_dtype: DType, max_tokens_in_flight: usize) -> Self {
-        Self::sharing(decoder, kv_dtype, max_tokens_in_flight, Arc::default())
+    pub(crate) fn new(
+        decoder: Decoder<B>,
+        storage: Vec<CacheStorage>,
+        kv_dtype: DType,
+        max_tokens_in_flight: usize,
+    ) -> Self {
+        Self::sharing(decoder, storage, kv_dtype, max_tokens_in_flight, Arc::default())
     }
 
-    fn sharing(decoder: Decoder<B>, kv_dtype: DType, max_tokens_in_flight: usize, spare: Spare<B>) -> Self {
+    fn sharing(
+        decoder: Decoder<B>,
+        storage: Vec<CacheStorage>,
+        kv_dtype: DType,
+        max_tokens_in_flight: usize,
+        spare: Spare<B>,
+    ) -> Self {
         let session = Session::new(&decoder);
-        Self { decoder, kv_dtype, max_tokens_in_flight, session: Mutex::new(session), spare }
+        Self { decoder, kv_dtype, storage, max_tokens_in_flight, session: Mutex::new(session), spare }
     }
 
-    /// Another decoder, run in the same way.
-    pub(crate) fn with(&self, decoder: Decoder<B>) -> Self {
-        Self::sharing(decoder, self.kv_dtype, self.max_tokens_in_flight, Arc::clone(&self.spare))
+    /// Another decoder with caches stored so, run in the same way.
+    pub(crate) fn with(&self, decoder: Decoder<B>, storage: Vec<CacheStorage>) -> Self {
+        Self::sharing(decoder, storage, self.kv_dtype, self.max_tokens_in_flight, Arc::clone(&self.spare))
     }
 
     /// The session, once no other call uses it.
@@ -79,9 +92,9 @@ impl<B: Backend> Runner<B> {
             if !self.has_room(capacity) {
                 return Err(Error::Cache { tokens: slots });
             }
-            let caches: Result<Vec<_>> = self.attentions().map(|shape| self.cache(shape, capacity)).collect();
+            let caches: Result<Vec<_>> = self.attentions().map(|layer| self.cache(layer, capacity)).collect();
             session.caches = caches?;
-            session.shapes = self.attentions().map(AttentionShape::cache).collect();
+            session.shapes = self.attentions().map(|(shape, storage)| (shape.cache(), storage)).collect();
             session.capacity = capacity;
         }
         // the same slots whatever the session was used for before, so that the same call always runs the same passes
@@ -90,19 +103,27 @@ impl<B: Backend> Runner<B> {
         Ok(session)
     }
 
-    fn attentions(&self) -> impl Iterator<Item = &AttentionShape> {
-        self.decoder.layers.iter().map(|block| &block.self_attn.shape)
+    /// The attention of each layer, and how its cache is stored.
+    fn attentions(&self) -> impl Iterator<Item = (&AttentionShape, CacheStorage)> {
+        self.decoder.layers.iter().map(|block| &block.self_attn.shape).zip(self.storage.iter().copied())
+    }
+
+    /// Bytes that a token takes in the cache of each layer.
+    pub(crate) fn token_bytes(&self) -> impl Iterator<Item = u64> {
+        self.attentions().map(|(shape, storage)| {
+            let cache = LayerCache::heads(shape.num_key_value_heads).stored(storage);
+            cache.bytes_per_token(shape.head_dim, self.kv_dtype.bytes())
+        })
     }
 
     /// Whether positions count so far, and main memory may hold a cache of this many slots.
     fn has_room(&self, capacity: usize) -> bool {
-        let values: u64 = self.attentions().map(|shape| shape.cache().values_per_token()).sum();
-        let bytes = (values * self.kv_dtype.bytes() as u64).saturating_mul(capacity as u64);
+        let bytes = self.token_bytes().sum::<u64>().saturating_mul(capacity as u64);
         u32::try_from(capacity).is_ok() && (!self.decoder.backend.in_main_memory() || allocator::may_take(bytes))
     }
 
-    fn cache(&self, shape: &AttentionShape, capacity: usize) -> Result<B::Cache> {
-        self.decoder.backend.cache(shape, capacity, self.kv_dtype)
+    fn cache(&self, (shape, storage): (&AttentionShape, CacheStorage), capacity: usize) -> Result<B::Cache> {
+        self.decoder.backend.cache(shape, storage, capacity, self.kv_dtype)
     }
 
     /// Takes over the spare session: its activations, and where it has as many slots its caches, new ones for layers
@@ -113,10 +134,11 @@ impl<B: Backend> Runner<B> {
         if spare.capacity < slots || spare.caches.len() != self.decoder.layers.len() {
             return Ok(());
         }
-        for ((shape, cache), own) in self.attentions().zip(&mut spare.caches).zip(&mut spare.shapes) {
-            if *own != shape.cache() {
-                *own = shape.cache();
-                *cache = self.cache(shape, spare.capacity)?;
+        for ((layer, cache), own) in self.attentions().zip(&mut spare.caches).zip(&mut spare.shapes) {
+            let (shape, storage) = layer;
+            if *own != (shape.cache(), storage) {
+                *own = (shape.cache(), storage);
+                *cache = self.cache(layer, spare.capacity)?;
             }
         }
         (session.caches, session.shapes, session.capacity) = (spare.caches, spare.shapes, spare.capacity);

@@ -1,6 +1,6 @@
 //! The kernels against candle's operations, and the cache against none.
 
-use mqadapt_core::{DType, NoProgress};
+use mqadapt_core::{DType, NoProgress, Plan};
 use serde_json::json;
 
 use super::fixtures::{Tiny, config, difference, ids};
@@ -125,4 +125,29 @@ fn int8_weights() {
     let options = LoadOptions { weights: WeightFormat::Int8, device: Device::CpuStock, ..LoadOptions::default() };
     let error = crate::Model::load(&tiny.checkpoint, &options, &NoProgress).err().unwrap();
     assert!(error.to_string().contains("int8"), "{error}");
+}
+
+/// Caches of integers: near the exact one, the same bits however a text is cut, and as many bytes as the plan counts.
+#[test]
+fn stored_caches() {
+    for json in shapes() {
+        let tiny = Tiny::random(&json, DType::F32);
+        let source = tiny.checkpoint.config();
+        let text = ids(3, 150);
+        let exact = tiny.load(&LoadOptions::default()).logits(&text, &NoProgress).unwrap();
+        for (name, tolerance) in [("keep@int8:all", 6e-2), ("keep@int4:all", 0.6), ("keep@int4:0; keep@int8:1", 0.6)] {
+            let plan = Some(Plan::parse(name, source).unwrap());
+            let model = tiny.load(&LoadOptions { plan: plan.clone(), ..LoadOptions::default() });
+            let whole = model.logits(&text, &NoProgress).unwrap();
+            let found = difference(&whole, &exact);
+            assert!(found > 0.0 && found < tolerance, "{json} {name} {found}");
+            for steps in [vec![1; 20], vec![7, 100, 1, 30]] {
+                assert_eq!(model.logits_in_steps(&text, &steps, &NoProgress).unwrap(), whole, "{json} {name}");
+            }
+            assert_eq!(model.kv_bytes(), 192 * model.kv_bytes_per_token(), "{json} {name}");
+            let options = LoadOptions { plan, device: Device::CpuStock, ..LoadOptions::default() };
+            let error = crate::Model::load(&tiny.checkpoint, &options, &NoProgress).err().unwrap().to_string();
+            assert!(error.contains("needs device 'cpu'"), "{error}");
+        }
+    }
 }
