@@ -5,6 +5,8 @@ use std::fmt;
 use candle_core::quantized::GgmlDType;
 use mqadapt_core::DType;
 
+use crate::View;
+
 /// How a tensor's values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -104,7 +106,7 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
     /// How its values are stored.
     pub dtype: StoredType,
-    /// Bytes it takes in its file.
+    /// Bytes it takes in its file. Of the tensors that share a stored one, each has a share of its bytes, in their order.
     pub bytes: u64,
     /// Index of its file in [`crate::Checkpoint::shards`].
     pub shard: usize,
@@ -112,6 +114,8 @@ pub struct TensorInfo {
     pub offset: u64,
     /// Whether those bytes, as they stand, are the values in row-major order (not so where a GGUF file has permuted rows).
     pub verbatim: bool,
+    /// Where its values are, if not in `bytes` in row-major order.
+    pub view: Option<View>,
 }
 
 impl TensorInfo {
@@ -119,6 +123,12 @@ impl TensorInfo {
     #[must_use]
     pub fn len(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// Its share of the stored tensor's bytes as a tensor: other values than its own where it has a view.
+    #[must_use]
+    pub fn as_stored(&self) -> Self {
+        Self { view: None, ..self.clone() }
     }
 
     /// Whether it has no values.

@@ -10,8 +10,8 @@ use std::borrow::Cow;
 use serde_json::Value;
 
 use crate::family::{
-    AttentionBias, BlockNorms, EMBED_TOKENS, EmbeddingScale, FAMILIES, Family, LM_HEAD, LayerTensor, Module, NORM,
-    PREFIX, QkNorm,
+    AttentionBias, BlockNorms, EMBED_POSITIONS, EMBED_TOKENS, EmbeddingScale, FAMILIES, Family, LM_HEAD, LayerTensor,
+    MlpKind, Module, NORM, NORM_BIAS, NormKind, QkNorm, Rotary,
 };
 use crate::{Error, Result};
 use fields::Fields;
@@ -60,7 +60,7 @@ impl DType {
     }
 }
 
-/// The activation of the gated MLP.
+/// The activation of the MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// `x * sigmoid(x)`.
@@ -114,6 +114,8 @@ pub struct ModelConfig {
     pub o_bias: bool,
     /// `gate_proj`, `up_proj`, `down_proj` have a bias.
     pub mlp_bias: bool,
+    /// Attention and MLP read the same residual stream.
+    pub parallel_residual: bool,
     /// The activation of the MLP.
     pub hidden_act: Activation,
     /// Attention window of each layer in tokens, the token itself included; `None`: all that came before.
@@ -172,6 +174,8 @@ impl ModelConfig {
             nearest: nearest(model_type),
             supported: FAMILIES.iter().map(|f| f.model_type).collect::<Vec<_>>().join(", "),
         })?;
+        let family = fields.as_written(family);
+        let fields = fields.of(family);
         fields.refuse_unsupported(family)?;
         let text = fields.get("text_config").filter(|_| family.text_config);
         let fields = text.map_or(Ok(fields), Fields::new)?;
@@ -192,7 +196,11 @@ impl ModelConfig {
                 return Err(Error::Config { field: "head_dim".to_owned(), detail });
             }
         };
-        if !head_dim.is_multiple_of(2) {
+        let learned = family.forward.rotary == Rotary::Learned;
+        if family.forward.mlp == MlpKind::Plain && head_dim.checked_mul(num_attention_heads) != Some(hidden_size) {
+            return Err(fields.wrong("head_dim", "absent, or hidden_size / num_attention_heads"));
+        }
+        if !learned && !head_dim.is_multiple_of(2) {
             return Err(fields.wrong("head_dim", "an even number (RoPE rotates pairs)"));
         }
         let num_key_value_heads = fields.num_key_value_heads(family, num_hidden_layers, num_attention_heads)?;
@@ -200,6 +208,7 @@ impl ModelConfig {
         let (qkv_bias, o_bias) = match family.forward.attention_bias {
             AttentionBias::Never => (false, false),
             AttentionBias::Qkv => (true, false),
+            AttentionBias::Always => (true, true),
             AttentionBias::UnlessField => {
                 let all = fields.flag("attention_bias")?.unwrap_or(true);
                 (all, all)
@@ -218,13 +227,17 @@ impl ModelConfig {
             (vec![None; num_hidden_layers], vec![None; num_hidden_layers])
         };
         let size = |field| if runnable { fields.required_size(field) } else { Ok(fields.size(field)?.unwrap_or(0)) };
+        let intermediate_size = match (fields.get("intermediate_size"), defaults.intermediate_factor) {
+            (None, Some(factor)) => factor * hidden_size,
+            _ => size("intermediate_size")?,
+        };
         let multiplier = |field, read: bool| Ok(if read { fields.positive(field)?.unwrap_or(1.0) } else { 1.0 });
         let forward = &family.forward;
 
         Ok(Self {
             family,
             hidden_size,
-            intermediate_size: size("intermediate_size")?,
+            intermediate_size,
             num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,
@@ -236,7 +249,8 @@ impl ModelConfig {
             tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(defaults.tie_word_embeddings),
             qkv_bias,
             o_bias,
-            mlp_bias: bias("mlp_bias", forward.mlp_bias)?,
+            mlp_bias: forward.mlp == MlpKind::Plain || bias("mlp_bias", forward.mlp_bias)?,
+            parallel_residual: forward.parallel_residual && fields.flag("use_parallel_residual")?.unwrap_or(true),
             hidden_act: if runnable { fields.activation(family)? } else { Activation::Silu },
             sliding_window: windows,
             attention_scale: fields.attention_scale(forward.attention_scale, head_dim)?,
@@ -250,7 +264,7 @@ impl ModelConfig {
             final_logit_softcapping: fields.softcapping("final_logit_softcapping", forward.final_logit_softcapping)?,
             initializer_range: fields.positive("initializer_range")?.unwrap_or(0.02),
             dtype: fields.dtype(),
-            stored: Stored { prefix: PREFIX, lm_head: true },
+            stored: Stored { prefix: family.names.prefix, lm_head: true },
             json,
         })
     }
@@ -260,9 +274,9 @@ impl ModelConfig {
     #[must_use]
     pub fn tensors(&self) -> Vec<ExpectedTensor> {
         let runnable = self.family.runnable;
-        let table =
-            |name: &str| ExpectedTensor { name: name.to_owned(), shape: vec![self.vocab_size, self.hidden_size] };
-        let mut out: Vec<_> = runnable.then(|| table(EMBED_TOKENS)).into_iter().collect();
+        let table = |name: &str, rows| ExpectedTensor { name: name.to_owned(), shape: vec![rows, self.hidden_size] };
+        let mut out: Vec<_> = runnable.then(|| table(EMBED_TOKENS, self.vocab_size)).into_iter().collect();
+        out.extend(self.learned_positions().map(|positions| table(EMBED_POSITIONS, positions)));
         for layer_idx in 0..self.num_hidden_layers {
             for module in Module::ALL.into_iter().filter(|module| runnable || module.is_attention_projection()) {
                 let Some(shape) = self.weight_shape(layer_idx, module) else { continue };
@@ -277,8 +291,10 @@ impl ModelConfig {
             }
         }
         if runnable {
-            out.push(ExpectedTensor { name: NORM.to_owned(), shape: vec![self.hidden_size] });
-            out.extend((!self.tie_word_embeddings && self.stored.lm_head).then(|| table(LM_HEAD)));
+            for name in [NORM, NORM_BIAS].into_iter().take(if self.norm_bias() { 2 } else { 1 }) {
+                out.push(ExpectedTensor { name: name.to_owned(), shape: vec![self.hidden_size] });
+            }
+            out.extend((!self.tie_word_embeddings && self.stored.lm_head).then(|| table(LM_HEAD, self.vocab_size)));
         }
         out
     }
@@ -286,16 +302,33 @@ impl ModelConfig {
     /// The name in the checkpoint's own files of the tensor that holds what a Llama's `...ForCausalLM` calls `role`.
     #[must_use]
     pub fn stored_name<'a>(&self, role: &'a str) -> Cow<'a, str> {
-        let name =
-            match LayerTensor::parse(role).and_then(|tensor| Some((tensor, self.family.fused_with(tensor.module)?))) {
-                Some((tensor, fused)) => Cow::Owned(fused.tensor_name(tensor.layer_idx, tensor.bias)),
-                None => Cow::Borrowed(role),
-            };
-        let known = LayerTensor::parse(role).is_some() || [EMBED_TOKENS, NORM].contains(&role);
-        match name.strip_prefix(PREFIX).filter(|_| known && self.stored.prefix != PREFIX) {
-            Some(rest) => Cow::Owned(format!("{}{rest}", self.stored.prefix)),
-            None => name,
+        if role == LM_HEAD {
+            return Cow::Owned(self.family.lm_head_name());
         }
+        match self.family.name_below_prefix(role) {
+            Some(name) => Cow::Owned(format!("{}{name}", self.stored.prefix)),
+            None => Cow::Borrowed(role),
+        }
+    }
+
+    /// Positions that have an embedding, where they are learned.
+    #[must_use]
+    pub fn learned_positions(&self) -> Option<usize> {
+        (self.family.forward.rotary == Rotary::Learned).then_some(self.max_position_embeddings)
+    }
+
+    /// The longest text that the model computes with: it has an embedding for so many positions, or rotates others differently
+    /// beyond.
+    #[must_use]
+    pub fn longest_context(&self) -> Option<usize> {
+        let rotated = self.rope.iter().flatten().filter_map(Rope::longest_context);
+        rotated.chain(self.learned_positions()).min()
+    }
+
+    /// Norms have a bias.
+    #[must_use]
+    pub fn norm_bias(&self) -> bool {
+        self.family.forward.norm == NormKind::Layer
     }
 
     /// Shape of a module's weight in one layer; `None` where the family has no such module.
@@ -319,6 +352,7 @@ impl ModelConfig {
             Module::QNorm if qk_norm == QkNorm::Layer => vec![query],
             Module::KNorm if qk_norm == QkNorm::Layer => vec![key_value],
             Module::QNorm | Module::KNorm => vec![self.head_dim],
+            Module::GateProj if self.family.forward.mlp == MlpKind::Plain => return None,
             Module::GateProj | Module::UpProj => vec![self.intermediate_size, self.hidden_size],
             Module::DownProj => vec![self.hidden_size, self.intermediate_size],
         })
@@ -331,7 +365,7 @@ impl ModelConfig {
             Module::QProj | Module::KProj | Module::VProj => self.qkv_bias,
             Module::OProj => self.o_bias,
             Module::GateProj | Module::UpProj | Module::DownProj => self.mlp_bias,
-            _ => false,
+            _ => self.norm_bias(),
         }
     }
 
@@ -353,7 +387,10 @@ impl ModelConfig {
     pub fn with_num_key_value_heads(&self, heads: &[usize], modeling_file: &str) -> Self {
         let mut out = self.clone();
         out.num_key_value_heads = heads.to_vec();
-        out.json = rewrite::rewrite(self, heads, modeling_file);
+        if let Some(merged) = self.family.merged.filter(|_| heads != self.num_key_value_heads) {
+            out.family = merged;
+        }
+        out.json = rewrite::rewrite(self, out.family, heads, modeling_file);
         out
     }
 }
