@@ -41,7 +41,7 @@ impl View {
             let (row, column) = (within / columns, within % columns);
             let taken = if self.strides[2] == 1 {
                 let run = if self.strides[1] == columns { most } else { most.min(columns - column) };
-                read_exact_at(&*file, path, place(row, column), &mut rest[..run * width])?;
+                read_exact_at(&file, path, place(row, column), &mut rest[..run * width])?;
                 run
             } else {
                 let count = (within + most).div_ceil(columns) - row;

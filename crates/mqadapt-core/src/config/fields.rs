@@ -206,12 +206,11 @@ impl<'a> Fields<'a> {
     pub(super) fn attention_scale(&self, scale: AttentionScale, head_dim: usize) -> Result<f64> {
         let power = |value: f64| f64::from(value.powf(-0.5) as f32);
         Ok(match scale {
-            AttentionScale::HeadDim => power(head_dim as f64),
             AttentionScale::QueryPreAttnScalar(default) => {
                 power(self.positive("query_pre_attn_scalar")?.unwrap_or(default))
             }
             AttentionScale::Flagged if self.flag("scale_attn_weights")? == Some(false) => 1.0,
-            AttentionScale::Flagged => power(head_dim as f64),
+            AttentionScale::HeadDim | AttentionScale::Flagged => power(head_dim as f64),
             AttentionScale::Multiplier => self.positive("attention_multiplier")?.unwrap_or(1.0),
         })
     }

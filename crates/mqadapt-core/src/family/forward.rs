@@ -2,6 +2,7 @@
 
 /// What a family's forward pass does differently from Llama's ([`Forward::LLAMA`]).
 #[derive(Debug)]
+#[allow(clippy::struct_excessive_bools)] // switches
 pub struct Forward {
     /// What norms compute.
     pub norm: NormKind,

@@ -64,7 +64,7 @@ impl Tiny {
             let (scale, shift) = match (tensor.shape.len(), config.family.forward.norm_weight_plus_one) {
                 (2, _) => (0.25, 0.0),
                 (_, true) => (0.3, 0.0),
-                _ if tensor.name.contains("_proj.") || tensor.name.ends_with(".bias") => (0.3, 0.0),
+                _ if tensor.name.contains("_proj.") || tensor.name.contains(".bias") => (0.3, 0.0),
                 _ => (0.3, 1.0),
             };
             let values = noise(nth as u64 + 1, len).into_iter().map(|x| x * scale + shift).collect();
@@ -138,7 +138,9 @@ fn joined(config: &ModelConfig, name: String, parts: Vec<Named>) -> Named {
     let mut runs: Vec<_> = parts.iter().map(|(.., values)| values.chunks(run.min(values.len()))).collect();
     let mut values = Vec::new();
     while values.len() < shape.iter().product() {
-        runs.iter_mut().for_each(|run| values.extend(run.next().unwrap()));
+        for run in &mut runs {
+            values.extend(run.next().unwrap());
+        }
     }
     if config.family.transposed && !bias && shape.len() == 2 {
         let rows = shape[0];
