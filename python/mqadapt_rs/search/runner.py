@@ -198,7 +198,8 @@ def _verdict(
         return text + " No other plan meets the rule."
     text += f" Runner-up: {study.space.describe(runner_up.plan)}, damage {runner_up.damage}"
     if difference is None or difference.low is None or difference.high is None:
-        return text + ". There are no documents to test the difference on."
+        number = "no" if difference is None else "too few"
+        return text + f". There are {number} documents to test the difference on."
     verdict = "distinguishable" if difference.clear else "NOT distinguishable"
     return text + (
         f"; difference {difference.mean:.4g} [{difference.low:.4g}, {difference.high:.4g}] on "
