@@ -49,14 +49,14 @@ impl Checkpoint {
         Ok(Self::new(path, contents, gguf))
     }
 
-    /// Opens a checkpoint whose shards come one by one. `folder` has `config.json`, the index if there is one, and whatever
-    /// goes along; `heads` has every shard. Checks what [`Self::open`] checks. Reading a tensor asks `lender` for its shard,
-    /// which stays until [`Shard::release`].
+    /// Opens a checkpoint whose shards are fetched one by one. `folder` has `config.json`, the index of a sharded checkpoint, and
+    /// the side files; `heads` has every shard. Checks what [`Self::open`] checks. Reading a tensor fetches its shard from
+    /// `source`, which keeps it until [`Shard::release`].
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub fn open_lent(folder: &Path, heads: Vec<ShardHead>, lender: &Arc<dyn ShardSource>) -> Result<Self> {
-        Ok(Self::new(folder, folder::open_lent(folder, heads, lender)?, None))
+    pub fn open_remote(folder: &Path, heads: Vec<ShardHead>, source: &Arc<dyn ShardSource>) -> Result<Self> {
+        Ok(Self::new(folder, folder::open_remote(folder, heads, source)?, None))
     }
 
     fn new(path: &Path, contents: Contents, gguf: Option<Gguf>) -> Self {
@@ -216,7 +216,7 @@ impl Checkpoint {
     ///
     /// A hash (XXH3, 128 bits) of the configuration, of every tensor's name, shape, type and place, and of the first and
     /// last 512 bytes of every tensor. It costs milliseconds and does not see a change in the middle of a large tensor:
-    /// the manifest's checksums do. Lent shards are asked for, unless [`Self::sample_shard`] has seen them.
+    /// the manifest's checksums do. Remote shards are fetched, unless [`Self::sample_shard`] has seen them.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Shrunk`].
@@ -251,7 +251,7 @@ impl Checkpoint {
         shard.sample(self.tensors().iter().filter(|tensor| tensor.shard == number))
     }
 
-    /// Tells what [`Self::sample_shard`] gave in an earlier process, so that a lent shard need not be asked for again.
+    /// Tells what [`Self::sample_shard`] gave in an earlier process, so that a remote shard need not be fetched again.
     pub fn remember_sample(&self, number: usize, sample: &str) {
         if let Some(shard) = self.shards().get(number) {
             shard.remember_sample(sample);

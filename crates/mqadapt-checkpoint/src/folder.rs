@@ -33,8 +33,8 @@ pub(crate) fn open(folder: &Path) -> Result<Contents> {
     contents(folder, config, index.as_ref(), opened)
 }
 
-/// Opens a folder whose shards are not there yet.
-pub(crate) fn open_lent(folder: &Path, heads: Vec<ShardHead>, lender: &Arc<dyn ShardSource>) -> Result<Contents> {
+/// Opens a folder whose shards are remote.
+pub(crate) fn open_remote(folder: &Path, heads: Vec<ShardHead>, source: &Arc<dyn ShardSource>) -> Result<Contents> {
     let config = read_config(folder)?;
     let single = heads.len() == 1 && heads.iter().all(|head| head.name == SINGLE_FILE);
     let index = if single { None } else { Some(read_index(folder)?) };
@@ -44,7 +44,7 @@ pub(crate) fn open_lent(folder: &Path, heads: Vec<ShardHead>, lender: &Arc<dyn S
         let missing = || Error::MissingShard { folder: folder.to_owned(), shard: (*name).to_owned() };
         let head = heads.remove(*name).ok_or_else(missing)?;
         let header = parse_head(&head).map_err(|problem| Error::Header { path: folder.join(name), problem })?;
-        Ok((Shard::lent(head, folder, header.metadata.clone(), Arc::clone(lender)), header))
+        Ok((Shard::remote(head, folder, header.metadata.clone(), Arc::clone(source)), header))
     };
     let opened = names.iter().map(take).collect::<Result<Vec<_>>>()?;
     contents(folder, config, index.as_ref(), opened)

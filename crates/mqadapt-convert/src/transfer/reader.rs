@@ -81,7 +81,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Bytes in which so many values of a tensor are stored.
+/// Stored bytes of a number of values of a tensor.
 pub(super) fn stored(tensor: &TensorInfo, values: usize) -> u64 {
     (u128::from(tensor.bytes) * values as u128 / tensor.len().max(1) as u128) as u64
 }

@@ -277,7 +277,7 @@ impl<'a> Transfer<'a> {
         self.send(writer, Message::Data(data, offset))
     }
 
-    /// A buffer for the next piece, where so many bytes are left.
+    /// A buffer for the next piece, given the bytes that are left.
     fn buffer(&self, left: u64, writer: &mut Writer) -> Result<Vec<u8>> {
         let len = usize::try_from(left).unwrap_or(usize::MAX).min(self.piece);
         writer.buffer(len, |written| self.report.report(written))
