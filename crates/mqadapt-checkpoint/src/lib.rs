@@ -57,5 +57,4 @@ pub use index::index_shards;
 pub use plan_file::read_plan;
 pub use shard::{Shard, ShardHead, ShardSource};
 pub use side_files::{Content, SideFile};
-pub use tensor::{StoredType, TensorInfo};
-pub use view::View;
+pub use tensor::{StoredType, TensorInfo, View};

@@ -5,8 +5,6 @@ use std::fmt;
 use candle_core::quantized::GgmlDType;
 use mqadapt_core::DType;
 
-use crate::View;
-
 /// How a tensor's values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -95,6 +93,21 @@ impl fmt::Display for StoredType {
             Self::Ggml(dtype) => write!(f, "{dtype:?}"),
         }
     }
+}
+
+/// Where the values of a tensor stand within a stored one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct View {
+    /// Shape of the stored tensor.
+    pub stored_shape: Vec<usize>,
+    /// Where the stored tensor begins in its file.
+    pub(crate) start: u64,
+    /// The place of its first value there.
+    pub(crate) first: usize,
+    /// Its values as blocks of rows: number of blocks, of rows in a block, of values in a row.
+    pub(crate) dims: [usize; 3],
+    /// From one block, row, value to the next, in values.
+    pub(crate) strides: [usize; 3],
 }
 
 /// A tensor of a checkpoint.

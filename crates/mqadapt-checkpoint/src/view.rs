@@ -4,25 +4,10 @@
 use std::path::Path;
 
 use crate::file::read_exact_at;
-use crate::{Result, Shard};
+use crate::{Result, Shard, View};
 
 /// Most bytes of columns that are read before they are put in order.
 const BLOCK: usize = 1 << 20;
-
-/// Where the values of a tensor stand within a stored one.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct View {
-    /// Shape of the stored tensor.
-    pub stored_shape: Vec<usize>,
-    /// Where the stored tensor begins in its file.
-    pub(crate) start: u64,
-    /// The place of its first value there.
-    pub(crate) first: usize,
-    /// Its values as blocks of rows: number of blocks, of rows in a block, of values in a row.
-    pub(crate) dims: [usize; 3],
-    /// From one block, row, value to the next, in values.
-    pub(crate) strides: [usize; 3],
-}
 
 impl View {
     /// Fills `out` from value `first_value` on; values have `width` bytes.
