@@ -34,9 +34,9 @@ impl<'a> Reader<'a> {
     pub fn announce(&self, step: &Step) -> Result<Option<ReadHint>> {
         let (shard, offset, len) = match step.work {
             Work::Copy { shard, offset } => (shard, offset, step.end - step.start),
-            Work::Read { tensor, first_value, dtype } => {
+            Work::Read { tensor, first_value, dtype, .. } => {
                 let source = self.source(tensor)?;
-                let count = (step.end - step.start) as usize / dtype.bytes();
+                let count = (step.end - step.start) as usize / dtype.value_bytes().unwrap_or(1);
                 (source.shard, source.offset + stored(source, first_value), stored(source, count))
             }
             Work::Merge { tensor, .. } => {
