@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from mqadapt_rs.sources.hub import Source
 
-TOKENS = 16384
+TOKENS = 24576
 """Default number of drawn tokens."""
 CONTEXT = (512, 2048)
 """Default window lengths in tokens; each length gets half of the tokens."""

@@ -140,7 +140,7 @@ def test_by_default_there_are_windows_for_short_and_long_contexts(tokens_of_text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         calibration = load_calibration("model", tokens_of_text(50_000))
-    assert (calibration.tokens, calibration.context, calibration.target_context) == (16384, [512, 2048], [512, 2048])
+    assert (calibration.tokens, calibration.context, calibration.target_context) == (24576, [512, 2048], [512, 2048])
     file = tokens_of_text(1500)
     message = "1500 tokens, too few for windows of 2048 tokens; only windows of 512 tokens"
     with pytest.warns(UserWarning, match=message), pytest.warns(UserWarning, match="are few"):

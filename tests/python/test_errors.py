@@ -139,7 +139,7 @@ KINDS: dict[str, tuple[Case, type[BaseException], str] | str] = {
     "checkpoint::Shape": (header(lambda e: e[A_KEY]["shape"].reverse()), MqadaptError, "but config.json says [24, 72]"),
     "checkpoint::Dtype": (header(lambda e: e[A_KEY].update(dtype="I32")), MqadaptError, "is stored as I32"),
     "checkpoint::Shrunk": "needs a file that shrinks between two reads; tested in Rust",
-    "checkpoint::Lent": "needs a hub that fails; tested in test_stream_download.py",
+    "checkpoint::RemoteShard": "needs a hub that fails; tested in test_stream_download.py",
     "checkpoint::NotFinite": "needs values that are not finite; tested in test_damage.py",
     "model::BaseModel": "needs a model without an output projection; tested in test_parity_stored.py",
     "checkpoint::OutOfRange": "a mistake of the calling crate; tested in Rust",

@@ -7,6 +7,7 @@ many heads, where the sums outweigh everything else.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import struct
@@ -22,9 +23,32 @@ HIDDEN, INTERMEDIATE, VOCAB = 2048, 5632, 4096
 COMMAND = [sys.executable, "-m", "mqadapt_rs.cli"]
 
 
-def sparse(folder: Path, layers: int) -> Path:
-    """A Llama whose weights are all zero; 103 MB a layer."""
-    shapes = {"lm_head.weight": (VOCAB, HIDDEN), "model.embed_tokens.weight": (VOCAB, HIDDEN)}
+def sparse(folder: Path, layers: int, family: str = "llama") -> Path:
+    """A model whose weights are all zero, in bfloat16; about 100 MB a layer."""
+    shapes, config = {"llama": llama, "gpt2": gpt2, "gpt_neox": gpt_neox}[family](layers)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    config |= {"model_type": family, "vocab_size": VOCAB, "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+Model = tuple[dict[str, tuple[int, ...]], dict[str, object]]
+
+
+def llama(layers: int) -> Model:
+    shapes: dict[str, tuple[int, ...]] = {
+        "lm_head.weight": (VOCAB, HIDDEN),
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+    }
     for layer in range(layers):
         name = f"model.layers.{layer}"
         shapes |= {f"{name}.self_attn.{p}_proj.weight": (HIDDEN, HIDDEN) for p in "qkvo"}
@@ -32,29 +56,49 @@ def sparse(folder: Path, layers: int) -> Path:
         shapes[f"{name}.mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
         shapes |= {f"{name}.{p}_layernorm.weight": (HIDDEN,) for p in ("input", "post_attention")}
     shapes["model.norm.weight"] = (HIDDEN,)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * shape[0] * (shape[1] if len(shape) == 2 else 1)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    folder.mkdir()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-    config = {
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers}
+    return shapes, {
+        **sizes,
         "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": layers,
         "num_attention_heads": 16,
-        "vocab_size": VOCAB,
         "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
     }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+
+
+def gpt2(layers: int) -> Model:
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (VOCAB, HIDDEN),
+        "transformer.wpe.weight": (1024, HIDDEN),
+    }
+    for layer in range(layers):
+        name = f"transformer.h.{layer}"
+        matrices = {"attn.c_attn": 3 * HIDDEN, "attn.c_proj": HIDDEN, "mlp.c_fc": 4 * HIDDEN}
+        shapes |= {f"{name}.{part}.weight": (HIDDEN, width) for part, width in matrices.items()}
+        shapes |= {f"{name}.{part}.bias": (width,) for part, width in matrices.items()}
+        shapes |= {f"{name}.mlp.c_proj.weight": (4 * HIDDEN, HIDDEN), f"{name}.mlp.c_proj.bias": (HIDDEN,)}
+        shapes |= {f"{name}.ln_{nth}.{part}": (HIDDEN,) for nth in (1, 2) for part in ("weight", "bias")}
+    shapes |= {f"transformer.ln_f.{part}": (HIDDEN,) for part in ("weight", "bias")}
+    return shapes, {"architectures": ["GPT2LMHeadModel"], "n_embd": HIDDEN, "n_layer": layers, "n_head": 16}
+
+
+def gpt_neox(layers: int) -> Model:
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_out.weight": (VOCAB, HIDDEN),
+        "gpt_neox.embed_in.weight": (VOCAB, HIDDEN),
+    }
+    for layer in range(layers):
+        name = f"gpt_neox.layers.{layer}"
+        matrices = {
+            "attention.query_key_value": (3 * HIDDEN, HIDDEN), "attention.dense": (HIDDEN, HIDDEN),
+            "mlp.dense_h_to_4h": (4 * HIDDEN, HIDDEN), "mlp.dense_4h_to_h": (HIDDEN, 4 * HIDDEN),
+        }  # fmt: skip
+        shapes |= {f"{name}.{part}.weight": shape for part, shape in matrices.items()}
+        shapes |= {f"{name}.{part}.bias": shape[:1] for part, shape in matrices.items()}
+        norms = ("input_layernorm", "post_attention_layernorm")
+        shapes |= {f"{name}.{norm}.{part}": (HIDDEN,) for norm in norms for part in ("weight", "bias")}
+    shapes |= {f"gpt_neox.final_layer_norm.{part}": (HIDDEN,) for part in ("weight", "bias")}
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 4 * HIDDEN, "num_hidden_layers": layers}
+    return shapes, {**sizes, "architectures": ["GPTNeoXForCausalLM"], "num_attention_heads": 16}
 
 
 def written(file: BinaryIO) -> int:
@@ -101,11 +145,12 @@ def peak_rss(*arguments: str, command: list[str] = COMMAND) -> int:
     return int(subprocess.check_output([sys.executable, "-c", MEASURE, *command, *arguments]))
 
 
-def test_memory_does_not_depend_on_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_memory_does_not_depend_on_the_model(tmp_path: Path, family: str) -> None:
     base = peak_rss("--version")
     above = []
     for layers in (3, 20):
-        source = sparse(tmp_path / f"source{layers}", layers)
+        source = sparse(tmp_path / f"source{layers}", layers, family)
         out = tmp_path / f"out{layers}"
         above.append(peak_rss("convert", str(source), str(out), "--plan", "mqa:all", "--no-sync") - base)
         (out / "model.safetensors").unlink()

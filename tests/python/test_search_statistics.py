@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mqadapt_rs.search import Options, conduct
-from mqadapt_rs.search.core.statistics import SequentialTest, bootstrap, mean_and_error, paired, t_quantile
+from mqadapt_rs.search.core.statistics import SequentialTest, mean_and_error, paired, t_quantile
 from search_fakes import SPACE, FakeSpec, additive
 
 if TYPE_CHECKING:
@@ -41,9 +41,6 @@ def test_paired_differences_remove_what_documents_share() -> None:
     assert unpaired is not None
     assert difference.standard_error < unpaired / 20
     assert difference.clear
-    resampled = bootstrap(a, documents, seed=3)
-    assert resampled.low == pytest.approx(difference.low, abs=0.003)
-    assert resampled == bootstrap(a, documents, seed=3)
     assert paired([1.0], [0.5]).low is None
     with pytest.raises(ValueError, match="same"):
         paired([1.0, 2.0], [1.0])
@@ -60,6 +57,23 @@ def test_intervals_cover(number: int) -> None:
         assert interval.high is not None
         hits += interval.low <= 1 <= interval.high
     assert 925 <= hits <= 975
+
+
+@pytest.mark.parametrize("number", [2, 3, 5, 8, 24])
+@pytest.mark.parametrize("shape", ["normal", "skewed", "rare", "coin"])
+def test_equal_plans_are_told_apart_in_5_percent_of_trials(shape: str, number: int) -> None:
+    draws = random.Random(f"{shape} {number}")
+    noise = {
+        "normal": lambda: draws.gauss(0, 1),
+        "skewed": lambda: draws.lognormvariate(0, 1),
+        "rare": lambda: float(draws.random() < 0.1),
+        "coin": lambda: float(draws.random() < 0.5),
+    }[shape]
+    trials = 4000
+    told_apart = sum(
+        paired([noise() for _ in range(number)], [noise() for _ in range(number)]).clear for _ in range(trials)
+    )
+    assert told_apart <= 0.06 * trials  # three standard errors above 5 %
 
 
 def test_blocks_cover_every_document_once() -> None:

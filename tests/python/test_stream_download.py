@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import mqadapt_rs as mq
+import test_gpt
 from fake_hub import FakeHub
 from mqadapt_rs import ArgumentError
 from mqadapt_rs.sources import download as stream
@@ -131,6 +132,22 @@ def test_resume_goes_on(hub: FakeHub, sharded: Path, expected: dict[str, bytes],
     assert contents(tmp_path / "out") == expected
     whole = [r for r in hub.requests_of() if r.path.endswith(shard(1)) and not (r.range or "").startswith("bytes=0-")]
     assert whole == []  # what was converted is not fetched again
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_resume_goes_on_where_heads_are_columns_or_interleaved(hub: FakeHub, family: str, tmp_path: Path) -> None:
+    source = test_gpt.save(tmp_path / "source", family, max_shard_size="40KB")
+    files = sorted(path.name for path in source.glob("*.safetensors"))
+    assert len(files) >= 4
+    plan = [6, 2, 1]
+    mq.convert(source, tmp_path / "expected", plan)
+    hub.add("org/model", source)
+    hub.fail(files[-1], *["corrupt"] * 100)
+    with pytest.raises(OSError, match="org/model"):
+        mq.convert("org/model", tmp_path / "out", plan, stream_download=True, resume=True)
+    hub.failures.clear()
+    mq.convert("org/model", tmp_path / "out", plan, stream_download=True, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 def test_a_folder_that_is_not_of_downloads_is_left_alone(hub: FakeHub, sharded: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ struct Library {
     shelves: PathBuf,
     desk: TempDir,
     log: Mutex<Vec<String>>,
-    lent: Mutex<BTreeSet<String>>,
+    held: Mutex<BTreeSet<String>>,
     torn: Mutex<Option<String>>,
 }
 
@@ -32,14 +32,14 @@ impl ShardSource for Library {
         if self.torn.lock().unwrap().as_deref() == Some(shard) {
             fs::OpenOptions::new().write(true).open(&path)?.set_len(1000)?;
         }
-        let mut lent = self.lent.lock().unwrap();
-        lent.insert(shard.to_owned());
-        assert_eq!(lent.len(), 1, "one shard at a time");
+        let mut held = self.held.lock().unwrap();
+        held.insert(shard.to_owned());
+        assert_eq!(held.len(), 1, "one shard at a time");
         Ok(path)
     }
 
     fn release(&self, shard: &str) {
-        assert!(self.lent.lock().unwrap().remove(shard));
+        assert!(self.held.lock().unwrap().remove(shard));
         fs::remove_file(self.desk.path().join(shard)).unwrap();
     }
 }
@@ -68,7 +68,7 @@ fn library(source: &Path) -> (TempDir, Vec<ShardHead>, Arc<Library>) {
         shelves: source.to_owned(),
         desk: TempDir::new().unwrap(),
         log: Mutex::default(),
-        lent: Mutex::default(),
+        held: Mutex::default(),
         torn: Mutex::default(),
     };
     (folder, heads, Arc::new(library))
@@ -90,13 +90,13 @@ fn each_shard_is_asked_for_once_and_given_back() {
         let plan = Plan::parse("gqa2:all", here.config()).unwrap();
         convert(&here, &out.path().join("here"), &plan, &options, &NoProgress).unwrap();
 
-        let lender: Arc<dyn ShardSource> = library.clone();
-        let lent = Checkpoint::open_lent(folder.path(), heads, &lender).unwrap();
+        let source: Arc<dyn ShardSource> = library.clone();
+        let remote = Checkpoint::open_remote(folder.path(), heads, &source).unwrap();
         assert!(library.log.lock().unwrap().is_empty(), "opening reads no shard");
-        convert(&lent, &out.path().join("lent"), &plan, &options, &NoProgress).unwrap();
+        convert(&remote, &out.path().join("lent"), &plan, &options, &NoProgress).unwrap();
         let names: Vec<_> = here.shards().iter().map(|shard| shard.name().to_owned()).collect();
         assert_eq!(*library.log.lock().unwrap(), names);
-        assert!(library.lent.lock().unwrap().is_empty());
+        assert!(library.held.lock().unwrap().is_empty());
         assert_eq!(files(&out.path().join("lent")), files(&out.path().join("here")));
     }
 }
@@ -114,13 +114,13 @@ fn a_shard_that_was_cut_off_ends_it_and_resuming_asks_only_for_the_rest() {
     let dst = out.path().join("lent");
     let options = ConvertOptions { resume: true, ..options() };
     let attempt = || {
-        let lender: Arc<dyn ShardSource> = library.clone();
-        let lent = Checkpoint::open_lent(folder.path(), heads.clone(), &lender).unwrap();
-        convert(&lent, &dst, &plan, &options, &NoProgress)
+        let source: Arc<dyn ShardSource> = library.clone();
+        let remote = Checkpoint::open_remote(folder.path(), heads.clone(), &source).unwrap();
+        convert(&remote, &dst, &plan, &options, &NoProgress)
     };
     let error = attempt().unwrap_err();
-    assert!(matches!(&error, Error::Checkpoint(CheckpointError::Lent { found: 1000, .. })), "{error}");
-    library.lent.lock().unwrap().clear();
+    assert!(matches!(&error, Error::Checkpoint(CheckpointError::RemoteShard { found: 1000, .. })), "{error}");
+    library.held.lock().unwrap().clear();
     *library.torn.lock().unwrap() = None;
     attempt().unwrap();
     let asked = library.log.lock().unwrap();
@@ -134,8 +134,8 @@ fn refuses_heads_that_are_not_what_they_say() {
     let source = Synthetic { per_shard: 6, ..Synthetic::default() }.folder();
     let (folder, heads, library) = library(source.path());
     let open = |heads: Vec<ShardHead>| {
-        let lender: Arc<dyn ShardSource> = library.clone();
-        Checkpoint::open_lent(folder.path(), heads, &lender).unwrap_err()
+        let source: Arc<dyn ShardSource> = library.clone();
+        Checkpoint::open_remote(folder.path(), heads, &source).unwrap_err()
     };
     assert!(matches!(open(heads[1..].to_vec()), CheckpointError::MissingShard { .. }));
     let changed = |change: &dyn Fn(&mut ShardHead)| {

@@ -11,10 +11,11 @@ use crate::statistics_file::StatisticsFile;
 use crate::weights::{attention, layer_weights};
 use crate::{CalibrationOptions, Error, Result};
 
-/// The error of a layer with so many K/V heads, given its weights.
+/// The error of a layer at a number of K/V heads, given its weights.
 type Predict<'a> = dyn FnMut(usize, usize, &LayerWeights) -> Result<f64> + 'a;
 
-/// Relative error of the attention output of each of some layers, with so many K/V heads and everything else as it is.
+/// Relative error of the attention output of some layers, each at its number of K/V heads while the rest of the model is
+/// unchanged.
 ///
 /// `contexts`: tokens that the result is for. Where the method has to merge the layers, it does with `options` (not refitted).
 ///

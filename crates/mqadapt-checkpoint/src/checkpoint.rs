@@ -12,10 +12,12 @@ use crate::contents::Contents;
 use crate::gguf::{self, Gguf};
 use crate::naming::by_name;
 use crate::tensor::prevailing_type;
-use crate::{Error, Result, Shard, ShardHead, ShardSource, SideFile, StoredType, TensorInfo, folder, side_files};
+use crate::{Error, Result, Shard, ShardHead, ShardSource, SideFile, StoredType, TensorInfo, View, folder, side_files};
 
 /// Bytes read at a time where values are converted while they are read.
 const PIECE: usize = 64 << 10;
+/// The same where they are gathered from all over a tensor.
+const VIEW_PIECE: usize = 1 << 20;
 
 /// A checkpoint: a folder in Hugging Face layout, or a GGUF file.
 #[derive(Debug)]
@@ -47,14 +49,14 @@ impl Checkpoint {
         Ok(Self::new(path, contents, gguf))
     }
 
-    /// Opens a checkpoint whose shards come one by one. `folder` has `config.json`, the index if there is one, and whatever
-    /// goes along; `heads` has every shard. Checks what [`Self::open`] checks. Reading a tensor asks `lender` for its shard,
-    /// which stays until [`Shard::release`].
+    /// Opens a checkpoint whose shards are fetched one by one. `folder` has `config.json`, the index of a sharded checkpoint, and
+    /// the side files; `heads` has every shard. Checks what [`Self::open`] checks. Reading a tensor fetches its shard from
+    /// `source`, which keeps it until [`Shard::release`].
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub fn open_lent(folder: &Path, heads: Vec<ShardHead>, lender: &Arc<dyn ShardSource>) -> Result<Self> {
-        Ok(Self::new(folder, folder::open_lent(folder, heads, lender)?, None))
+    pub fn open_remote(folder: &Path, heads: Vec<ShardHead>, source: &Arc<dyn ShardSource>) -> Result<Self> {
+        Ok(Self::new(folder, folder::open_remote(folder, heads, source)?, None))
     }
 
     fn new(path: &Path, contents: Contents, gguf: Option<Gguf>) -> Self {
@@ -165,6 +167,9 @@ impl Checkpoint {
             let (path, name) = (self.path.clone(), tensor.name.clone());
             return Err(Error::Dtype { path, name, found: tensor.dtype.to_string() });
         };
+        if let Some(view) = &tensor.view {
+            return read_view(shard, tensor, view, dtype, first_value, out);
+        }
         let mut offset = tensor.offset + (first_value * width) as u64;
         if tensor.dtype == StoredType::Float(dtype) {
             shard.read_exact_at(offset, out)?;
@@ -180,6 +185,19 @@ impl Checkpoint {
             offset += piece.len() as u64;
         }
         Ok(overflowed)
+    }
+
+    /// Reads values as they are stored, of types that have no [`DType`] too, from value `first_value` of the row-major tensor on.
+    ///
+    /// # Errors
+    /// As [`Self::read_f32`], but for the dtype: a tensor whose values are not stored one by one is read by bytes.
+    pub fn read_stored(&self, tensor: &TensorInfo, first_value: usize, out: &mut [u8]) -> Result<()> {
+        let Some(shard) = self.contents.shards.get(tensor.shard) else { return Ok(()) };
+        let width = tensor.dtype.value_bytes().unwrap_or(1);
+        match &tensor.view {
+            Some(view) => view.read(shard, width, first_value, out),
+            None => shard.read_exact_at(tensor.offset + (first_value * width) as u64, out),
+        }
     }
 
     /// What else is in the folder and goes along when it is converted: tokenizer, chat template, generation
@@ -198,7 +216,7 @@ impl Checkpoint {
     ///
     /// A hash (XXH3, 128 bits) of the configuration, of every tensor's name, shape, type and place, and of the first and
     /// last 512 bytes of every tensor. It costs milliseconds and does not see a change in the middle of a large tensor:
-    /// the manifest's checksums do. Lent shards are asked for, unless [`Self::sample_shard`] has seen them.
+    /// the manifest's checksums do. Remote shards are fetched, unless [`Self::sample_shard`] has seen them.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Shrunk`].
@@ -233,12 +251,38 @@ impl Checkpoint {
         shard.sample(self.tensors().iter().filter(|tensor| tensor.shard == number))
     }
 
-    /// Tells what [`Self::sample_shard`] gave in an earlier process, so that a lent shard need not be asked for again.
+    /// Tells what [`Self::sample_shard`] gave in an earlier process, so that a remote shard need not be fetched again.
     pub fn remember_sample(&self, number: usize, sample: &str) {
         if let Some(shard) = self.shards().get(number) {
             shard.remember_sample(sample);
         }
     }
+}
+
+/// [`Checkpoint::read_as`] of a tensor with a view.
+fn read_view(
+    shard: &Shard,
+    tensor: &TensorInfo,
+    view: &View,
+    dtype: DType,
+    mut first_value: usize,
+    out: &mut [u8],
+) -> Result<u64> {
+    let width = tensor.dtype.value_bytes().unwrap_or(1);
+    if tensor.dtype == StoredType::Float(dtype) {
+        view.read(shard, width, first_value, out)?;
+        return Ok(0);
+    }
+    let values = (VIEW_PIECE / width).min(out.len() / dtype.bytes()); // in a piece
+    let mut piece = vec![0; values * width];
+    let mut overflowed = 0;
+    for out in out.chunks_mut((values * dtype.bytes()).max(1)) {
+        let piece = &mut piece[..out.len() / dtype.bytes() * width];
+        view.read(shard, width, first_value, piece)?;
+        overflowed += convert_stored(tensor.dtype, piece, dtype, out);
+        first_value += out.len() / dtype.bytes();
+    }
+    Ok(overflowed)
 }
 
 /// The configuration of a checkpoint. Of a folder, nothing but its `config.json` needs to be there.

@@ -16,7 +16,7 @@ static KNOWN: Mutex<Option<HashMap<u128, u128>>> = Mutex::new(None);
 
 impl Checkpoint {
     /// XXH3 (128 bits, hexadecimal) of all stored bytes of the named tensors, in this order. [`Self::fingerprint`] samples;
-    /// this reads everything, once in a process. Lent shards are asked for.
+    /// this reads everything, once in a process. Remote shards are fetched.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Shrunk`]; [`Error::MissingTensor`] for a name that the checkpoint does not have.

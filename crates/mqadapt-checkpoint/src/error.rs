@@ -130,9 +130,9 @@ pub enum Error {
         /// Where it ends.
         at: u64,
     },
-    /// A shard that was lent has not the length that was announced.
+    /// A fetched shard does not have the length that was announced.
     #[error("'{shard}' has {found} bytes, expected {expected}; it is truncated, or was changed")]
-    Lent {
+    RemoteShard {
         /// Its name.
         shard: String,
         /// The length announced.

@@ -33,8 +33,8 @@ pub(crate) fn open(folder: &Path) -> Result<Contents> {
     contents(folder, config, index.as_ref(), opened)
 }
 
-/// Opens a folder whose shards are not there yet.
-pub(crate) fn open_lent(folder: &Path, heads: Vec<ShardHead>, lender: &Arc<dyn ShardSource>) -> Result<Contents> {
+/// Opens a folder whose shards are remote.
+pub(crate) fn open_remote(folder: &Path, heads: Vec<ShardHead>, source: &Arc<dyn ShardSource>) -> Result<Contents> {
     let config = read_config(folder)?;
     let single = heads.len() == 1 && heads.iter().all(|head| head.name == SINGLE_FILE);
     let index = if single { None } else { Some(read_index(folder)?) };
@@ -44,7 +44,7 @@ pub(crate) fn open_lent(folder: &Path, heads: Vec<ShardHead>, lender: &Arc<dyn S
         let missing = || Error::MissingShard { folder: folder.to_owned(), shard: (*name).to_owned() };
         let head = heads.remove(*name).ok_or_else(missing)?;
         let header = parse_head(&head).map_err(|problem| Error::Header { path: folder.join(name), problem })?;
-        Ok((Shard::lent(head, folder, header.metadata.clone(), Arc::clone(lender)), header))
+        Ok((Shard::remote(head, folder, header.metadata.clone(), Arc::clone(source)), header))
     };
     let opened = names.iter().map(take).collect::<Result<Vec<_>>>()?;
     contents(folder, config, index.as_ref(), opened)
@@ -68,6 +68,7 @@ fn contents(
             shard: number,
             offset: header.data_start + entry.start,
             verbatim: true,
+            view: None,
         }));
         shards.push(shard);
     }
@@ -189,11 +190,12 @@ pub(crate) fn check_tensors(
             return Err(Error::MissingTensor { path, name, expected: expected.shape });
         };
         let path = || shards.get(tensor.shard).map_or_else(|| source.to_owned(), |shard| shard.path().to_owned());
-        let expected = ExpectedTensor { name: config.stored_name(&expected.name).into_owned(), ..expected };
-        if tensor.shape != expected.shape {
-            let found = tensor.shape.clone();
-            return Err(Error::Shape { path: path(), name: expected.name, expected: expected.shape, found });
+        let unread = config.family.transposed && expected.shape.len() == 2 && tensor.view.is_none();
+        if tensor.shape != expected.shape || (unread && LayerTensor::parse(&expected.name).is_some()) {
+            let ExpectedTensor { name, shape: expected } = stored(config, expected);
+            return Err(Error::Shape { path: path(), name, expected, found: tensor.shape.clone() });
         }
+        let expected = ExpectedTensor { name: config.stored_name(&expected.name).into_owned(), ..expected };
         if let StoredType::Other(other) = tensor.dtype {
             return Err(Error::Dtype { path: path(), name: expected.name, found: format!("{other:?}") });
         }
@@ -216,11 +218,14 @@ fn refuse_unfused(folder: &Path, config: &ModelConfig, tensors: &[TensorInfo]) -
 fn stored(config: &ModelConfig, expected: ExpectedTensor) -> ExpectedTensor {
     let name = config.stored_name(&expected.name).into_owned();
     let mut shape = expected.shape;
-    let fused =
-        LayerTensor::parse(&expected.name).and_then(|t| Some((t.layer_idx, config.family.fused_with(t.module)?)));
+    let layer = LayerTensor::parse(&expected.name);
+    let fused = layer.and_then(|t| Some((t.layer_idx, config.family.fused_with(t.module)?)));
     if let (Some((layer_idx, fused)), Some(rows)) = (fused, shape.first_mut()) {
         let of = |module: &Module| config.weight_shape(layer_idx, *module)?.first().copied();
         *rows = fused.modules.iter().filter_map(of).sum();
+    }
+    if config.family.transposed && layer.is_some() {
+        shape.reverse();
     }
     ExpectedTensor { name, shape }
 }

@@ -42,6 +42,7 @@ mod plan_file;
 mod shard;
 mod side_files;
 mod tensor;
+mod view;
 
 pub use cast::{convert, convert_stored, first_not_finite, not_finite, round, store};
 pub use checkpoint::{Checkpoint, read_config};
@@ -56,4 +57,4 @@ pub use index::index_shards;
 pub use plan_file::read_plan;
 pub use shard::{Shard, ShardHead, ShardSource};
 pub use side_files::{Content, SideFile};
-pub use tensor::{StoredType, TensorInfo};
+pub use tensor::{StoredType, TensorInfo, View};

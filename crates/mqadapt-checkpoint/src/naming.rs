@@ -3,26 +3,24 @@
 
 use std::collections::HashMap;
 
-use mqadapt_core::family::{EMBED_TOKENS, LM_HEAD, LayerTensor, Module, NORM, PREFIX};
-use mqadapt_core::{Family, ModelConfig};
+use mqadapt_core::ModelConfig;
+use mqadapt_core::family::{EMBED_TOKENS, Fused, LM_HEAD, LayerTensor, Module};
 
-use crate::TensorInfo;
+use crate::{TensorInfo, View};
 
 /// Gives tensors whose names have another prefix than `model.` (those of a base model, as `LlamaModel.save_pretrained` writes them,
 /// or of the language model of a larger one) their full names, and notes in `config` what the checkpoint stores.
 pub(crate) fn adopt(config: &mut ModelConfig, tensors: &mut [TensorInfo]) {
     let family = config.family;
-    let full_name = |prefix: &str, tensor: &TensorInfo| {
-        let name = format!("{PREFIX}{}", tensor.name.strip_prefix(prefix)?);
-        let known =
-            name == EMBED_TOKENS || name == NORM || LayerTensor::parse(&name).is_some() || is_fused(family, &name);
-        known.then_some(name)
-    };
-    let candidates = [PREFIX].into_iter().chain(family.prefixes.iter().copied()).chain([""]);
-    let mut found = candidates.filter(|prefix| tensors.iter().any(|tensor| full_name(prefix, tensor).is_some()));
-    let Some(prefix) = found.next().filter(|prefix| *prefix != PREFIX) else { return };
+    let role = |prefix: &str, tensor: &TensorInfo| family.role(tensor.name.strip_prefix(prefix)?);
+    let candidates = [family.names.prefix].into_iter().chain(family.prefixes.iter().copied()).chain([""]);
+    let mut found = candidates.filter(|prefix| tensors.iter().any(|tensor| role(prefix, tensor).is_some()));
+    let Some(prefix) = found.next() else { return };
+    let lm_head = family.lm_head_name();
     for tensor in tensors.iter_mut() {
-        if let Some(name) = full_name(prefix, tensor) {
+        if tensor.name == lm_head {
+            LM_HEAD.clone_into(&mut tensor.name);
+        } else if let Some(name) = role(prefix, tensor) {
             tensor.name = name;
         }
     }
@@ -32,35 +30,112 @@ pub(crate) fn adopt(config: &mut ModelConfig, tensors: &mut [TensorInfo]) {
     }
 }
 
-/// Whether a full name is that of a tensor that holds several modules.
-fn is_fused(family: &Family, name: &str) -> bool {
-    let module = || {
-        let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
-        layer.parse::<usize>().ok()?;
-        rest.rsplit_once('.').map(|(module, _)| module)
-    };
-    !family.fused.is_empty() && module().is_some_and(|module| family.fused.iter().any(|fused| fused.name == module))
-}
-
-/// Puts in the place of every tensor that holds several modules one tensor for each of them: a range of its rows. One whose
-/// shape is not that of its modules stays as it is, and is missed by what checks the shapes.
+/// Puts in the place of every tensor that holds several modules one tensor for each of them: a range of its rows, or a view. One
+/// whose shape is not that of its modules stays as it is, and is missed by what checks the shapes.
 pub(crate) fn split(config: &ModelConfig, tensors: &mut Vec<TensorInfo>) {
-    if config.family.fused.is_empty() {
+    let family = config.family;
+    if family.fused.is_empty() && !family.transposed {
         return;
     }
     let mut fused = HashMap::new();
     for layer_idx in 0..config.num_hidden_layers {
-        for of in config.family.fused {
+        for of in family.fused {
             fused.extend([false, true].map(|bias| (of.tensor_name(layer_idx, bias), (layer_idx, of, bias))));
         }
     }
-    let split = |tensor: TensorInfo| match fused.get(&tensor.name) {
-        Some(&(layer_idx, of, bias)) => {
-            parts(config, layer_idx, of.modules, bias, &tensor).unwrap_or_else(|| vec![tensor])
-        }
-        None => vec![tensor],
+    let split = |tensor: TensorInfo| {
+        let parts = match (fused.get(&tensor.name), LayerTensor::parse(&tensor.name)) {
+            (Some(&(layer_idx, of, bias)), _) if of.interleaved || (family.transposed && !bias) => {
+                views(config, layer_idx, of, bias, &tensor)
+            }
+            (Some(&(layer_idx, of, bias)), _) => parts(config, layer_idx, of.modules, bias, &tensor),
+            (None, Some(LayerTensor { layer_idx, module, bias: false })) if family.transposed && !module.is_norm() => {
+                let alone = &[module];
+                views_of(config, layer_idx, alone, &tensor)
+            }
+            _ => None,
+        };
+        parts.unwrap_or_else(|| vec![tensor])
     };
     *tensors = std::mem::take(tensors).into_iter().flat_map(split).collect();
+}
+
+/// The modules of a tensor in which they are not one under the other.
+fn views(
+    config: &ModelConfig,
+    layer_idx: usize,
+    of: &Fused,
+    bias: bool,
+    tensor: &TensorInfo,
+) -> Option<Vec<TensorInfo>> {
+    if !of.interleaved {
+        return views_of(config, layer_idx, of.modules, tensor);
+    }
+    let (heads, rows) = (config.num_attention_heads, config.head_dim);
+    let columns = if bias { 1 } else { config.hidden_size };
+    let count = of.modules.len();
+    let out_features = |module: &Module| config.weight_shape(layer_idx, *module)?.first().copied();
+    let stored = if bias { vec![count * heads * rows] } else { vec![count * heads * rows, columns] };
+    if tensor.shape != stored || !of.modules.iter().all(|module| out_features(module) == Some(heads * rows)) {
+        return None;
+    }
+    let part = |(nth, &module): (usize, &Module)| {
+        let view = View {
+            stored_shape: stored.clone(),
+            start: tensor.offset,
+            first: nth * rows * columns,
+            dims: [heads, rows, columns],
+            strides: [count * rows * columns, columns, 1],
+        };
+        let shape = if bias { vec![heads * rows] } else { vec![heads * rows, columns] };
+        share(tensor, LayerTensor { layer_idx, module, bias }, shape, view, nth * heads * rows * columns)
+    };
+    of.modules.iter().enumerate().map(part).collect()
+}
+
+/// The modules of a matrix that is stored `[in_features, out_features]`, one beside the other.
+fn views_of(
+    config: &ModelConfig,
+    layer_idx: usize,
+    modules: &[Module],
+    tensor: &TensorInfo,
+) -> Option<Vec<TensorInfo>> {
+    let shapes: Option<Vec<Vec<usize>>> =
+        modules.iter().map(|&module| config.weight_shape(layer_idx, module)).collect();
+    let shapes = shapes?;
+    let &[columns, all] = tensor.shape.as_slice() else { return None };
+    let rows = |shape: &Vec<usize>| shape.first().copied().unwrap_or_default();
+    if shapes.iter().any(|shape| shape.get(1) != Some(&columns)) || shapes.iter().map(rows).sum::<usize>() != all {
+        return None;
+    }
+    let mut first = 0;
+    let part = |(&module, shape): (&Module, Vec<usize>)| {
+        let own = rows(&shape);
+        let view = View {
+            stored_shape: tensor.shape.clone(),
+            start: tensor.offset,
+            first,
+            dims: [1, own, columns],
+            strides: [0, 1, all],
+        };
+        let before = first * columns;
+        first += own;
+        share(tensor, LayerTensor::weight(layer_idx, module), shape, view, before)
+    };
+    modules.iter().zip(shapes).map(part).collect()
+}
+
+/// A tensor with a view of a stored one, and the share of its bytes behind those of so many values.
+fn share(whole: &TensorInfo, role: LayerTensor, shape: Vec<usize>, view: View, before: usize) -> Option<TensorInfo> {
+    let values = whole.len() as u64;
+    if values == 0 || !whole.bytes.is_multiple_of(values) {
+        return None;
+    }
+    let width = whole.bytes / values;
+    let mut part = TensorInfo { name: role.name(), shape, view: Some(view), ..whole.clone() };
+    part.bytes = part.len() as u64 * width;
+    part.offset = whole.offset + before as u64 * width;
+    Some(part)
 }
 
 /// The rows of each module, one under the other; `None` where they are not the tensor's rows.

@@ -1,4 +1,4 @@
-//! The files that hold a checkpoint's tensors: all there from the beginning, or lent one at a time while they are needed.
+//! The files that hold a checkpoint's tensors: local files, or remote ones that are fetched one at a time while they are needed.
 
 use std::fmt::Debug;
 use std::fs::File;
@@ -52,7 +52,7 @@ pub struct Shard {
     metadata: Option<Vec<(String, String)>>,
     tag: String,
     file: Mutex<Option<Arc<File>>>,
-    lender: Option<Arc<dyn ShardSource>>,
+    source: Option<Arc<dyn ShardSource>>,
     /// Hash of its tensors' samples, once it is known.
     sample: OnceLock<String>,
 }
@@ -67,18 +67,18 @@ impl Shard {
         metadata: Option<Vec<(String, String)>>,
     ) -> Self {
         let (tag, file) = (tag(&file), Mutex::new(Some(Arc::new(file))));
-        Self { name, path, len, metadata, tag, file, lender: None, sample: OnceLock::new() }
+        Self { name, path, len, metadata, tag, file, source: None, sample: OnceLock::new() }
     }
 
-    /// A file that will be lent.
-    pub(crate) fn lent(
+    /// A remote file, fetched when it is read.
+    pub(crate) fn remote(
         head: ShardHead,
         folder: &Path,
         metadata: Option<Vec<(String, String)>>,
-        lender: Arc<dyn ShardSource>,
+        source: Arc<dyn ShardSource>,
     ) -> Self {
         let (path, file, sample) = (folder.join(&head.name), Mutex::new(None), OnceLock::new());
-        Self { name: head.name, path, len: head.bytes, metadata, tag: head.tag, file, lender: Some(lender), sample }
+        Self { name: head.name, path, len: head.bytes, metadata, tag: head.tag, file, source: Some(source), sample }
     }
 
     /// Its file name.
@@ -111,12 +111,12 @@ impl Shard {
         self.metadata.as_deref()
     }
 
-    /// What is different about the file from when it was opened, in words; `None` if nothing is, or if it was lent.
+    /// What is different about the file from when it was opened, in words; `None` if nothing is, or if it is remote.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn change(&self) -> Result<Option<String>> {
-        if self.lender.is_some() {
+        if self.source.is_some() {
             return Ok(None);
         }
         let (file, len) = file::open_regular(&self.path)?;
@@ -126,31 +126,31 @@ impl Shard {
         Ok((tag(&file) != self.tag).then(|| "it was written to".to_owned()))
     }
 
-    /// The file, open for reading; a lent one is asked for if it is not there.
+    /// The file, open for reading. A remote file that is not on the disk is fetched.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Lent`] when what was lent has not the length that was announced.
+    /// [`Error::Io`]; [`Error::RemoteShard`] when a fetched file does not have the length that was announced.
     pub fn file(&self) -> Result<Arc<File>> {
         let mut slot = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(file) = &*slot {
             return Ok(Arc::clone(file));
         }
-        let Some(lender) = &self.lender else { return Err(closed(&self.path)) };
-        let path = lender.acquire(&self.name).map_err(Error::io("fetch", &self.path))?;
+        let Some(source) = &self.source else { return Err(closed(&self.path)) };
+        let path = source.acquire(&self.name).map_err(Error::io("fetch", &self.path))?;
         let (file, found) = file::open_regular(&path)?;
         if found != self.len {
             let (shard, expected) = (self.name.clone(), self.len);
-            return Err(Error::Lent { shard, expected, found });
+            return Err(Error::RemoteShard { shard, expected, found });
         }
         Ok(Arc::clone(slot.insert(Arc::new(file))))
     }
 
-    /// Gives a lent file back; one that stays stays open.
+    /// Closes a remote file and lets its source delete it. A local file stays open.
     pub fn release(&self) {
-        if let Some(lender) = &self.lender
+        if let Some(source) = &self.source
             && self.file.lock().unwrap_or_else(PoisonError::into_inner).take().is_some()
         {
-            lender.release(&self.name);
+            source.release(&self.name);
         }
     }
 

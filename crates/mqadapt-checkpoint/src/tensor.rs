@@ -95,6 +95,21 @@ impl fmt::Display for StoredType {
     }
 }
 
+/// Where the values of a tensor stand within a stored one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct View {
+    /// Shape of the stored tensor.
+    pub stored_shape: Vec<usize>,
+    /// Where the stored tensor begins in its file.
+    pub(crate) start: u64,
+    /// The place of its first value there.
+    pub(crate) first: usize,
+    /// Its values as blocks of rows: number of blocks, of rows in a block, of values in a row.
+    pub(crate) dims: [usize; 3],
+    /// From one block, row, value to the next, in values.
+    pub(crate) strides: [usize; 3],
+}
+
 /// A tensor of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
@@ -104,7 +119,7 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
     /// How its values are stored.
     pub dtype: StoredType,
-    /// Bytes it takes in its file.
+    /// Bytes it takes in its file. Of the tensors that share a stored one, each has a share of its bytes, in their order.
     pub bytes: u64,
     /// Index of its file in [`crate::Checkpoint::shards`].
     pub shard: usize,
@@ -112,6 +127,8 @@ pub struct TensorInfo {
     pub offset: u64,
     /// Whether those bytes, as they stand, are the values in row-major order (not so where a GGUF file has permuted rows).
     pub verbatim: bool,
+    /// Where its values are, if not in `bytes` in row-major order.
+    pub view: Option<View>,
 }
 
 impl TensorInfo {
@@ -119,6 +136,12 @@ impl TensorInfo {
     #[must_use]
     pub fn len(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// Its share of the stored tensor's bytes as a tensor: other values than its own where it has a view.
+    #[must_use]
+    pub fn as_stored(&self) -> Self {
+        Self { view: None, ..self.clone() }
     }
 
     /// Whether it has no values.

@@ -40,7 +40,7 @@ pub enum Error {
     NotReplaceable {
         /// The output folder.
         path: PathBuf,
-        /// What is there.
+        /// What was found.
         detail: String,
     },
     /// Something appeared, or changed, under the output's name while the conversion ran.

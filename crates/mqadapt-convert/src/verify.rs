@@ -182,7 +182,8 @@ impl Verifier<'_> {
                     not_finite += not_finite_values(tensor.dtype, bytes);
                 })?;
                 if not_finite > 0 {
-                    self.problem(format!("tensor '{}' has {not_finite} values that are not finite", tensor.name));
+                    let name = name_of_share(checkpoint, tensor);
+                    self.problem(format!("tensor '{name}' has {not_finite} values that are not finite"));
                 }
             }
             let found = format!("{:032x}", hash.digest128());
@@ -293,12 +294,13 @@ impl Verifier<'_> {
         while at < tensor.bytes {
             let most = usize::try_from(tensor.bytes - at).unwrap_or(usize::MAX).min(PIECE);
             let (Some(own), Some(expected)) = (own.get_mut(..most), expected.get_mut(..most)) else { break };
-            read_raw(self.checkpoint, tensor, at, own)?;
+            let first_value = at as usize / tensor.dtype.value_bytes().unwrap_or(1);
+            self.checkpoint.read_stored(tensor, first_value, own)?;
             match tensor.dtype.float() {
                 Some(dtype) => {
-                    source.read_as(original, dtype, at as usize / dtype.bytes(), expected)?;
+                    source.read_as(original, dtype, first_value, expected)?;
                 }
-                None => read_raw(source, original, at, expected)?,
+                None => source.read_stored(original, first_value, expected)?,
             }
             if own != expected {
                 return Ok(Some("is not the source's, although the plan does not touch it".to_owned()));
@@ -325,7 +327,7 @@ impl Verifier<'_> {
         let write = |first: usize, merged: &mut [f32]| {
             let (mut expected, mut own) = (vec![0; merged.len() * width], vec![0; merged.len() * width]);
             mqadapt_checkpoint::store(merged, stored, &mut expected);
-            read_raw(checkpoint, tensor, (first * width) as u64, &mut own)?;
+            checkpoint.read_stored(tensor, first, &mut own)?;
             let pairs = own.chunks_exact(width).zip(expected.chunks_exact(width));
             different += pairs.filter(|(own, expected)| own != expected).count();
             self.advance(own.len() as u64)
@@ -359,10 +361,10 @@ impl Verifier<'_> {
     }
 }
 
-/// The stored bytes of a tensor, from byte `at` on.
-fn read_raw(checkpoint: &Checkpoint, tensor: &TensorInfo, at: u64, out: &mut [u8]) -> Result<()> {
-    match checkpoint.shards().get(tensor.shard) {
-        Some(shard) => Ok(shard.read_exact_at(tensor.offset + at, out)?),
-        None => Ok(()),
+/// What to call the values of a tensor's share of a stored one: that one, where they need not be the tensor's own.
+pub(crate) fn name_of_share(checkpoint: &Checkpoint, tensor: &TensorInfo) -> String {
+    match tensor.view {
+        Some(_) => checkpoint.config().stored_name(&tensor.name).into_owned(),
+        None => tensor.name.clone(),
     }
 }

@@ -14,10 +14,10 @@ pub fn return_freed_memory() {
     }
 }
 
-/// Of smaller requests the system is not asked.
+/// The system is not asked about smaller allocations.
 const WORTH_ASKING: u64 = 256 << 20;
 
-/// Whether the system can give so many bytes. Linux promises more memory than there is, and ends the process that uses it.
+/// Whether the system can allocate `bytes`. Linux promises more memory than there is, and ends the process that uses it.
 pub(crate) fn may_take(bytes: u64) -> bool {
     bytes <= WORTH_ASKING || available().is_none_or(|available| bytes <= available)
 }

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use mqadapt_core::Activation;
 
 use crate::attention::Attention;
-use crate::backend::{Backend, Linear};
+use crate::backend::{Backend, Linear, Norm};
 use crate::error::Result;
 use crate::workspace::Workspace;
 
-/// The gated MLP.
+/// The MLP.
 pub(crate) struct Mlp<B: Backend> {
-    pub gate_proj: Linear<B>,
+    /// `None`: it is not gated.
+    pub gate_proj: Option<Linear<B>>,
     pub up_proj: Linear<B>,
     pub down_proj: Linear<B>,
     pub hidden_act: Activation,
@@ -20,12 +21,12 @@ pub(crate) struct Mlp<B: Backend> {
 /// The norms of a decoder layer, by their place: families have some of them, under different names
 /// ([`mqadapt_core::family::BlockNorms`]).
 pub(crate) struct Norms<B: Backend> {
-    pub before_attention: Option<Arc<B::Vector>>,
+    pub before_attention: Option<Norm<B>>,
     /// On what attention adds to the residual stream.
-    pub behind_attention: Option<Arc<B::Vector>>,
-    pub before_mlp: Option<Arc<B::Vector>>,
+    pub behind_attention: Option<Norm<B>>,
+    pub before_mlp: Option<Norm<B>>,
     /// On what the MLP adds to the residual stream.
-    pub behind_mlp: Option<Arc<B::Vector>>,
+    pub behind_mlp: Option<Norm<B>>,
 }
 
 /// A decoder layer.
@@ -36,6 +37,8 @@ pub(crate) struct Block<B: Backend> {
     pub eps: f32,
     /// Factor on what attention and MLP add to the residual stream.
     pub residual_multiplier: f32,
+    /// The MLP reads what attention reads, not what it adds to.
+    pub parallel: bool,
 }
 
 impl<B: Backend> Block<B> {
@@ -46,6 +49,9 @@ impl<B: Backend> Block<B> {
 
     /// From `hidden` and `attention` to the `hidden` behind the layer.
     pub(crate) fn leave(&self, backend: &B, ws: &mut Workspace<B>) -> Result<()> {
+        if self.parallel {
+            self.norm(backend, self.norms.before_mlp.as_ref(), ws)?;
+        }
         self.add(
             backend,
             &ws.attention,
@@ -53,9 +59,14 @@ impl<B: Backend> Block<B> {
             self.norms.behind_attention.as_ref(),
             (&mut ws.output, &mut ws.hidden),
         )?;
-        self.norm(backend, self.norms.before_mlp.as_ref(), ws)?;
+        if !self.parallel {
+            self.norm(backend, self.norms.before_mlp.as_ref(), ws)?;
+        }
         let mlp = &self.mlp;
-        backend.gated(&ws.normed, &mlp.gate_proj, &mlp.up_proj, mlp.hidden_act, &mut ws.intermediate)?;
+        match &mlp.gate_proj {
+            Some(gate) => backend.gated(&ws.normed, gate, &mlp.up_proj, mlp.hidden_act, &mut ws.intermediate)?,
+            None => backend.activated(&ws.normed, &mlp.up_proj, mlp.hidden_act, &mut ws.intermediate)?,
+        }
         self.add(
             backend,
             &ws.intermediate,
@@ -65,9 +76,9 @@ impl<B: Backend> Block<B> {
         )
     }
 
-    fn norm(&self, backend: &B, weight: Option<&Arc<B::Vector>>, ws: &mut Workspace<B>) -> Result<()> {
-        match weight {
-            Some(weight) => backend.rms_norm(&ws.hidden, weight, self.eps, &mut ws.normed),
+    fn norm(&self, backend: &B, norm: Option<&Norm<B>>, ws: &mut Workspace<B>) -> Result<()> {
+        match norm {
+            Some(norm) => backend.norm(&ws.hidden, norm, self.eps, &mut ws.normed),
             None => backend.copy(&ws.hidden, &mut ws.normed),
         }
     }
@@ -78,15 +89,15 @@ impl<B: Backend> Block<B> {
         backend: &B,
         x: &B::Buffer,
         linear: &Linear<B>,
-        norm: Option<&Arc<B::Vector>>,
+        norm: Option<&Norm<B>>,
         (output, hidden): (&mut B::Buffer, &mut B::Buffer),
     ) -> Result<()> {
         if norm.is_none() && self.residual_multiplier == 1.0 {
             return backend.linear_add(x, linear, hidden);
         }
         backend.linear(x, linear, output)?;
-        if let Some(weight) = norm {
-            backend.norm_heads(output, weight, self.eps)?;
+        if let Some(norm) = norm {
+            backend.norm_heads(output, norm, self.eps)?;
         }
         backend.add(output, self.residual_multiplier, hidden)
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use mqadapt_core::ModelConfig;
 
-use crate::backend::{Backend, Head};
+use crate::backend::{Backend, Head, Norm};
 use crate::block::Block;
 use crate::error::Result;
 use crate::rope::RopeTables;
@@ -20,9 +20,11 @@ pub(crate) struct Decoder<B: Backend> {
     /// Factor on the embeddings, rounded as the family rounds it; 1 for most.
     pub embedding_scale: f32,
     pub embed_tokens: Arc<B::Matrix>,
+    /// Added to the token embeddings, where positions are learned.
+    pub embed_positions: Option<Arc<B::Matrix>>,
     pub layers: Vec<Arc<Block<B>>>,
-    /// The final norm; its weight divided by the factor by which logits are scaled down.
-    pub norm: Arc<B::Vector>,
+    /// The final norm; its weight and bias divided by the factor by which logits are scaled down.
+    pub norm: Arc<Norm<B>>,
     pub head: Head<B>,
 }
 
@@ -51,7 +53,11 @@ impl<B: Backend, F: FnMut(Stage, usize, &Workspace<B>) -> Result<()>> Observer<B
 impl<B: Backend> Decoder<B> {
     /// Token embeddings of the batch into `hidden`.
     pub(crate) fn embed(&self, batch: &Batch, ws: &mut Workspace<B>) -> Result<()> {
-        self.backend.embed(&self.embed_tokens, &batch.ids, self.embedding_scale, &mut ws.hidden)
+        self.backend.embed(&self.embed_tokens, &batch.ids, self.embedding_scale, &mut ws.hidden)?;
+        match &self.embed_positions {
+            Some(table) => self.backend.add_positions(table, &batch.positions, &mut ws.hidden),
+            None => Ok(()),
+        }
     }
 
     /// Runs some layers on `hidden`. `caches`: of every layer of the model; `ropes`: reach the batch's positions.
@@ -101,6 +107,6 @@ impl<B: Backend> Decoder<B> {
     /// Final norm of some rows of `hidden` into `normed`, where `lm_head` reads them.
     pub(crate) fn finish(&self, rows: &[usize], ws: &mut Workspace<B>) -> Result<()> {
         self.backend.gather(&ws.hidden, self.config.hidden_size, rows, &mut ws.chosen)?;
-        self.backend.rms_norm(&ws.chosen, &self.norm, self.config.rms_norm_eps as f32, &mut ws.normed)
+        self.backend.norm(&ws.chosen, &self.norm, self.config.rms_norm_eps as f32, &mut ws.normed)
     }
 }

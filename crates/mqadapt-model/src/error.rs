@@ -73,10 +73,11 @@ pub enum Error {
         /// The family.
         model_type: &'static str,
     },
-    /// A text is longer than the context for which the rotary embedding has one meaning.
+    /// A text is longer than the context for which there are positions, or the rotary embedding has one meaning.
     #[error(
-        "a text of {found} tokens is too long: beyond {limit} tokens the frequencies of this model's rotary embedding \
-         (rope_type 'dynamic' or 'longrope') depend on the length of the whole text, which is not supported"
+        "a text of {found} tokens is too long: beyond {limit} tokens this model has no positions (learned ones), or \
+         the frequencies of its rotary embedding (rope_type 'dynamic' or 'longrope') depend on the length of the whole text, \
+         which is not supported"
     )]
     Context {
         /// The longest context.

@@ -1,4 +1,4 @@
-//! Weight files lent by `mqadapt_rs.sources.download.Shards`, which downloads them one at a time.
+//! Weight files that `mqadapt_rs.sources.download.Shards` downloads one at a time, when they are read.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 
 use crate::errors::OrRaise;
 
-/// The Python object that lends.
+/// The Python object that downloads and deletes weight files.
 #[derive(Debug)]
 pub(crate) struct Shards(Py<PyAny>);
 
@@ -26,26 +26,26 @@ impl ShardSource for Shards {
 }
 
 impl Shards {
-    /// A checkpoint of the hub whose weight files come when they are needed, and who brings them.
+    /// Opens a checkpoint of the hub. Its weight files are downloaded when they are read.
     pub(crate) fn open(src: &Bound<'_, PyAny>, dst: &Path) -> PyResult<(Checkpoint, Arc<Self>)> {
         let py = src.py();
-        Self::lend(py.import("mqadapt_rs.sources.download")?.call_method1("Shards", (src, dst))?)
+        Self::checkpoint(py.import("mqadapt_rs.sources.download")?.call_method1("Shards", (src, dst))?)
     }
 
-    /// A checkpoint of the hub of which only the headers are fetched, to be looked at; `None` if its weights are here.
+    /// Opens a checkpoint of the hub from its headers alone, for `inspect`; `None` if its weights are in the cache.
     pub(crate) fn headers(src: &Bound<'_, PyAny>) -> PyResult<Option<Checkpoint>> {
         let shards = src.py().import("mqadapt_rs.sources.download")?.call_method1("headers", (src,))?;
-        if shards.is_none() { Ok(None) } else { Ok(Some(Self::lend(shards)?.0)) }
+        if shards.is_none() { Ok(None) } else { Ok(Some(Self::checkpoint(shards)?.0)) }
     }
 
-    fn lend(shards: Bound<'_, PyAny>) -> PyResult<(Checkpoint, Arc<Self>)> {
+    fn checkpoint(shards: Bound<'_, PyAny>) -> PyResult<(Checkpoint, Arc<Self>)> {
         let py = shards.py();
         let folder: PathBuf = shards.getattr("folder")?.extract()?;
         let heads: Vec<(String, u64, Vec<u8>, String)> = shards.getattr("heads")?.extract()?;
         let heads = heads.into_iter().map(|(name, bytes, head, tag)| ShardHead { name, bytes, head, tag }).collect();
         let shards = Arc::new(Self(shards.unbind()));
-        let lender: Arc<dyn ShardSource> = Arc::clone(&shards) as _;
-        let checkpoint = py.detach(|| Checkpoint::open_lent(&folder, heads, &lender)).or_raise()?;
+        let source: Arc<dyn ShardSource> = Arc::clone(&shards) as _;
+        let checkpoint = py.detach(|| Checkpoint::open_remote(&folder, heads, &source)).or_raise()?;
         Ok((checkpoint, shards))
     }
 

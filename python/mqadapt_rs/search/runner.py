@@ -18,7 +18,7 @@ from mqadapt_rs.search.core import plan_record
 from mqadapt_rs.search.core.executors import Pool, in_process
 from mqadapt_rs.search.core.journal import BEST, SUMMARY, Journal, write_json
 from mqadapt_rs.search.core.pareto_front import front
-from mqadapt_rs.search.core.statistics import Difference, SequentialTest, bootstrap
+from mqadapt_rs.search.core.statistics import Difference, SequentialTest, paired
 from mqadapt_rs.search.core.study import Rule, Study, Watcher
 from mqadapt_rs.search.strategies.registry import STRATEGIES
 
@@ -39,7 +39,7 @@ class SearchResult:
     """The best plan by the rule; `None` if no plan meets the rule."""
     runner_up: Evaluation | None
     difference: Difference | None
-    """Loss of the runner-up minus loss of the winner, paired by document, with its bootstrap interval."""
+    """Loss of the runner-up minus loss of the winner, paired by document, with its t interval."""
     verdict: str
     """Winner, runner-up and whether their difference is significant, in words."""
     evaluations: tuple[Evaluation, ...]
@@ -174,7 +174,7 @@ def conclude(folder: Path, study: Study, metric: Metric) -> SearchResult:
     difference = None
     if winner is not None and runner_up is not None and study.spec.documents:
         read = len(runner_up.losses)
-        difference = bootstrap(runner_up.losses, winner.losses[:read], seed=study.seed)
+        difference = paired(runner_up.losses, winner.losses[:read])
     verdict = _verdict(winner, runner_up, difference, study, metric)
     return SearchResult(folder, winner, runner_up, difference, verdict, tuple(study.evaluations))
 
@@ -198,7 +198,8 @@ def _verdict(
         return text + " No other plan meets the rule."
     text += f" Runner-up: {study.space.describe(runner_up.plan)}, damage {runner_up.damage}"
     if difference is None or difference.low is None or difference.high is None:
-        return text + ". There are no documents to test the difference on."
+        number = "no" if difference is None else "too few"
+        return text + f". There are {number} documents to test the difference on."
     verdict = "distinguishable" if difference.clear else "NOT distinguishable"
     return text + (
         f"; difference {difference.mean:.4g} [{difference.low:.4g}, {difference.high:.4g}] on "

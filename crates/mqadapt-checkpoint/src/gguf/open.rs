@@ -71,6 +71,7 @@ fn hugging_face_tensors<'a>(stored: &'a [GgufTensor], architecture: &Architectur
             shard: 0,
             offset: tensor.offset,
             verbatim: !tensor.ty.is_quantised() && form.is_plain(),
+            view: None,
         };
         out.push(Stored { info, meaning, name: &tensor.name });
     }

@@ -49,6 +49,9 @@ pub(crate) struct OutputTensor {
     /// Index in the source's tensors.
     pub source: usize,
     pub shape: Vec<usize>,
+    /// Shape of the tensor in the file, where it is not that of the neighbours of one name, one under the other: its values are
+    /// those of the source in the source's order.
+    pub stored_shape: Option<Vec<usize>>,
     pub dtype: StoredType,
     /// Where it begins in the file.
     pub offset: u64,
@@ -144,6 +147,9 @@ impl OutputShard {
 
 /// The shape of tensors that stand one under the other.
 fn joined_shape(together: &[OutputTensor]) -> Vec<usize> {
+    if let Some(stored) = together.first().and_then(|first| first.stored_shape.as_ref()) {
+        return stored.clone();
+    }
     let mut shape = together.first().map(|first| first.shape.clone()).unwrap_or_default();
     for other in together.iter().skip(1) {
         if let (Some(rows), Some(more)) = (shape.first_mut(), other.shape.first()) {
@@ -161,16 +167,20 @@ impl Request<'_> {
             (StoredType::Ggml(_), asked) => StoredType::Float(asked.unwrap_or(self.checkpoint.dtype())),
             (stored, _) => stored,
         };
+        // files of one family have their values in one order
+        let same_family = std::ptr::eq(self.planned.family, self.checkpoint.config().family);
+        let stored_shape = tensor.view.as_ref().filter(|_| same_family).map(|view| view.stored_shape.clone());
+        let in_order = tensor.view.is_none() || stored_shape.is_some();
         let (operation, shape) = match self.changed(tensor) {
             Some((operation, layer)) => {
                 let shape = self.planned.weight_shape(layer.layer_idx, layer.module);
                 let shape = shape.map(|shape| if layer.bias { shape.into_iter().take(1).collect() } else { shape });
                 (operation, shape.unwrap_or_else(|| tensor.shape.clone()))
             }
-            None if tensor.dtype == dtype && tensor.verbatim => (Operation::Copy, tensor.shape.clone()),
+            None if tensor.dtype == dtype && tensor.verbatim && in_order => (Operation::Copy, tensor.shape.clone()),
             None => (Operation::Read, tensor.shape.clone()),
         };
-        let name = self.options.target.tensor_name(self.checkpoint.config(), &tensor.name).into_owned();
+        let name = self.options.target.tensor_name(self.planned, &tensor.name).into_owned();
         let bytes = match (operation, dtype.value_bytes()) {
             (Operation::Copy, _) => tensor.bytes, // of any type, sub-byte ones too
             (_, Some(width)) => (shape.iter().product::<usize>() * width) as u64,
@@ -180,7 +190,7 @@ impl Request<'_> {
                 return Err(Error::Checkpoint(mqadapt_checkpoint::Error::Dtype { path, name, found }));
             }
         };
-        Ok(OutputTensor { source: at, name, shape, dtype, offset: 0, bytes, operation })
+        Ok(OutputTensor { source: at, name, shape, stored_shape, dtype, offset: 0, bytes, operation })
     }
 
     /// How a tensor changes, if the plan changes it.

@@ -1,7 +1,6 @@
 //! A shard as a list of steps, each ending where the next begins. In: its tensors; out: what to do, in file order.
 
 use mqadapt_checkpoint::{Checkpoint, StoredType};
-use mqadapt_core::DType;
 use mqadapt_core::family::LayerTensor;
 
 use crate::layout::{Operation, OutputShard, OutputTensor};
@@ -24,8 +23,8 @@ pub(crate) struct Step {
 pub(crate) enum Work {
     /// Copy bytes of a source shard, from this offset on; the tensors they belong to do not matter.
     Copy { shard: usize, offset: u64 },
-    /// Read values of a source tensor, from this one on, in another type.
-    Read { tensor: usize, first_value: usize, dtype: DType },
+    /// Read values of a source tensor, from this one on, in another type or order; `as_stored`: in the order of its file.
+    Read { tensor: usize, first_value: usize, dtype: StoredType, as_stored: bool },
     /// Merge the heads of a source tensor.
     Merge { tensor: usize, layer: LayerTensor, stored: StoredType },
     /// Nothing: a layer method has put the tensor there already.
@@ -50,8 +49,8 @@ pub(crate) fn steps(shard: &OutputShard, checkpoint: &Checkpoint) -> Vec<Step> {
             continue;
         }
         cut_copy(copy.take().as_ref(), &mut steps);
-        match (tensor.operation, tensor.dtype.float()) {
-            (Operation::Read, Some(dtype)) => cut_read(tensor, dtype, &mut steps),
+        match (tensor.operation, tensor.dtype.value_bytes()) {
+            (Operation::Read, Some(width)) => cut_read(tensor, width, &mut steps),
             (Operation::Merge(layer), _) => {
                 let stored = tensor.dtype;
                 steps.push(Step { start, end, work: Work::Merge { tensor: tensor.source, layer, stored } });
@@ -85,13 +84,18 @@ fn cut_copy(run: Option<&Step>, steps: &mut Vec<Step>) {
     }
 }
 
-fn cut_read(tensor: &OutputTensor, dtype: DType, steps: &mut Vec<Step>) {
+fn cut_read(tensor: &OutputTensor, width: usize, steps: &mut Vec<Step>) {
+    let (dtype, as_stored) = (tensor.dtype, tensor.stored_shape.is_some());
     let end = tensor.offset + tensor.bytes;
     let mut at = tensor.offset;
     while at < end {
         let next = end.min(at + STEP); // STEP is a multiple of every size of a value, and of a quantised block
-        let first_value = (at - tensor.offset) as usize / dtype.bytes();
-        steps.push(Step { start: at, end: next, work: Work::Read { tensor: tensor.source, first_value, dtype } });
+        let first_value = (at - tensor.offset) as usize / width;
+        steps.push(Step {
+            start: at,
+            end: next,
+            work: Work::Read { tensor: tensor.source, first_value, dtype, as_stored },
+        });
         at = next;
     }
 }

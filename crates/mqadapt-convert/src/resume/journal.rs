@@ -31,7 +31,7 @@ pub(crate) struct Mark {
     pub shard: String,
     /// Where the mark before it ends; 0 for the first. Marks beyond that are of a file that was damaged, and do not count.
     pub from: u64,
-    /// Its first so many bytes are written.
+    /// The number of bytes that are written.
     pub bytes: u64,
     /// XXH3 (128 bits) of them.
     pub xxh3_128: String,

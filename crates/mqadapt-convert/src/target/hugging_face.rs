@@ -11,6 +11,8 @@ use crate::file_names::MODELING_FILE;
 
 /// The modelling file for Llama; in that of another family, its transformers classes replace Llama's.
 const LLAMA_MODELING: &str = include_str!("../../../../python/mqadapt_rs/modeling/modeling_mqadapt.py");
+/// The one of families whose classes in transformers do not compute with any number of K/V heads, written for GPT-BigCode.
+const GPT_MODELING: &str = include_str!("../../../../python/mqadapt_rs/modeling/modeling_mqadapt_gpt.py");
 
 pub(super) struct HuggingFace;
 
@@ -53,13 +55,14 @@ impl Target for HuggingFace {
         planned
     }
 
-    fn tensor_name<'a>(&self, source: &ModelConfig, name: &'a str) -> Cow<'a, str> {
-        source.stored_name(name)
+    fn tensor_name<'a>(&self, planned: &ModelConfig, name: &'a str) -> Cow<'a, str> {
+        planned.stored_name(name)
     }
 
     fn files(&self, planned: &ModelConfig) -> Vec<(&'static str, String)> {
         let mut files = Vec::new();
-        if planned.json.get("per_layer_config").is_some() {
+        let class = planned.json.pointer("/architectures/0").and_then(|class| class.as_str());
+        if class.is_some_and(|class| class.starts_with("LayerwiseKV")) {
             files.push((MODELING_FILE, modeling(planned.family)));
         }
         files.push(("config.json", serde_json::to_string_pretty(&planned.json).unwrap_or_default() + "\n"));
@@ -69,5 +72,9 @@ impl Target for HuggingFace {
 
 /// The modelling file for a family.
 fn modeling(family: &Family) -> String {
-    LLAMA_MODELING.replace("LlamaModel", family.base_model).replace("Llama", family.class_prefix)
+    let (text, model, classes) = match family.stock_key_value_heads {
+        None => (LLAMA_MODELING, "LlamaModel", "Llama"),
+        Some(_) => (GPT_MODELING, "GPTBigCodeModel", "GPTBigCode"),
+    };
+    text.replace(model, family.base_model).replace(classes, family.class_prefix)
 }

@@ -27,7 +27,7 @@ pub trait Target: Sync {
 
     /// The name in the result's files of the tensor that holds what a Llama's `...ForCausalLM` calls `name`. Tensors that follow
     /// one another under one name become one: their rows, one under the other.
-    fn tensor_name<'a>(&self, source: &ModelConfig, name: &'a str) -> Cow<'a, str>;
+    fn tensor_name<'a>(&self, planned: &ModelConfig, name: &'a str) -> Cow<'a, str>;
 
     /// The files that the target writes beside weights and the source's other files: names and content, in the order in which
     /// they are written.

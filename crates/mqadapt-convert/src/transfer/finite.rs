@@ -76,6 +76,7 @@ mod tests {
             source,
             name: String::new(),
             shape: Vec::new(),
+            stored_shape: None,
             dtype,
             offset,
             bytes,

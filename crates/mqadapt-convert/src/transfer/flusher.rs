@@ -1,4 +1,4 @@
-//! A third thread that brings files to the disk while the next bytes are written: it has the system write back what is there,
+//! A third thread that flushes files to the disk while the next bytes are written: it has the system write dirty pages back,
 //! keeps the journal, and completes files.
 
 use std::sync::Arc;
@@ -24,7 +24,7 @@ const WAIT: u64 = 8 << 20;
 pub(crate) enum Task {
     /// What follows belongs to this file.
     Begin(Destination),
-    /// The file has so many bytes now.
+    /// Reports the file's new length in bytes.
     Written(u64),
     /// A place to continue from.
     Mark(Mark),
@@ -49,7 +49,7 @@ impl Flusher {
         Self { tasks: Some(tasks), thread: Some(thread::spawn(move || worker.run(&received))), sync, told: 0 }
     }
 
-    /// Whether it is time to tell of so many bytes of the file: waking a thread costs more than writing a buffer.
+    /// Whether to report the file's length: waking a thread costs more than writing a buffer.
     pub fn wants(&self, written: u64) -> bool {
         self.sync && written >= self.told + WRITE_BACK_EVERY
     }

@@ -34,9 +34,9 @@ impl<'a> Reader<'a> {
     pub fn announce(&self, step: &Step) -> Result<Option<ReadHint>> {
         let (shard, offset, len) = match step.work {
             Work::Copy { shard, offset } => (shard, offset, step.end - step.start),
-            Work::Read { tensor, first_value, dtype } => {
+            Work::Read { tensor, first_value, dtype, .. } => {
                 let source = self.source(tensor)?;
-                let count = (step.end - step.start) as usize / dtype.bytes();
+                let count = (step.end - step.start) as usize / dtype.value_bytes().unwrap_or(1);
                 (source.shard, source.offset + stored(source, first_value), stored(source, count))
             }
             Work::Merge { tensor, .. } => {
@@ -81,7 +81,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Bytes in which so many values of a tensor are stored.
+/// Stored bytes of a number of values of a tensor.
 pub(super) fn stored(tensor: &TensorInfo, values: usize) -> u64 {
     (u128::from(tensor.bytes) * values as u128 / tensor.len().max(1) as u128) as u64
 }

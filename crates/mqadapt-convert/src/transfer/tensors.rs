@@ -1,5 +1,6 @@
 //! Tensor by tensor, shard by shard in order: long runs of untouched tensors in one go, touched ones in pieces.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use crate::layout::{Layout, OutputShard};
 use crate::resume::journal::{Learnt, Mark, MergedTensor, Past};
 use crate::resume::state::ResumeState;
 use crate::resume::unfinished::Unfinished;
+use crate::verify::name_of_share;
 use crate::{ConvertOptions, Error, Result, ShardRecord};
 
 /// Bytes between two places to continue from.
@@ -104,8 +106,13 @@ impl<'a> Transfer<'a> {
         shards.sort_by_key(|record| layout.shards.iter().position(|shard| shard.name == record.name));
         let relative_error = self.errors.iter().map(ErrorSum::relative).collect();
         let found = std::mem::take(&mut self.reader.scan).found().into_iter();
-        let not_finite =
-            found.filter_map(|(at, count)| Some((self.reader.source(at).ok()?.name.clone(), count))).collect();
+        let checkpoint = self.reader.checkpoint;
+        let not_finite = found
+            .filter_map(|(at, count)| Some((name_of_share(checkpoint, self.reader.source(at).ok()?), count)))
+            .fold(BTreeMap::new(), |mut all, (name, count)| {
+                *all.entry(name).or_default() += count;
+                all
+            });
         Ok(Moved { shards, relative_error, bytes_read: self.reader.bytes_read, not_finite, notes: self.resumed.notes })
     }
 
@@ -186,15 +193,23 @@ impl<'a> Transfer<'a> {
                 }
                 Ok(())
             }
-            Work::Read { tensor, first_value, dtype } => {
+            Work::Read { tensor, first_value, dtype, as_stored } => {
                 let source = self.reader.source(tensor)?;
-                self.reader.bytes_read += stored(source, (step.end - step.start) as usize / dtype.bytes());
+                let source = if as_stored { Cow::Owned(source.as_stored()) } else { Cow::Borrowed(source) };
+                let width = dtype.value_bytes().unwrap_or(1);
+                self.reader.bytes_read += stored(&source, (step.end - step.start) as usize / width);
                 while out.hashed < step.end {
                     let mut data = self.buffer(step.end - out.hashed, writer)?;
-                    let first_value = first_value + (out.hashed - step.start) as usize / dtype.bytes();
-                    let overflowed = self.reader.checkpoint.read_as(source, dtype, first_value, &mut data)?;
-                    refuse_overflow(&source.name, StoredType::Float(dtype), overflowed)?;
-                    self.reader.scan.add(tensor, not_finite(StoredType::Float(dtype), &data));
+                    let first_value = first_value + (out.hashed - step.start) as usize / width;
+                    let checkpoint = self.reader.checkpoint;
+                    match dtype.float() {
+                        Some(float) => {
+                            let overflowed = checkpoint.read_as(&source, float, first_value, &mut data)?;
+                            refuse_overflow(&source.name, dtype, overflowed)?;
+                        }
+                        None => checkpoint.read_stored(&source, first_value, &mut data)?,
+                    }
+                    self.reader.scan.add(tensor, not_finite(dtype, &data));
                     self.write(data, out, writer)?;
                 }
                 Ok(())
@@ -262,7 +277,7 @@ impl<'a> Transfer<'a> {
         self.send(writer, Message::Data(data, offset))
     }
 
-    /// A buffer for the next piece, where so many bytes are left.
+    /// A buffer for the next piece, given the bytes that are left.
     fn buffer(&self, left: u64, writer: &mut Writer) -> Result<Vec<u8>> {
         let len = usize::try_from(left).unwrap_or(usize::MAX).min(self.piece);
         writer.buffer(len, |written| self.report.report(written))

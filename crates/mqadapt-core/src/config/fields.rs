@@ -29,32 +29,49 @@ const NOT_FOLLOWED: [NotFollowed; 4] = [
     ("kv_sharing_modes", Value::is_null, "null or absent: K/V caches shared by layers are not supported"),
 ];
 
-pub(super) struct Fields<'a>(&'a Map<String, Value>);
+pub(super) struct Fields<'a> {
+    json: &'a Map<String, Value>,
+    /// Names of fields, and what the family calls them.
+    names: &'static [(&'static str, &'static str)],
+}
 
 impl<'a> Fields<'a> {
     pub(super) fn new(json: &'a Value) -> Result<Self> {
         json.as_object()
-            .map(Self)
+            .map(|json| Self { json, names: &[] })
             .ok_or_else(|| Error::Syntax { what: "config.json", detail: "expected an object { ... }".to_owned() })
+    }
+
+    /// The same under the family's own names.
+    pub(super) fn of(self, family: &'static Family) -> Self {
+        Self { names: family.field_names, ..self }
+    }
+
+    /// What the family calls a field.
+    pub(super) fn name<'n>(&self, field: &'n str) -> &'n str {
+        self.names.iter().find(|(name, _)| *name == field).map_or(field, |(_, own)| own)
+    }
+
+    fn value(&self, field: &str) -> Option<&'a Value> {
+        self.json.get(self.name(field))
     }
 
     /// The field, absent and `null` being the same.
     pub(super) fn get(&self, field: &str) -> Option<&'a Value> {
-        self.0.get(field).filter(|value| !value.is_null())
+        self.value(field).filter(|value| !value.is_null())
     }
 
     pub(super) fn is_null(&self, field: &str) -> bool {
-        self.0.get(field).is_some_and(Value::is_null)
+        self.value(field).is_some_and(Value::is_null)
     }
 
     pub(super) fn missing(&self, field: &str) -> Error {
-        let _ = self;
-        Error::Config { field: field.to_owned(), detail: "is missing".to_owned() }
+        Error::Config { field: self.name(field).to_owned(), detail: "is missing".to_owned() }
     }
 
     pub(super) fn wrong(&self, field: &str, expected: &str) -> Error {
-        let found = self.0.get(field).map_or_else(|| "nothing".to_owned(), brief);
-        Error::Config { field: field.to_owned(), detail: format!("must be {expected}; found {found}") }
+        let found = self.value(field).map_or_else(|| "nothing".to_owned(), brief);
+        Error::Config { field: self.name(field).to_owned(), detail: format!("must be {expected}; found {found}") }
     }
 
     pub(super) fn text(&self, field: &str) -> Result<Option<&'a str>> {
@@ -105,6 +122,9 @@ impl<'a> Fields<'a> {
         num_attention_heads: usize,
     ) -> Result<Vec<usize>> {
         let field = "num_key_value_heads";
+        if family.merged.is_some() {
+            return self.as_many_as_query_heads(family, num_hidden_layers, num_attention_heads);
+        }
         let absent = family.defaults.num_key_value_heads.filter(|_| !self.is_null(field));
         let check = |heads: usize, field: &str| {
             if num_attention_heads.is_multiple_of(heads) {
@@ -141,13 +161,31 @@ impl<'a> Fields<'a> {
             }
             // transformers gives a layer any field of its own
             if let Some((other, value)) =
-                own.0.iter().find(|(name, v)| name.as_str() != field && self.0.get(*name) != Some(*v))
+                own.json.iter().find(|(name, v)| name.as_str() != field && self.json.get(*name) != Some(*v))
             {
                 let detail = format!("is {}; only {field} can differ by layer", brief(value));
                 return Err(Error::Config { field: format!("per_layer_config.{key}.{other}"), detail });
             }
         }
         Ok(heads)
+    }
+
+    /// Of a family whose class knows no K/V heads; it ignores the fields, which mean another model.
+    fn as_many_as_query_heads(&self, family: &Family, layers: usize, num_attention_heads: usize) -> Result<Vec<usize>> {
+        for field in ["num_key_value_heads", "per_layer_config"] {
+            if self.get(field).is_some_and(|value| value.as_u64() != Some(num_attention_heads as u64)) {
+                let expected = format!("absent: a {} has as many K/V heads as query heads", family.model_type);
+                return Err(self.wrong(field, &expected));
+            }
+        }
+        Ok(vec![num_attention_heads; layers])
+    }
+
+    /// The family, or the one by which we write it: the classes of our modelling file say so.
+    pub(super) fn as_written(&self, family: &'static Family) -> &'static Family {
+        let ours = |value: &Value| value[0].as_str().is_some_and(|class| class.starts_with("LayerwiseKV"));
+        let merged = family.merged.filter(|merged| merged.model_type == family.model_type);
+        merged.filter(|_| self.get("architectures").is_some_and(ours)).unwrap_or(family)
     }
 
     /// The activation of the MLP. Old Gemma files have a `hidden_activation` beside `hidden_act`, which transformers (4.57 and 5)
@@ -168,10 +206,11 @@ impl<'a> Fields<'a> {
     pub(super) fn attention_scale(&self, scale: AttentionScale, head_dim: usize) -> Result<f64> {
         let power = |value: f64| f64::from(value.powf(-0.5) as f32);
         Ok(match scale {
-            AttentionScale::HeadDim => power(head_dim as f64),
             AttentionScale::QueryPreAttnScalar(default) => {
                 power(self.positive("query_pre_attn_scalar")?.unwrap_or(default))
             }
+            AttentionScale::Flagged if self.flag("scale_attn_weights")? == Some(false) => 1.0,
+            AttentionScale::HeadDim | AttentionScale::Flagged => power(head_dim as f64),
             AttentionScale::Multiplier => self.positive("attention_multiplier")?.unwrap_or(1.0),
         })
     }
@@ -185,8 +224,13 @@ impl<'a> Fields<'a> {
     /// Refuses what would change the forward pass, or the stored weights, in a way that is not followed.
     pub(super) fn refuse_unsupported(&self, family: &Family) -> Result<()> {
         for (field, neutral, expected) in NOT_FOLLOWED {
-            if family.runnable && self.0.get(field).is_some_and(|value| !neutral(value)) {
+            if family.runnable && self.json.get(field).is_some_and(|value| !neutral(value)) {
                 return Err(self.wrong(field, expected));
+            }
+        }
+        for &(field, value) in family.requires {
+            if self.flag(field)?.is_some_and(|found| found != value) {
+                return Err(self.wrong(field, &format!("{value} or absent: the other is not supported")));
             }
         }
         let field = "quantization_config";

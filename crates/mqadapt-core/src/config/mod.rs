@@ -3,19 +3,16 @@
 mod fields;
 mod rewrite;
 mod rope;
+mod tensors;
 mod windows;
-
-use std::borrow::Cow;
 
 use serde_json::Value;
 
-use crate::family::{
-    AttentionBias, BlockNorms, EMBED_TOKENS, EmbeddingScale, FAMILIES, Family, LM_HEAD, LayerTensor, Module, NORM,
-    PREFIX, QkNorm,
-};
+use crate::family::{AttentionBias, EmbeddingScale, FAMILIES, Family, MlpKind, Rotary};
 use crate::{Error, Result};
 use fields::Fields;
 pub use rope::{Rope, RopeScaling};
+pub use tensors::ExpectedTensor;
 
 /// Type of the weights that are computed with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -60,7 +57,7 @@ impl DType {
     }
 }
 
-/// The activation of the gated MLP.
+/// The activation of the MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// `x * sigmoid(x)`.
@@ -114,6 +111,8 @@ pub struct ModelConfig {
     pub o_bias: bool,
     /// `gate_proj`, `up_proj`, `down_proj` have a bias.
     pub mlp_bias: bool,
+    /// Attention and MLP read the same residual stream.
+    pub parallel_residual: bool,
     /// The activation of the MLP.
     pub hidden_act: Activation,
     /// Attention window of each layer in tokens, the token itself included; `None`: all that came before.
@@ -140,15 +139,6 @@ pub struct ModelConfig {
     pub json: Value,
 }
 
-/// A tensor that a model of this configuration has.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExpectedTensor {
-    /// Its name in a Hugging Face checkpoint.
-    pub name: String,
-    /// Its shape.
-    pub shape: Vec<usize>,
-}
-
 impl ModelConfig {
     /// Reads a `config.json`.
     ///
@@ -172,6 +162,8 @@ impl ModelConfig {
             nearest: nearest(model_type),
             supported: FAMILIES.iter().map(|f| f.model_type).collect::<Vec<_>>().join(", "),
         })?;
+        let family = fields.as_written(family);
+        let fields = fields.of(family);
         fields.refuse_unsupported(family)?;
         let text = fields.get("text_config").filter(|_| family.text_config);
         let fields = text.map_or(Ok(fields), Fields::new)?;
@@ -192,7 +184,11 @@ impl ModelConfig {
                 return Err(Error::Config { field: "head_dim".to_owned(), detail });
             }
         };
-        if !head_dim.is_multiple_of(2) {
+        let learned = family.forward.rotary == Rotary::Learned;
+        if family.forward.mlp == MlpKind::Plain && head_dim.checked_mul(num_attention_heads) != Some(hidden_size) {
+            return Err(fields.wrong("head_dim", "absent, or hidden_size / num_attention_heads"));
+        }
+        if !learned && !head_dim.is_multiple_of(2) {
             return Err(fields.wrong("head_dim", "an even number (RoPE rotates pairs)"));
         }
         let num_key_value_heads = fields.num_key_value_heads(family, num_hidden_layers, num_attention_heads)?;
@@ -200,6 +196,7 @@ impl ModelConfig {
         let (qkv_bias, o_bias) = match family.forward.attention_bias {
             AttentionBias::Never => (false, false),
             AttentionBias::Qkv => (true, false),
+            AttentionBias::Always => (true, true),
             AttentionBias::UnlessField => {
                 let all = fields.flag("attention_bias")?.unwrap_or(true);
                 (all, all)
@@ -218,13 +215,17 @@ impl ModelConfig {
             (vec![None; num_hidden_layers], vec![None; num_hidden_layers])
         };
         let size = |field| if runnable { fields.required_size(field) } else { Ok(fields.size(field)?.unwrap_or(0)) };
+        let intermediate_size = match (fields.get("intermediate_size"), defaults.intermediate_factor) {
+            (None, Some(factor)) => factor * hidden_size,
+            _ => size("intermediate_size")?,
+        };
         let multiplier = |field, read: bool| Ok(if read { fields.positive(field)?.unwrap_or(1.0) } else { 1.0 });
         let forward = &family.forward;
 
         Ok(Self {
             family,
             hidden_size,
-            intermediate_size: size("intermediate_size")?,
+            intermediate_size,
             num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,
@@ -236,7 +237,8 @@ impl ModelConfig {
             tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(defaults.tie_word_embeddings),
             qkv_bias,
             o_bias,
-            mlp_bias: bias("mlp_bias", forward.mlp_bias)?,
+            mlp_bias: forward.mlp == MlpKind::Plain || bias("mlp_bias", forward.mlp_bias)?,
+            parallel_residual: forward.parallel_residual && fields.flag("use_parallel_residual")?.unwrap_or(true),
             hidden_act: if runnable { fields.activation(family)? } else { Activation::Silu },
             sliding_window: windows,
             attention_scale: fields.attention_scale(forward.attention_scale, head_dim)?,
@@ -250,95 +252,23 @@ impl ModelConfig {
             final_logit_softcapping: fields.softcapping("final_logit_softcapping", forward.final_logit_softcapping)?,
             initializer_range: fields.positive("initializer_range")?.unwrap_or(0.02),
             dtype: fields.dtype(),
-            stored: Stored { prefix: PREFIX, lm_head: true },
+            stored: Stored { prefix: family.names.prefix, lm_head: true },
             json,
         })
     }
 
-    /// Every tensor that a checkpoint of this model must have, in the order of the forward pass; of a family without one those
-    /// that a method reads: the projections of the attention. `lm_head.weight` only where the embeddings are not tied, and the checkpoint has one.
+    /// Positions that have an embedding, where they are learned.
     #[must_use]
-    pub fn tensors(&self) -> Vec<ExpectedTensor> {
-        let runnable = self.family.runnable;
-        let table =
-            |name: &str| ExpectedTensor { name: name.to_owned(), shape: vec![self.vocab_size, self.hidden_size] };
-        let mut out: Vec<_> = runnable.then(|| table(EMBED_TOKENS)).into_iter().collect();
-        for layer_idx in 0..self.num_hidden_layers {
-            for module in Module::ALL.into_iter().filter(|module| runnable || module.is_attention_projection()) {
-                let Some(shape) = self.weight_shape(layer_idx, module) else { continue };
-                let bias = shape.first().copied().filter(|_| self.has_bias(module));
-                out.push(ExpectedTensor { name: LayerTensor::weight(layer_idx, module).name(), shape });
-                if let Some(out_features) = bias {
-                    out.push(ExpectedTensor {
-                        name: LayerTensor::bias(layer_idx, module).name(),
-                        shape: vec![out_features],
-                    });
-                }
-            }
-        }
-        if runnable {
-            out.push(ExpectedTensor { name: NORM.to_owned(), shape: vec![self.hidden_size] });
-            out.extend((!self.tie_word_embeddings && self.stored.lm_head).then(|| table(LM_HEAD)));
-        }
-        out
+    pub fn learned_positions(&self) -> Option<usize> {
+        (self.family.forward.rotary == Rotary::Learned).then_some(self.max_position_embeddings)
     }
 
-    /// The name in the checkpoint's own files of the tensor that holds what a Llama's `...ForCausalLM` calls `role`.
+    /// The longest text that the model computes with: it has an embedding for so many positions, or rotates others differently
+    /// beyond.
     #[must_use]
-    pub fn stored_name<'a>(&self, role: &'a str) -> Cow<'a, str> {
-        let name =
-            match LayerTensor::parse(role).and_then(|tensor| Some((tensor, self.family.fused_with(tensor.module)?))) {
-                Some((tensor, fused)) => Cow::Owned(fused.tensor_name(tensor.layer_idx, tensor.bias)),
-                None => Cow::Borrowed(role),
-            };
-        let known = LayerTensor::parse(role).is_some() || [EMBED_TOKENS, NORM].contains(&role);
-        match name.strip_prefix(PREFIX).filter(|_| known && self.stored.prefix != PREFIX) {
-            Some(rest) => Cow::Owned(format!("{}{rest}", self.stored.prefix)),
-            None => name,
-        }
-    }
-
-    /// Shape of a module's weight in one layer; `None` where the family has no such module.
-    #[must_use]
-    pub fn weight_shape(&self, layer_idx: usize, module: Module) -> Option<Vec<usize>> {
-        let query = self.num_attention_heads * self.head_dim;
-        let key_value = self.num_key_value_heads.get(layer_idx)? * self.head_dim;
-        let (norms, qk_norm) = (self.family.forward.block_norms, self.family.forward.qk_norm);
-        Some(match module {
-            Module::InputLayernorm if norms == BlockNorms::Behind => return None,
-            Module::PreFeedforwardLayernorm if norms != BlockNorms::Around => return None,
-            Module::PostFeedforwardLayernorm if norms == BlockNorms::Before => return None,
-            Module::InputLayernorm
-            | Module::PostAttentionLayernorm
-            | Module::PreFeedforwardLayernorm
-            | Module::PostFeedforwardLayernorm => vec![self.hidden_size],
-            Module::QProj => vec![query, self.hidden_size],
-            Module::KProj | Module::VProj => vec![key_value, self.hidden_size],
-            Module::OProj => vec![self.hidden_size, query],
-            Module::QNorm | Module::KNorm if qk_norm == QkNorm::None => return None,
-            Module::QNorm if qk_norm == QkNorm::Layer => vec![query],
-            Module::KNorm if qk_norm == QkNorm::Layer => vec![key_value],
-            Module::QNorm | Module::KNorm => vec![self.head_dim],
-            Module::GateProj | Module::UpProj => vec![self.intermediate_size, self.hidden_size],
-            Module::DownProj => vec![self.hidden_size, self.intermediate_size],
-        })
-    }
-
-    /// Whether a module has a bias.
-    #[must_use]
-    pub fn has_bias(&self, module: Module) -> bool {
-        match module {
-            Module::QProj | Module::KProj | Module::VProj => self.qkv_bias,
-            Module::OProj => self.o_bias,
-            Module::GateProj | Module::UpProj | Module::DownProj => self.mlp_bias,
-            _ => false,
-        }
-    }
-
-    /// Whether the rows of a module belong to K/V heads: those of two projections, and of a norm over all heads.
-    #[must_use]
-    pub fn has_key_value_rows(&self, module: Module) -> bool {
-        module.is_key_value() || (module == Module::KNorm && self.family.forward.qk_norm == QkNorm::Layer)
+    pub fn longest_context(&self) -> Option<usize> {
+        let rotated = self.rope.iter().flatten().filter_map(Rope::longest_context);
+        rotated.chain(self.learned_positions()).min()
     }
 
     /// Query heads that share one K/V head in a layer.
@@ -353,7 +283,10 @@ impl ModelConfig {
     pub fn with_num_key_value_heads(&self, heads: &[usize], modeling_file: &str) -> Self {
         let mut out = self.clone();
         out.num_key_value_heads = heads.to_vec();
-        out.json = rewrite::rewrite(self, heads, modeling_file);
+        if let Some(merged) = self.family.merged.filter(|_| heads != self.num_key_value_heads) {
+            out.family = merged;
+        }
+        out.json = rewrite::rewrite(self, out.family, heads, modeling_file);
         out
     }
 }

@@ -4,12 +4,17 @@ use serde_json::{Map, Value, json};
 
 use super::rope::given;
 use super::{ModelConfig, RopeScaling};
-use crate::family::Rotary;
+use crate::family::{Family, Rotary};
 
 /// The source's file with other K/V-head counts. Layers alike: an ordinary configuration. Layers that differ: the widest
 /// count globally, the others in `per_layer_config`, and `auto_map` to the modelling file beside the weights, without
 /// which transformers refuses the configuration.
-pub(super) fn rewrite(source: &ModelConfig, heads: &[usize], modeling_file: &str) -> Value {
+///
+/// `family`: the one that the result is written as. As its source's, a family with K/V heads of its own in another stays as it is.
+pub(super) fn rewrite(source: &ModelConfig, family: &Family, heads: &[usize], modeling_file: &str) -> Value {
+    if family.merged.is_some() {
+        return source.json.clone();
+    }
     let mut out = source.json.as_object().cloned().unwrap_or_default();
     if let Some(Value::Object(text)) = out.get_mut("text_config").filter(|_| source.family.text_config) {
         // of models that read more than text: the language model is one part, and its layers are alike
@@ -18,14 +23,17 @@ pub(super) fn rewrite(source: &ModelConfig, heads: &[usize], modeling_file: &str
         return Value::Object(out);
     }
     let widest = heads.iter().copied().max().unwrap_or(source.num_attention_heads);
-    let (base_model, causal_lm) = (source.family.base_model, format!("{}ForCausalLM", source.family.class_prefix));
+    let (base_model, causal_lm) = (family.base_model, format!("{}ForCausalLM", family.class_prefix));
     let own = if source.stored.prefix.is_empty() { base_model } else { &causal_lm };
     out.insert("num_key_value_heads".to_owned(), json!(widest));
     out.shift_remove("per_layer_config");
     // `head_dim` is derived from the head counts by some readers, which a Gemma contradicts: say it
     out.insert("head_dim".to_owned(), json!(source.head_dim));
+    out.insert("model_type".to_owned(), json!(family.model_type));
+    out.extend(family.requires.iter().map(|(field, value)| ((*field).to_owned(), json!(value))));
 
-    if heads.iter().all(|&own| own == widest) {
+    let alike = heads.iter().all(|&own| own == widest);
+    if alike && family.stock_key_value_heads.is_none_or(|stock| stock == widest) {
         remove_auto_map(&mut out, &format!("LayerwiseKV{causal_lm}"));
         out.insert("architectures".to_owned(), json!([own]));
     } else {
@@ -33,7 +41,9 @@ pub(super) fn rewrite(source: &ModelConfig, heads: &[usize], modeling_file: &str
         let differing = heads.iter().enumerate().filter(|(_, own)| **own != widest);
         let per_layer: Map<_, _> =
             differing.map(|(idx, own)| (format!("{idx:0width$}"), json!({ "num_key_value_heads": own }))).collect();
-        out.insert("per_layer_config".to_owned(), Value::Object(per_layer));
+        if !alike {
+            out.insert("per_layer_config".to_owned(), Value::Object(per_layer));
+        }
         out.insert("architectures".to_owned(), json!([format!("LayerwiseKV{own}")]));
         let class = |name| format!("{modeling_file}.LayerwiseKV{name}");
         let classes = json!({ "AutoModel": class(base_model), "AutoModelForCausalLM": class(&causal_lm) });
@@ -65,6 +75,13 @@ fn write_rope(source: &ModelConfig, out: &mut Map<String, Value>) {
         parameters.insert("rope_type".to_owned(), kind);
     }
     parameters.insert("rope_theta".to_owned(), json!(rope.theta));
+    if let Rotary::Fraction(default) = rotary {
+        let given = out.get("rotary_pct").filter(|value| !value.is_null());
+        let factor = parameters.get("partial_rotary_factor").or(given).cloned().unwrap_or_else(|| json!(default));
+        parameters.insert("partial_rotary_factor".to_owned(), factor.clone());
+        out.insert("rotary_pct".to_owned(), factor);
+        out.insert("rotary_emb_base".to_owned(), json!(rope.theta));
+    }
     if let Some(factor) = parameters.get("partial_rotary_factor").filter(|_| rotary == Rotary::Partial) {
         // a Phi-3's `rope_scaling` has no place for it, so both versions read it beside
         out.insert("partial_rotary_factor".to_owned(), factor.clone());

@@ -138,7 +138,8 @@ pub(super) fn of_layers(
 ) -> Result<Vec<Option<Rope>>> {
     let source = Source { fields, family, head_dim, max_position_embeddings };
     match family.forward.rotary {
-        Rotary::Alike | Rotary::Partial => Ok(vec![Some(source.alike()?); windows.len()]),
+        Rotary::Learned => Ok(vec![None; windows.len()]),
+        Rotary::Alike | Rotary::Partial | Rotary::Fraction(_) => Ok(vec![Some(source.alike()?); windows.len()]),
         Rotary::ByKind { local_theta, local_field } => {
             let [global, local] = source.by_kind(local_theta, local_field)?;
             Ok(windows.iter().map(|slides| Some(if *slides { local.clone() } else { global.clone() })).collect())
@@ -296,12 +297,14 @@ impl Source<'_> {
     /// Values of a head that are rotated: all of them, but for families that rotate a part.
     fn rotary_dim(&self, factor: Option<f64>) -> Result<usize> {
         let field = "partial_rotary_factor";
-        let factor = factor.or(self.fields.positive(field)?).unwrap_or(1.0);
+        let rotary = self.family.forward.rotary;
+        let default = if let Rotary::Fraction(default) = rotary { default } else { 1.0 };
+        let factor = factor.or(self.fields.positive(field)?).unwrap_or(default);
         let detail = |expected: &str| Error::Config {
-            field: field.to_owned(),
+            field: self.fields.name(field).to_owned(),
             detail: format!("must be {expected}; found {factor}"),
         };
-        if self.family.forward.rotary != Rotary::Partial {
+        if !matches!(rotary, Rotary::Partial | Rotary::Fraction(_)) {
             let expected = format!("1.0 or absent: a {} rotates whole heads", self.family.model_type);
             return if factor == 1.0 { Ok(self.head_dim) } else { Err(detail(&expected)) };
         }
@@ -325,7 +328,7 @@ fn whole(value: f64) -> usize {
 fn inside(name: &str) -> impl Fn(Error) -> Error {
     let name = name.to_owned();
     move |error| match error {
-        Error::Config { field, detail } if field != "partial_rotary_factor" => {
+        Error::Config { field, detail } if !["partial_rotary_factor", "rotary_pct"].contains(&field.as_str()) => {
             Error::Config { field: format!("{name}.{field}"), detail }
         }
         other => other,

@@ -2,7 +2,10 @@
 
 /// What a family's forward pass does differently from Llama's ([`Forward::LLAMA`]).
 #[derive(Debug)]
+#[allow(clippy::struct_excessive_bools)] // switches
 pub struct Forward {
+    /// What norms compute.
+    pub norm: NormKind,
     /// Norms multiply by `1 + weight` (Gemma).
     pub norm_weight_plus_one: bool,
     /// Where a block has norms.
@@ -21,8 +24,12 @@ pub struct Forward {
     pub multipliers: bool,
     /// Which attention projections have a bias.
     pub attention_bias: AttentionBias,
-    /// The MLP has biases where `mlp_bias` says so; the other families ignore that field.
+    /// What the MLP computes.
+    pub mlp: MlpKind,
+    /// A gated MLP has biases where `mlp_bias` says so; the other families ignore that field.
     pub mlp_bias: bool,
+    /// Attention and MLP read the same residual stream, unless `use_parallel_residual` is false (GPT-NeoX).
+    pub parallel_residual: bool,
     /// Which layers have a window.
     pub windows: Windows,
     /// How positions are rotated.
@@ -34,6 +41,7 @@ pub struct Forward {
 impl Forward {
     /// Llama's: `transformers/models/llama/modeling_llama.py`.
     pub const LLAMA: Self = Self {
+        norm: NormKind::Rms,
         norm_weight_plus_one: false,
         block_norms: BlockNorms::Before,
         qk_norm: QkNorm::None,
@@ -43,11 +51,31 @@ impl Forward {
         final_logit_softcapping: Softcapping::Never,
         multipliers: false,
         attention_bias: AttentionBias::ByField,
+        mlp: MlpKind::Gated,
         mlp_bias: false,
+        parallel_residual: false,
         windows: Windows::Never,
         rotary: Rotary::Alike,
         activation_field: "hidden_act",
     };
+}
+
+/// What norms compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// The values over their root mean square, times a weight.
+    Rms,
+    /// The values less their mean, over their standard deviation, times a weight, plus a bias (GPT-2).
+    Layer,
+}
+
+/// What the MLP computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MlpKind {
+    /// `down(act(gate(x)) * up(x))`.
+    Gated,
+    /// `down(act(up(x)))`, both with a bias (GPT-2).
+    Plain,
 }
 
 /// Where a block has norms.
@@ -93,6 +121,8 @@ pub enum AttentionScale {
     QueryPreAttnScalar(f64),
     /// The field `attention_multiplier`, by default 1 (Granite).
     Multiplier,
+    /// `head_dim^-0.5`, unless `scale_attn_weights` is false (GPT-2).
+    Flagged,
 }
 
 /// Whether logits are bounded: `cap * tanh(logit / cap)`.
@@ -115,6 +145,8 @@ pub enum AttentionBias {
     ByField,
     /// All four unless `attention_bias` is false (gpt-oss).
     UnlessField,
+    /// All four (GPT-2).
+    Always,
 }
 
 /// Which layers have a window of `sliding_window` tokens.
@@ -144,6 +176,10 @@ pub enum Rotary {
     Alike,
     /// Alike in every layer, the first `partial_rotary_factor` of the dims of a head; `yarn` and `su` mean `longrope` (Phi-3).
     Partial,
+    /// Alike in every layer, the first `partial_rotary_factor` of the dims of a head, this one by default (GPT-NeoX).
+    Fraction(f64),
+    /// Not at all: positions are learned, and added to the embeddings (GPT-2).
+    Learned,
     /// By kind of layer: `rope_parameters` has one entry for layers with a window and one for the others (Gemma 3).
     ByKind {
         /// Base of layers with a window, where nothing says it.

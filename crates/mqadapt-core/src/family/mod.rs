@@ -7,12 +7,16 @@ mod gemma;
 mod gemma2;
 mod gemma3;
 mod gemma3_text;
+mod gpt2;
+mod gpt_bigcode;
+mod gpt_neox;
 mod gpt_oss;
 mod granite;
 mod llama;
 mod mistral;
 mod mistral3;
 mod mixtral;
+mod names;
 mod olmo2;
 mod olmo3;
 mod phi3;
@@ -24,9 +28,11 @@ mod smollm3;
 mod tensor;
 
 pub use forward::{
-    AttentionBias, AttentionScale, BlockNorms, EmbeddingScale, Forward, QkNorm, Rotary, Softcapping, Windows,
+    AttentionBias, AttentionScale, BlockNorms, EmbeddingScale, Forward, MlpKind, NormKind, QkNorm, Rotary, Softcapping,
+    Windows,
 };
-pub use tensor::{EMBED_TOKENS, Fused, LM_HEAD, LayerTensor, Module, NORM, PREFIX};
+pub use names::Names;
+pub use tensor::{EMBED_POSITIONS, EMBED_TOKENS, Fused, LM_HEAD, LayerTensor, Module, NORM, NORM_BIAS, PREFIX};
 
 /// Every family that can be converted.
 pub static FAMILIES: &[&Family] = &[
@@ -34,6 +40,9 @@ pub static FAMILIES: &[&Family] = &[
     &gemma::FAMILY,
     &gemma2::FAMILY,
     &gemma3_text::FAMILY,
+    &gpt2::FAMILY,
+    &gpt_bigcode::FAMILY,
+    &gpt_neox::FAMILY,
     &granite::FAMILY,
     &mistral::FAMILY,
     &olmo2::FAMILY,
@@ -61,10 +70,24 @@ pub struct Family {
     pub base_model: &'static str,
     /// Fields that a `config.json` may leave out.
     pub defaults: Defaults,
-    /// What stands in front of `layers.N` in the names of its tensors, beside `model.` and nothing at all.
+    /// Fields of its `config.json` that have another name than Llama's: Llama's, and its own.
+    pub field_names: &'static [(&'static str, &'static str)],
+    /// Fields that have this value or are absent, as others are not followed. A conversion into this family writes them.
+    pub requires: &'static [(&'static str, bool)],
+    /// What its files call its tensors.
+    pub names: Names,
+    /// What stands in front of `layers.N` in the names of its tensors, beside [`Names::prefix`] and nothing at all.
     pub prefixes: &'static [&'static str],
     /// Tensors of its files that hold several modules.
     pub fused: &'static [Fused],
+    /// The matrices of its layers are stored `[in_features, out_features]`.
+    pub transposed: bool,
+    /// The only number of K/V heads, alike in every layer, that its class in transformers computes with; 0: none.
+    /// `None`: any. Others are written with our modelling file.
+    pub stock_key_value_heads: Option<usize>,
+    /// The family whose files hold the result where K/V heads are merged; `None`: its own. Its files have as many K/V heads as
+    /// query heads.
+    pub merged: Option<&'static Family>,
     /// What the forward pass does differently; of a family that is not `runnable`, its attention alone is described.
     pub forward: Forward,
     /// There is a forward pass for it. A family without one can be converted by methods that read no text.
@@ -82,8 +105,14 @@ impl Family {
         class_prefix: "Llama",
         base_model: "LlamaModel",
         defaults: Defaults::LLAMA,
+        field_names: &[],
+        requires: &[],
+        names: Names::LLAMA,
         prefixes: &[],
         fused: &[],
+        transposed: false,
+        stock_key_value_heads: None,
+        merged: None,
         forward: Forward { mlp_bias: true, ..Forward::LLAMA },
         runnable: true,
         text_config: false,
@@ -106,6 +135,8 @@ pub struct Defaults {
     pub num_key_value_heads: Option<usize>,
     /// `head_dim`; `None`: `hidden_size / num_attention_heads`.
     pub head_dim: Option<usize>,
+    /// `intermediate_size`, as a multiple of `hidden_size`; `None`: the field is required.
+    pub intermediate_factor: Option<usize>,
     /// The activation of the MLP.
     pub hidden_act: &'static str,
     /// `rms_norm_eps`.
@@ -128,6 +159,7 @@ impl Defaults {
         num_attention_heads: None,
         num_key_value_heads: None,
         head_dim: None,
+        intermediate_factor: None,
         hidden_act: "silu",
         rms_norm_eps: 1e-6,
         rope_theta: 10_000.0,

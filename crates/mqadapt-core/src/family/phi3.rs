@@ -13,8 +13,12 @@ pub(super) static FAMILY: Family = Family {
         ..Defaults::LLAMA
     },
     fused: &[
-        Fused { name: "self_attn.qkv_proj", modules: &[Module::QProj, Module::KProj, Module::VProj] },
-        Fused { name: "mlp.gate_up_proj", modules: &[Module::GateProj, Module::UpProj] },
+        Fused {
+            name: "self_attn.qkv_proj",
+            modules: &[Module::QProj, Module::KProj, Module::VProj],
+            interleaved: false,
+        },
+        Fused { name: "mlp.gate_up_proj", modules: &[Module::GateProj, Module::UpProj], interleaved: false },
     ],
     forward: Forward {
         attention_bias: AttentionBias::Never,

@@ -12,6 +12,8 @@ pub struct Fused {
     pub name: &'static str,
     /// The modules, in the order of their rows.
     pub modules: &'static [Module],
+    /// The rows of the modules alternate by head: those of the first head of each, then those of the next head (GPT-NeoX).
+    pub interleaved: bool,
 }
 
 impl Fused {
@@ -73,6 +75,23 @@ impl Module {
     #[must_use]
     pub fn is_key_value(self) -> bool {
         matches!(self, Self::KProj | Self::VProj)
+    }
+
+    /// Whether it is a norm.
+    #[must_use]
+    pub fn is_norm(self) -> bool {
+        use Module::{
+            InputLayernorm, KNorm, PostAttentionLayernorm, PostFeedforwardLayernorm, PreFeedforwardLayernorm, QNorm,
+        };
+        matches!(
+            self,
+            InputLayernorm
+                | QNorm
+                | KNorm
+                | PostAttentionLayernorm
+                | PreFeedforwardLayernorm
+                | PostFeedforwardLayernorm
+        )
     }
 
     /// Its name in a checkpoint, below `model.layers.N.`.
@@ -148,7 +167,11 @@ impl LayerTensor {
 pub const PREFIX: &str = "model.";
 /// Name of the token embedding, `[vocab_size, hidden_size]`.
 pub const EMBED_TOKENS: &str = "model.embed_tokens.weight";
+/// Name of the position embedding, `[max_position_embeddings, hidden_size]`, where positions are learned.
+pub const EMBED_POSITIONS: &str = "model.embed_positions.weight";
 /// Name of the final norm, `[hidden_size]`.
 pub const NORM: &str = "model.norm.weight";
+/// Name of the final norm's bias, `[hidden_size]`, where norms have one.
+pub const NORM_BIAS: &str = "model.norm.bias";
 /// Name of the output projection, `[vocab_size, hidden_size]`; absent when the embeddings are tied.
 pub const LM_HEAD: &str = "lm_head.weight";

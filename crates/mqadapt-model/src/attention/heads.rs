@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mqadapt_core::AttentionShape;
 
-use crate::backend::{Backend, Linear};
+use crate::backend::{Backend, Linear, Norm};
 use crate::error::Result;
 use crate::rope::RopeTable;
 use crate::run::batch::Batch;
@@ -18,9 +18,9 @@ pub(crate) struct Attention<B: Backend> {
     pub v_proj: Linear<B>,
     pub o_proj: Linear<B>,
     /// `[head_dim]`
-    pub q_norm: Option<Arc<B::Vector>>,
+    pub q_norm: Option<Arc<Norm<B>>>,
     /// `[head_dim]`
-    pub k_norm: Option<Arc<B::Vector>>,
+    pub k_norm: Option<Arc<Norm<B>>>,
 }
 
 impl<B: Backend> Attention<B> {
@@ -28,11 +28,11 @@ impl<B: Backend> Attention<B> {
     pub(crate) fn project(&self, backend: &B, eps: f32, ws: &mut Workspace<B>) -> Result<()> {
         let layers = [&self.q_proj, &self.k_proj, &self.v_proj];
         backend.project(&ws.normed, layers, [&mut ws.q, &mut ws.k, &mut ws.v])?;
-        if let Some(weight) = &self.q_norm {
-            backend.norm_heads(&mut ws.q, weight, eps)?;
+        if let Some(norm) = &self.q_norm {
+            backend.norm_heads(&mut ws.q, norm, eps)?;
         }
-        if let Some(weight) = &self.k_norm {
-            backend.norm_heads(&mut ws.k, weight, eps)?;
+        if let Some(norm) = &self.k_norm {
+            backend.norm_heads(&mut ws.k, norm, eps)?;
         }
         Ok(())
     }

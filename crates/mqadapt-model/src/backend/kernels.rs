@@ -8,7 +8,7 @@ use mqadapt_kernels::{
     Segment, Store, WeightsRef,
 };
 
-use super::{Backend, Head, HostMatrix, Linear, ScoreTarget, Scored};
+use super::{Backend, Head, HostMatrix, Linear, Norm, ScoreTarget, Scored};
 use crate::cache::KernelCache;
 use crate::error::{Error, Result};
 use crate::load::int8::Int8;
@@ -53,10 +53,17 @@ struct Lists {
     targets: Vec<u32>,
     target_starts: Vec<usize>,
     target_logits: Vec<f32>,
+    /// Of a table of positions.
+    row: Vec<f32>,
 }
 
 fn matrix(linear: &Linear<Kernels>) -> LinearRef<'_> {
     LinearRef { weight: linear.weight.weights(), bias: linear.bias.as_deref().map(Vec::as_slice) }
+}
+
+/// GELU with the error function.
+fn gelu(x: f32) -> f32 {
+    x * (0.5 * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2)))
 }
 
 /// Rows of `x`, `width` values each.
@@ -145,14 +152,17 @@ impl Backend for Kernels {
         Ok(())
     }
 
-    fn rms_norm(&self, x: &Vec<f32>, weight: &Vec<f32>, eps: f32, out: &mut Vec<f32>) -> Result<()> {
+    fn norm(&self, x: &Vec<f32>, norm: &Norm<Self>, eps: f32, out: &mut Vec<f32>) -> Result<()> {
         out.resize(x.len(), 0.0);
-        self.cpu.rms_norm(x, weight, 0.0, eps, out);
+        match &norm.bias {
+            Some(bias) => self.cpu.layer_norm(x, &norm.weight, bias, eps, out),
+            None => self.cpu.rms_norm(x, &norm.weight, 0.0, eps, out),
+        }
         Ok(())
     }
 
-    fn norm_heads(&self, x: &mut Vec<f32>, weight: &Vec<f32>, eps: f32) -> Result<()> {
-        self.cpu.rms_norm_inplace(x, weight, 0.0, eps);
+    fn norm_heads(&self, x: &mut Vec<f32>, norm: &Norm<Self>, eps: f32) -> Result<()> {
+        self.cpu.rms_norm_inplace(x, &norm.weight, 0.0, eps);
         Ok(())
     }
 
@@ -225,12 +235,33 @@ impl Backend for Kernels {
                 let products = &mut [MatmulOut::new(matrix(gate), out), MatmulOut::new(matrix(up), &mut ups)];
                 self.cpu.matmul_nt(x, m, k, products, self.precision, Store::Overwrite);
                 for (gate, up) in out.iter_mut().zip(&ups) {
-                    *gate *= 0.5 * (1.0 + libm::erff(*gate * std::f32::consts::FRAC_1_SQRT_2)) * up;
+                    *gate = gelu(*gate) * up;
                 }
                 return Ok(());
             }
         };
         self.cpu.matmul_nt_gated(x, m, k, matrix(gate), matrix(up), act, out, self.precision);
+        Ok(())
+    }
+
+    fn activated(&self, x: &Vec<f32>, up: &Linear<Self>, act: Activation, out: &mut Vec<f32>) -> Result<()> {
+        self.linear(x, up, out)?;
+        match act {
+            Activation::Silu => self.cpu.activate(mqadapt_kernels::Activation::Silu, out),
+            Activation::GeluTanh => self.cpu.activate(mqadapt_kernels::Activation::GeluTanh, out),
+            Activation::Gelu => out.iter_mut().for_each(|x| *x = gelu(*x)),
+        }
+        Ok(())
+    }
+
+    fn add_positions(&self, table: &KernelMatrix, positions: &[u32], out: &mut Vec<f32>) -> Result<()> {
+        let width = table.in_features;
+        let mut lists = self.lists();
+        lists.row.resize(width, 0.0);
+        for (position, out) in positions.iter().zip(out.chunks_exact_mut(width)) {
+            self.cpu.gather_rows(table.weights(), width, &[*position], 1.0, &mut lists.row);
+            out.iter_mut().zip(&lists.row).for_each(|(out, x)| *out += x);
+        }
         Ok(())
     }
 

@@ -34,6 +34,12 @@ pub(crate) struct Linear<B: Backend> {
     pub bias: Option<Arc<B::Vector>>,
 }
 
+/// A norm: over the root mean square, or with a bias less the mean and over the standard deviation.
+pub(crate) struct Norm<B: Backend> {
+    pub weight: B::Vector,
+    pub bias: Option<B::Vector>,
+}
+
 /// The output projection.
 pub(crate) struct Head<B: Backend> {
     /// `[vocab_size, hidden_size]`
@@ -92,9 +98,9 @@ pub(crate) trait Backend: Sized + Send + Sync + 'static {
 
     /// Rows of the embedding, times `scale`.
     fn embed(&self, table: &Self::Matrix, ids: &[u32], scale: f32, out: &mut Self::Buffer) -> Result<()>;
-    fn rms_norm(&self, x: &Self::Buffer, weight: &Self::Vector, eps: f32, out: &mut Self::Buffer) -> Result<()>;
+    fn norm(&self, x: &Self::Buffer, norm: &Norm<Self>, eps: f32, out: &mut Self::Buffer) -> Result<()>;
     /// RMS norm of every run of `weight`'s length, in place: of heads, or of rows.
-    fn norm_heads(&self, x: &mut Self::Buffer, weight: &Self::Vector, eps: f32) -> Result<()>;
+    fn norm_heads(&self, x: &mut Self::Buffer, norm: &Norm<Self>, eps: f32) -> Result<()>;
     /// Three linear layers of one input.
     fn project(&self, x: &Self::Buffer, layers: [&Linear<Self>; 3], outs: [&mut Self::Buffer; 3]) -> Result<()>;
     /// `x W^T + b`
@@ -113,6 +119,10 @@ pub(crate) trait Backend: Sized + Send + Sync + 'static {
         act: Activation,
         out: &mut Self::Buffer,
     ) -> Result<()>;
+    /// `act(up x)`
+    fn activated(&self, x: &Self::Buffer, up: &Linear<Self>, act: Activation, out: &mut Self::Buffer) -> Result<()>;
+    /// `out += ` rows of the table of positions.
+    fn add_positions(&self, table: &Self::Matrix, positions: &[u32], out: &mut Self::Buffer) -> Result<()>;
     /// Rotates the heads of every row to its position, in place.
     fn rope(&self, x: &mut Self::Buffer, head_dim: usize, rope: &RopeTable, batch: &Batch) -> Result<()>;
     /// Writes keys and values of all rows to their slots.

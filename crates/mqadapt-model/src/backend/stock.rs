@@ -7,7 +7,7 @@ use mqadapt_core::{Activation, AttentionShape, CacheStorage, DType};
 
 use mqadapt_kernels::{FloatsRef, Span};
 
-use super::{Backend, Head, HostMatrix, Linear, ScoreTarget, Scored};
+use super::{Backend, Head, HostMatrix, Linear, Norm, ScoreTarget, Scored};
 use crate::error::{Error, Result};
 use crate::rope::RopeTable;
 use crate::run::batch::{Batch, Segment};
@@ -75,6 +75,14 @@ impl Stock {
     /// `x W^T`, f32
     fn matmul(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         Ok(x.to_dtype(weight.dtype())?.matmul(&weight.t()?)?.to_dtype(CandleDType::F32)?)
+    }
+
+    fn act(x: &Tensor, act: Activation) -> Result<Tensor> {
+        Ok(match act {
+            Activation::Silu => x.silu()?,
+            Activation::GeluTanh => x.gelu()?,
+            Activation::Gelu => x.gelu_erf()?,
+        })
     }
 
     /// Keys or values of a piece and of what it reads, `[num_key_value_heads, tokens, head_dim]`, f32.
@@ -198,17 +206,23 @@ impl Backend for Stock {
         Ok(())
     }
 
-    fn rms_norm(&self, x: &Buffer, weight: &Tensor, eps: f32, out: &mut Buffer) -> Result<()> {
+    fn norm(&self, x: &Buffer, norm: &Norm<Self>, eps: f32, out: &mut Buffer) -> Result<()> {
         let x = held(x)?;
-        let root = (x.sqr()?.mean_keepdim(D::Minus1)? + f64::from(eps))?.sqrt()?;
-        *out = Some(x.broadcast_div(&root)?.broadcast_mul(weight)?);
+        let scaled = |x: &Tensor| -> Result<Tensor> {
+            let root = (x.sqr()?.mean_keepdim(D::Minus1)? + f64::from(eps))?.sqrt()?;
+            Ok(x.broadcast_div(&root)?.broadcast_mul(&norm.weight)?)
+        };
+        *out = Some(match &norm.bias {
+            Some(bias) => scaled(&x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?)?.broadcast_add(bias)?,
+            None => scaled(x)?,
+        });
         Ok(())
     }
 
-    fn norm_heads(&self, x: &mut Buffer, weight: &Tensor, eps: f32) -> Result<()> {
+    fn norm_heads(&self, x: &mut Buffer, norm: &Norm<Self>, eps: f32) -> Result<()> {
         let rows = held(x)?.dim(0)?;
-        let heads = Some(held(x)?.reshape(((), weight.elem_count()))?);
-        self.rms_norm(&heads, weight, eps, x)?;
+        let heads = Some(held(x)?.reshape(((), norm.weight.elem_count()))?);
+        self.norm(&heads, norm, eps, x)?;
         *x = Some(held(x)?.reshape((rows, ()))?);
         Ok(())
     }
@@ -249,13 +263,19 @@ impl Backend for Stock {
         out: &mut Buffer,
     ) -> Result<()> {
         let x = held(x)?;
-        let gate = Self::product(x, gate)?;
-        let gate = match act {
-            Activation::Silu => gate.silu()?,
-            Activation::GeluTanh => gate.gelu()?,
-            Activation::Gelu => gate.gelu_erf()?,
-        };
-        *out = Some((gate * Self::product(x, up)?)?);
+        *out = Some((Self::act(&Self::product(x, gate)?, act)? * Self::product(x, up)?)?);
+        Ok(())
+    }
+
+    fn activated(&self, x: &Buffer, up: &Linear<Self>, act: Activation, out: &mut Buffer) -> Result<()> {
+        *out = Some(Self::act(&Self::product(held(x)?, up)?, act)?);
+        Ok(())
+    }
+
+    fn add_positions(&self, table: &Tensor, positions: &[u32], out: &mut Buffer) -> Result<()> {
+        let positions = Tensor::from_slice(positions, positions.len(), &self.device)?;
+        let rows = table.index_select(&positions, 0)?.to_dtype(CandleDType::F32)?;
+        *out = Some((held(out)? + rows)?);
         Ok(())
     }
 

@@ -41,6 +41,7 @@ fn shared<B: Backend>(decoder: &Decoder<B>, config: ModelConfig) -> Decoder<B> {
         config,
         embedding_scale: decoder.embedding_scale,
         embed_tokens: Arc::clone(&decoder.embed_tokens),
+        embed_positions: decoder.embed_positions.clone(),
         layers: decoder.layers.clone(),
         norm: Arc::clone(&decoder.norm),
         head: decoder.head.shared(),
@@ -56,6 +57,7 @@ fn replace<B: Backend>(decoder: &mut Decoder<B>, layer_idx: usize, self_attn: At
         mlp: Arc::clone(&layer.mlp),
         eps: layer.eps,
         residual_multiplier: layer.residual_multiplier,
+        parallel: layer.parallel,
     });
 }
 
@@ -91,7 +93,7 @@ pub(crate) fn with_plan<B: Backend>(
             v_proj: weights.linear(layer_idx, Module::VProj)?,
             o_proj: old.o_proj.shared(),
             q_norm: old.q_norm.clone(),
-            k_norm: weights.changed_norm(layer_idx, Module::KNorm)?.or_else(|| old.k_norm.clone()),
+            k_norm: weights.changed_norm(layer_idx, Module::KNorm)?.map(Arc::new).or_else(|| old.k_norm.clone()),
         };
         replace(&mut out, layer_idx, self_attn);
     }

@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use mqadapt_checkpoint::{Checkpoint, StoredType, first_not_finite, not_finite};
 use mqadapt_compress::LayerWeights;
-use mqadapt_core::family::{EMBED_TOKENS, LayerTensor, Module};
+use mqadapt_core::family::{EMBED_POSITIONS, EMBED_TOKENS, LayerTensor, Module};
 use mqadapt_core::{CacheStorage, DType, LayerCache, ModelConfig, Progress, Progressing};
 use mqadapt_kernels::Precision;
 
-use crate::backend::{Backend, Head, HostMatrix, Kernels};
+use crate::backend::{Backend, Head, HostMatrix, Kernels, Norm};
 use crate::decoder::Decoder;
 use crate::load::activations::Activations;
 use crate::load::overlay;
@@ -35,7 +35,12 @@ pub fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>], folder: Option<&Pa
     let scale = weights::embedding_scale(config, table.dtype.computed().unwrap_or(checkpoint.dtype()));
     let mut rows: HashMap<u32, Vec<f32>> = HashMap::new();
     let mut out = Activations::new(sequences.iter().map(Vec::len).collect(), width, folder)?;
+    let limit = config.longest_context();
+    let positions = checkpoint.tensor(EMBED_POSITIONS).filter(|_| config.learned_positions().is_some());
     for (sequence, ids) in sequences.iter().enumerate() {
+        if let Some(limit) = limit.filter(|limit| ids.len() > *limit) {
+            return Err(Error::Context { limit, found: ids.len() });
+        }
         let mut values = Vec::with_capacity(ids.len() * width);
         for (position, &id) in ids.iter().enumerate() {
             if id as usize >= vocab_size {
@@ -50,6 +55,11 @@ pub fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>], folder: Option<&Pa
                 entry.insert(row);
             }
             values.extend_from_slice(&rows[&id]);
+        }
+        if let Some(positions) = positions {
+            let mut table = vec![0.0; values.len()];
+            checkpoint.read_finite(positions, 0, &mut table)?;
+            values.iter_mut().zip(&table).for_each(|(value, position)| *value += position);
         }
         out.write(sequence, values)?;
     }
@@ -97,8 +107,9 @@ impl StreamedLayer {
             config: alone(config, layer_idx),
             embedding_scale: 1.0,
             embed_tokens: Arc::clone(&empty),
+            embed_positions: None,
             layers: vec![Arc::new(block)],
-            norm: Arc::new(backend.vector(vec![1.0; config.hidden_size])?),
+            norm: Arc::new(Norm { weight: backend.vector(vec![1.0; config.hidden_size])?, bias: None }),
             head: Head { lm_head: empty, softcap: None },
             backend: Arc::new(backend),
         };

@@ -8,11 +8,13 @@ use std::time::Duration;
 
 use mqadapt_checkpoint::{Checkpoint, TensorInfo};
 use mqadapt_compress::{KvMerge, METHODS, MergeOptions, Method, RowMerge, merge_tensor, method};
-use mqadapt_core::family::{BlockNorms, EMBED_TOKENS, EmbeddingScale, LM_HEAD, LayerTensor, Module, NORM};
+use mqadapt_core::family::{
+    BlockNorms, EMBED_POSITIONS, EMBED_TOKENS, EmbeddingScale, LM_HEAD, LayerTensor, Module, NORM, NORM_BIAS,
+};
 use mqadapt_core::{AttentionShape, DType, ModelConfig, Plan, Progress};
 
 use crate::attention::Attention;
-use crate::backend::{Backend, Head, HostMatrix, Linear};
+use crate::backend::{Backend, Head, HostMatrix, Linear, Norm};
 use crate::block::{Block, Mlp, Norms};
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
@@ -182,19 +184,27 @@ impl<B: Backend> Weights<'_, B> {
         Ok(Arc::new(self.backend.matrix(HostMatrix { values, out_features, in_features })?))
     }
 
-    fn norm(&mut self, name: String, divisor: f64) -> Result<Arc<B::Vector>> {
-        let mut weight = self.take(name)?.to_f32();
+    /// A norm; what it gives is divided.
+    fn norm(&mut self, weight: String, bias: Option<String>, divisor: f64) -> Result<Norm<B>> {
+        let divided = |mut values: Vec<f32>| {
+            if divisor != 1.0 {
+                for value in &mut values {
+                    *value = (f64::from(*value) / divisor) as f32;
+                }
+            }
+            self.backend.vector(values)
+        };
+        let take = |tensors: &mut HashMap<String, Floats>, name: String| {
+            tensors.remove(&name).map(|floats| floats.to_f32()).ok_or(Error::Missing { tensor: name })
+        };
+        let mut weight = take(&mut self.tensors, weight)?;
         if self.config.family.forward.norm_weight_plus_one {
             for w in &mut weight {
                 *w += 1.0;
             }
         }
-        if divisor != 1.0 {
-            for w in &mut weight {
-                *w = (f64::from(*w) / divisor) as f32;
-            }
-        }
-        Ok(Arc::new(self.backend.vector(weight)?))
+        let bias = bias.map(|bias| divided(take(&mut self.tensors, bias)?)).transpose()?;
+        Ok(Norm { weight: divided(weight)?, bias })
     }
 
     /// A linear layer of a decoder layer, with its bias where the model has one.
@@ -222,30 +232,37 @@ impl<B: Backend> Weights<'_, B> {
                 k_proj: self.linear(layer_idx, Module::KProj)?,
                 v_proj: self.linear(layer_idx, Module::VProj)?,
                 o_proj: self.linear(layer_idx, Module::OProj)?,
-                q_norm: self.layer_norm(layer_idx, Module::QNorm)?,
-                k_norm: self.layer_norm(layer_idx, Module::KNorm)?,
+                q_norm: self.layer_norm(layer_idx, Module::QNorm)?.map(Arc::new),
+                k_norm: self.layer_norm(layer_idx, Module::KNorm)?.map(Arc::new),
             },
             mlp: Arc::new(Mlp {
-                gate_proj: self.linear(layer_idx, Module::GateProj)?,
+                gate_proj: match self.config.weight_shape(layer_idx, Module::GateProj) {
+                    Some(_) => Some(self.linear(layer_idx, Module::GateProj)?),
+                    None => None,
+                },
                 up_proj: self.linear(layer_idx, Module::UpProj)?,
                 down_proj: self.linear(layer_idx, Module::DownProj)?,
                 hidden_act: self.config.hidden_act,
             }),
             eps: self.config.rms_norm_eps as f32,
             residual_multiplier: self.config.residual_multiplier as f32,
+            parallel: self.config.parallel_residual,
         })
     }
 
     /// A norm of a decoder layer, where it is among the tensors.
-    pub(crate) fn changed_norm(&mut self, layer_idx: usize, module: Module) -> Result<Option<Arc<B::Vector>>> {
+    pub(crate) fn changed_norm(&mut self, layer_idx: usize, module: Module) -> Result<Option<Norm<B>>> {
         let there = self.tensors.contains_key(&LayerTensor::weight(layer_idx, module).name());
         if there { self.layer_norm(layer_idx, module) } else { Ok(None) }
     }
 
     /// A norm of a decoder layer, where the family has it.
-    fn layer_norm(&mut self, layer_idx: usize, module: Module) -> Result<Option<Arc<B::Vector>>> {
-        let has = self.config.weight_shape(layer_idx, module).is_some();
-        has.then(|| self.norm(LayerTensor::weight(layer_idx, module).name(), 1.0)).transpose()
+    fn layer_norm(&mut self, layer_idx: usize, module: Module) -> Result<Option<Norm<B>>> {
+        if self.config.weight_shape(layer_idx, module).is_none() {
+            return Ok(None);
+        }
+        let bias = self.config.has_bias(module).then(|| LayerTensor::bias(layer_idx, module).name());
+        self.norm(LayerTensor::weight(layer_idx, module).name(), bias, 1.0).map(Some)
     }
 
     fn norms(&mut self, layer_idx: usize) -> Result<Norms<B>> {
@@ -314,15 +331,20 @@ pub(crate) fn decoder<B: Backend>(
     let mut weights = Weights { backend: &backend, config, tensors };
     let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
     let embed_tokens = weights.matrix(EMBED_TOKENS.to_owned(), vocab_size, hidden_size)?;
+    let embed_positions = match config.learned_positions() {
+        Some(rows) => Some(weights.matrix(EMBED_POSITIONS.to_owned(), rows, hidden_size)?),
+        None => None,
+    };
     let lm_head = if config.tie_word_embeddings {
         Arc::clone(&embed_tokens)
     } else {
         weights.matrix(LM_HEAD.to_owned(), vocab_size, hidden_size)?
     };
     let layers: Result<Vec<_>> = (0..config.num_hidden_layers).map(|idx| weights.block(idx).map(Arc::new)).collect();
-    let (layers, norm) = (layers?, weights.norm(NORM.to_owned(), config.logits_scaling)?);
+    let bias = config.norm_bias().then(|| NORM_BIAS.to_owned());
+    let (layers, norm) = (layers?, Arc::new(weights.norm(NORM.to_owned(), bias, config.logits_scaling)?));
     let embedding_scale = embedding_scale(config, embedding_dtype);
     let head = Head { lm_head, softcap: config.final_logit_softcapping.map(|cap| cap as f32) };
     let backend = Arc::new(backend);
-    Ok(Decoder { backend, config: config.clone(), embedding_scale, embed_tokens, layers, norm, head })
+    Ok(Decoder { backend, config: config.clone(), embedding_scale, embed_tokens, embed_positions, layers, norm, head })
 }

@@ -20,10 +20,10 @@ impl<B: Backend> Runner<B> {
         let linear = |linear: &Linear<B>| decoder.backend.matrix_bytes(&linear.weight);
         let layers = decoder.layers.iter().zip(self.token_bytes()).map(|(block, token)| {
             let (attn, mlp) = (&block.self_attn, &block.mlp);
-            let weights =
-                [&attn.q_proj, &attn.k_proj, &attn.v_proj, &attn.o_proj, &mlp.gate_proj, &mlp.up_proj, &mlp.down_proj];
+            let projections = [&attn.q_proj, &attn.k_proj, &attn.v_proj, &attn.o_proj, &mlp.up_proj, &mlp.down_proj];
+            let weights = projections.into_iter().chain(&mlp.gate_proj);
             let seen = attn.shape.sliding_window.unwrap_or(depth).min(depth);
-            weights.map(linear).iter().sum::<u64>() + token.saturating_mul(seen as u64)
+            weights.map(linear).sum::<u64>() + token.saturating_mul(seen as u64)
         });
         layers.fold(0, u64::saturating_add) + decoder.backend.matrix_bytes(&decoder.head.lm_head)
     }

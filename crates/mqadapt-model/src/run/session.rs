@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mqadapt_core::{AttentionShape, CacheStorage, DType, LayerCache, LayerShape, Progressing, Rope};
+use mqadapt_core::{AttentionShape, CacheStorage, DType, LayerCache, LayerShape, Progressing};
 
 use crate::allocator;
 use crate::backend::Backend;
@@ -194,8 +194,7 @@ impl<B: Backend> Session<B> {
     /// Rotary tables for the positions of the batch.
     fn reach(&mut self, decoder: &Decoder<B>) -> Result<()> {
         let end = self.batch.positions_end();
-        let limits = decoder.config.rope.iter().flatten().filter_map(Rope::longest_context);
-        if let Some(limit) = limits.min().filter(|limit| end > *limit) {
+        if let Some(limit) = decoder.config.longest_context().filter(|limit| end > *limit) {
             return Err(Error::Context { limit, found: end });
         }
         self.ropes.reach(end);

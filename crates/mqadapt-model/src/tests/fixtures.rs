@@ -4,7 +4,8 @@ use std::fs;
 
 use half::bf16;
 use mqadapt_checkpoint::Checkpoint;
-use mqadapt_core::{DType, ModelConfig, NoProgress};
+use mqadapt_core::family::LayerTensor;
+use mqadapt_core::{DType, FAMILIES, ModelConfig, NoProgress};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -45,6 +46,12 @@ pub(super) fn config(model_type: &str, over: &Value) -> Value {
     for (field, value) in over.as_object().into_iter().flatten() {
         config[field] = value.clone();
     }
+    let family = FAMILIES.iter().find(|family| family.model_type == model_type).unwrap();
+    for (field, own) in family.field_names {
+        if let Some(value) = config.as_object_mut().unwrap().remove(*field) {
+            config[*own] = value;
+        }
+    }
     config
 }
 
@@ -57,7 +64,7 @@ impl Tiny {
             let (scale, shift) = match (tensor.shape.len(), config.family.forward.norm_weight_plus_one) {
                 (2, _) => (0.25, 0.0),
                 (_, true) => (0.3, 0.0),
-                _ if tensor.name.contains("_proj.") => (0.3, 0.0),
+                _ if tensor.name.contains("_proj.") || tensor.name.contains(".bias") => (0.3, 0.0),
                 _ => (0.3, 1.0),
             };
             let values = noise(nth as u64 + 1, len).into_iter().map(|x| x * scale + shift).collect();
@@ -101,21 +108,46 @@ impl Tiny {
     }
 }
 
-/// Tensors as the family's files have them: neighbours that share one, their rows one under the other.
-fn stored(json: &Value, tensors: Vec<(String, Vec<usize>, Vec<f32>)>) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+/// A tensor's name, shape and values.
+type Named = (String, Vec<usize>, Vec<f32>);
+
+/// Tensors as the family's files have them: several in one, transposed.
+fn stored(json: &Value, tensors: Vec<Named>) -> Vec<Named> {
     let config = ModelConfig::from_value(json.clone()).unwrap();
-    let mut out: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
-    for (role, shape, values) in tensors {
-        let name = config.stored_name(&role).into_owned();
-        match out.last_mut() {
-            Some(last) if last.0 == name => {
-                last.1[0] += shape[0];
-                last.2.extend(values);
-            }
-            _ => out.push((name, shape, values)),
+    let mut groups: Vec<(String, Vec<Named>)> = Vec::new();
+    for tensor in tensors {
+        let name = config.stored_name(&tensor.0).into_owned();
+        match groups.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, parts)) => parts.push(tensor),
+            None => groups.push((name, vec![tensor])),
         }
     }
-    out
+    groups.into_iter().map(|(name, parts)| joined(&config, name, parts)).collect()
+}
+
+fn joined(config: &ModelConfig, name: String, parts: Vec<Named>) -> Named {
+    let Some(LayerTensor { module, bias, .. }) = LayerTensor::parse(&parts[0].0) else {
+        let (_, shape, values) = parts.into_iter().next().unwrap();
+        return (name, shape, values);
+    };
+    let mut shape = parts[0].1.clone();
+    shape[0] = parts.iter().map(|(_, shape, _)| shape[0]).sum();
+    let columns = shape.get(1).copied().unwrap_or(1);
+    let interleaved = config.family.fused_with(module).is_some_and(|fused| fused.interleaved);
+    let run = if interleaved { config.head_dim * columns } else { usize::MAX };
+    let mut runs: Vec<_> = parts.iter().map(|(.., values)| values.chunks(run.min(values.len()))).collect();
+    let mut values = Vec::new();
+    while values.len() < shape.iter().product() {
+        for run in &mut runs {
+            values.extend(run.next().unwrap());
+        }
+    }
+    if config.family.transposed && !bias && shape.len() == 2 {
+        let rows = shape[0];
+        values = (0..values.len()).map(|at| values[at % rows * columns + at / rows]).collect();
+        shape.reverse();
+    }
+    (name, shape, values)
 }
 
 /// Largest difference, relative to the largest value.

@@ -47,15 +47,17 @@ fn layers_are_traced() {
             let first: usize = sequences[..trace.sequence].iter().map(Vec::len).sum();
             let stream = &expected[trace.layer_idx].values[first * 48..(first + length) * 48];
             assert!(difference(trace.hidden, stream) < 1e-5, "{json} {device:?}");
-            let kv = tiny.checkpoint.config().num_key_value_heads[trace.layer_idx] * 16;
+            let config = tiny.checkpoint.config();
+            let wide = config.head_dim;
+            let kv = config.num_key_value_heads[trace.layer_idx] * wide;
             assert_eq!(trace.attention_input.len(), length * 48);
-            assert_eq!([trace.q.len(), trace.attention.len()], [length * 96; 2]);
+            assert_eq!([trace.q.len(), trace.attention.len()], [length * 6 * wide; 2]);
             assert_eq!([trace.k.len(), trace.v.len()], [length * kv; 2]);
             // the first token attends itself alone: its attention is its value, once for each head of the group
-            let groups = 96 / kv;
+            let groups = 6 * wide / kv;
             for head in 0..6 {
-                let value = &trace.v[head / groups * 16..][..16];
-                assert!(difference(&trace.attention[head * 16..][..16], value) < 1e-5);
+                let value = &trace.v[head / groups * wide..][..wide];
+                assert!(difference(&trace.attention[head * wide..][..wide], value) < 1e-5);
             }
             seen.push((trace.layer_idx, trace.sequence));
             Ok(())

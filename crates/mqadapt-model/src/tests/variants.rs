@@ -65,5 +65,30 @@ pub(super) fn shapes() -> Vec<Value> {
         config("phi3", &mixed),
         config("smollm3", &json!({ "no_rope_layers": [1, 0, 1], "num_key_value_heads": 2 })),
     ]);
+    let gpt = |model_type: &str, over: &Value| {
+        let mut config = config(model_type, over);
+        for field in ["head_dim", "num_key_value_heads"].iter().filter(|field| over.get(field).is_none()) {
+            config.as_object_mut().unwrap().remove(*field);
+        }
+        config
+    };
+    let ours = |class: &str, over: Value| {
+        let mut over = over;
+        over["architectures"] = json!([format!("LayerwiseKV{class}ForCausalLM")]);
+        over
+    };
+    let differ = json!({ "0": { "num_key_value_heads": 1 }, "2": { "num_key_value_heads": 2 } });
+    shapes.extend([
+        gpt("gpt2", &json!({})),
+        gpt(
+            "gpt2",
+            &json!({ "tie_word_embeddings": false, "scale_attn_weights": false, "activation_function": "gelu" }),
+        ),
+        gpt("gpt_bigcode", &json!({})),
+        gpt("gpt_bigcode", &ours("GPTBigCode", json!({ "num_key_value_heads": 6, "per_layer_config": differ }))),
+        gpt("gpt_neox", &json!({})),
+        gpt("gpt_neox", &json!({ "rotary_pct": 1.0, "use_parallel_residual": false, "hidden_act": "gelu_new" })),
+        gpt("gpt_neox", &ours("GPTNeoX", json!({ "num_key_value_heads": 6, "per_layer_config": differ }))),
+    ]);
     shapes
 }

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mqadapt_rs.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -57,35 +55,24 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def paired(losses: Sequence[float], reference: Sequence[float]) -> Difference:
-    """The mean of `losses - reference`, paired by document, with its t interval."""
+    """The mean of `losses - reference`, paired by document, with its t interval.
+
+    Two plans that are equally good have differences that are as likely positive as negative. For such differences the interval
+    excludes zero in about 5 % of trials at any number of documents, or less: the tests simulate normal and log-normal losses
+    and accuracies (5.6 % at most, with accuracies at 8 documents). Differences that are all equal are the exception, since a
+    t interval takes them for certain: they have an interval from six documents on, where all signs agree by chance in less
+    than 5 % of trials.
+    """
     if len(losses) != len(reference):
         raise ArgumentError(f"{len(losses)} documents against {len(reference)}: a paired difference needs the same")
     differences = [a - b for a, b in zip(losses, reference, strict=True)]
     mean, error = mean_and_error(differences)
     if error is None:
         return Difference(mean, None, None, None)
+    if error == 0 and 2 * 0.5 ** len(differences) > 1 - CONFIDENCE:
+        return Difference(mean, error, None, None)
     reach = t_quantile((1 + CONFIDENCE) / 2, len(differences) - 1) * error
     return Difference(mean, error, mean - reach, mean + reach)
-
-
-def bootstrap(
-    losses: Sequence[float], reference: Sequence[float], *, seed: int = 0, resamples: int = 4000
-) -> Difference:
-    """As `paired`, with the percentile interval of resampled documents, which assumes no distribution."""
-    base = paired(losses, reference)
-    if base.standard_error is None:
-        return base
-    differences = np.asarray(losses, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
-    draws = np.random.default_rng(seed)
-    # a few hundred resamples at a time bound the memory for long lists of documents
-    means = np.concatenate(
-        [
-            differences[draws.integers(0, len(differences), size=(chunk, len(differences)))].mean(axis=1)
-            for chunk in [200] * (resamples // 200)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Difference(base.mean, base.standard_error, float(low), float(high))
 
 
 def t_quantile(probability: float, degrees: int) -> float:

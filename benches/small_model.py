@@ -1,11 +1,16 @@
-"""Damage of merged K/V heads in a model with q/k norms: a small Qwen3 is trained, merged and measured.
+"""Damage of merged K/V heads in small models: a model is trained here, merged and measured.
 
-    python benches/qk_norm.py /tmp/qwen3 ../shared/data/text/wikitext2_raw_valid_documents.jsonl.gz --field page \
-        --more ../shared/data/text/tinyshakespeare.txt
+    python benches/small_model.py /tmp/qwen3 ../shared/data/text/wikitext2_raw_valid_documents.jsonl.gz --field page \
+        --more ../shared/data/text/tinyshakespeare.txt --shape qwen3
 
 In: a text; documents of its last quarter are measured, the rest is for training and calibration, `--more` for training only.
 Out: a folder with the trained model, kept for the next run, and a table: the increase of log-perplexity of every plan and
-method, also as a share of that of `mean`. `--shape` chooses between the shapes below; PyTorch and transformers are needed.
+method, also as a share of that of `mean`. `--shape` chooses between the shapes below. Training needs PyTorch and transformers.
+
+    python benches/small_model.py FOLDER --sampled
+
+measures a model for which there is no text, on texts that it generates itself (temperature 1): with those its perplexity is
+the lowest that any model can have, so that every increase is damage.
 """
 
 from __future__ import annotations
@@ -21,9 +26,10 @@ import numpy as np
 from mqadapt_rs import Calibration, Model, text
 from mqadapt_rs.calibration import draw_windows
 
-SHAPES: dict[str, dict[str, int]] = {
-    "grouped": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
-    "wide": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64},
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3", "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
+    "qwen3-wide": {"model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64},
+    "llama-mha": {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32},
 }
 SIZE: dict[str, Any] = {
     "vocab_size": 1024,
@@ -64,12 +70,12 @@ def save_tokenizer(folder: Path, words: str) -> None:
 
 
 def train(folder: Path, ids: list[int], shape: str, steps: int) -> None:
-    """Trains a Qwen3 on `ids` with AdamW, and saves it."""
+    """Trains a model on `ids` with AdamW, and saves it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model("qwen3", **SIZE, **SHAPES[shape])
+    config = AutoConfig.for_model(**SIZE, **SHAPES[shape])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.004, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -101,12 +107,20 @@ def bigram_loss(ids: list[int], measured: list[int]) -> float:
     return float(-np.log(probabilities[measured[:-1], measured[1:]]).mean())
 
 
-class Table:
-    """Measures plans and methods on a trained model."""
+def sampled(model: Model, count: int, seed: int) -> list[int]:
+    """`count` tokens of texts that the model continues from its first token (1) at temperature 1."""
+    texts = model.generate(
+        [[1]] * (count // CONTEXT), max_new_tokens=CONTEXT - 1, temperature=1.0, seed=seed, stop_tokens=[]
+    )
+    return [token for text in texts for token in [1, *text]]
 
-    def __init__(self, folder: Path, pool: list[int], measured: list[int]) -> None:
-        """Loads the model and measures it as it is."""
-        self.base = Model.load(folder, dtype="float32", precision="exact")
+
+class Table:
+    """Measures plans and methods on a model."""
+
+    def __init__(self, base: Model, pool: list[int], measured: list[int]) -> None:
+        """Measures the model as it is."""
+        self.base = base
         self.drawn = draw_windows(pool, tokens=CALIBRATION_TOKENS, context=CONTEXT, seed=0)
         self.measured = measured
         self.loss = math.log(self.base.perplexity(measured, CONTEXT))
@@ -135,14 +149,26 @@ def main() -> None:
     """Trains the model where it is missing, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("text", type=Path)
+    parser.add_argument("text", type=Path, nargs="?")
+    parser.add_argument("--sampled", action="store_true", help="measure an existing folder on texts that it generates")
     parser.add_argument("--field", default="text")
     parser.add_argument("--more", type=Path, action="append", default=[], help="plain text to train on as well")
-    parser.add_argument("--shape", choices=SHAPES, default="grouped")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--plans", nargs="+", default=PLANS)
     parser.add_argument("--methods", default=",".join(METHODS), help="as on the command line, joined by commas")
     arguments = parser.parse_args()
+    if arguments.sampled == (arguments.text is not None):
+        parser.error("name a text, or --sampled")
+    pool, measured = texts_of(arguments) if arguments.text else ([], [])
+    base = Model.load(arguments.folder, dtype="float32", precision="exact")
+    if arguments.sampled:
+        pool, measured = sampled(base, CALIBRATION_TOKENS, 1), sampled(base, MEASURED_TOKENS, 2)
+    Table(base, pool, measured).show(arguments.plans, arguments.methods.split(","))
+
+
+def texts_of(arguments: argparse.Namespace) -> tuple[list[int], list[int]]:
+    """Tokens to calibrate with and to measure; the model is trained where it is missing."""
     documents = list(text.read_documents(arguments.text, arguments.field))
     cut = 3 * len(documents) // 4
     words = "".join(documents[:cut])
@@ -156,7 +182,7 @@ def main() -> None:
         train(arguments.folder, everything, arguments.shape, arguments.steps)
     measured = text.token_ids(tokenizer, "".join(documents[cut:]))[:MEASURED_TOKENS]
     print(f"log-perplexity of a bigram model {bigram_loss(everything, measured):.3f}")
-    Table(arguments.folder, pool, measured).show(arguments.plans, arguments.methods.split(","))
+    return pool, measured
 
 
 if __name__ == "__main__":
