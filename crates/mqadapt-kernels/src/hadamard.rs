@@ -49,7 +49,9 @@ pub(crate) unsafe fn rotate_body<S: Simd>(head: &mut [f32]) {
             half *= 2;
         }
         let factor = 1.0 / (len as f32).sqrt();
-        block.iter_mut().for_each(|value| *value *= factor);
+        for value in &mut *block {
+            *value *= factor;
+        }
         rest = others;
     }
 }

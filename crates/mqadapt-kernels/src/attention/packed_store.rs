@@ -79,7 +79,7 @@ impl Cpu {
         let (row_len, row_bytes) = (num_key_value_heads * head_dim, bits.row_bytes(head_dim));
         assert!(row_len > 0 && src.len().is_multiple_of(row_len), "src is [rows, {num_key_value_heads}, {head_dim}]");
         assert!(start + src.len() / row_len <= positions, "rows lie within the cache");
-        let (values, scales) = (Parts::new(&mut **values), Parts::new(&mut **scales));
+        let (values, scales) = (Parts::new(values), Parts::new(scales));
         self.by_rows(src.len() / row_len, row_len, |first, rows| {
             scratch::with(head_dim, |head: &mut [f32]| {
                 for row in first..first + rows {
