@@ -94,14 +94,21 @@ class LayerCache:
     `str()` gives the name that the grammar of plans has for it, such as `gqa2`.
     """
 
-    def __new__(cls, num_key_value_heads: int) -> LayerCache:
-        """K/V heads, stored in the dtype that they are computed in.
+    def __new__(cls, num_key_value_heads: int, storage: str = "computed") -> LayerCache:
+        """K/V heads, and how they are stored.
+
+        Args:
+            num_key_value_heads: their number.
+            storage: `computed` (the dtype that they are computed in), `int8` or `int4`.
 
         Raises:
-            ArgumentError: there is none.
+            ArgumentError: there is no head, or no such storage.
         """
     @property
     def num_key_value_heads(self) -> int: ...
+    @property
+    def storage(self) -> str:
+        """How it is stored: `computed`, `int8` or `int4`."""
     def reductions(self) -> list[LayerCache]:
         """What a layer that caches this may be reduced to, ascending by bytes; the last is this."""
     def bytes_per_token(self, config: ModelConfig | _Path, value_bytes: int = 2) -> int:
@@ -109,7 +116,7 @@ class LayerCache:
     def __eq__(self, other: object, /) -> bool: ...
     def __ne__(self, other: object, /) -> bool: ...
     def __hash__(self, /) -> int: ...
-    def __reduce__(self, /) -> tuple[type[LayerCache], tuple[int]]: ...
+    def __reduce__(self, /) -> tuple[type[LayerCache], tuple[int, str]]: ...
 
 @final
 class Plan:
@@ -120,8 +127,9 @@ class Plan:
         """Parse a plan for a model.
 
         Args:
-            text: `keep`; a flag for each layer, `1, 0, 0, ...`; `mqa:LAYERS` and `gqaN:LAYERS` separated by `;`; the name
-                of a `.json` or `.yaml` file; or a list with the K/V heads of each layer.
+            text: `keep`; a flag for each layer, `1, 0, 0, ...`; `mqa:LAYERS`, `gqaN:LAYERS` and `keep:LAYERS` separated by
+                `;`, with `@int8` or `@int4` behind the name where the cache is stored so; the name of a `.json` or `.yaml`
+                file; or a list with the K/V heads of each layer.
             config: the configuration, or anything that names a model.
 
         Raises:
@@ -146,6 +154,15 @@ class Plan:
     @property
     def num_key_value_heads(self) -> list[int]:
         """K/V heads of each layer."""
+    @property
+    def storage(self) -> list[str]:
+        """How the K/V cache of each layer is stored: `computed`, `int8` or `int4`."""
+    def stored(self, storage: str) -> Plan:
+        """The same plan with the K/V cache of all layers stored so.
+
+        Raises:
+            ArgumentError: the plan says otherwise of a layer, or there is no such storage.
+        """
     @property
     def source_num_key_value_heads(self) -> list[int]:
         """K/V heads of each layer of the model that the plan was built for."""
@@ -452,6 +469,7 @@ class Model:
         device: str = "cpu",
         weights: str = "stored",
         kv_dtype: str | None = None,
+        kv: str | None = None,
         precision: str = "fast",
         max_tokens_in_flight: int = 1024,
         calibration: Calibration | None = None,
@@ -467,7 +485,9 @@ class Model:
             dtype: dtype of the weights; by default as stored.
             device: `cpu`, `cpu-stock` (the operations of candle) or `cuda:N`.
             weights: `stored`, or `int8`: 8-bit integers with a scale per row, on `cpu` only.
-            kv_dtype: dtype of the K/V cache; by default that of the weights.
+            kv_dtype: dtype in which the K/V cache is computed; by default that of the weights.
+            kv: how the K/V cache of all layers is stored: `computed` (in `kv_dtype`), `int8` or `int4`, on `cpu` only; by default
+                as the plan says.
             precision: `fast` rounds activations to bfloat16 if the weights are bfloat16, `exact` keeps them in float32.
             max_tokens_in_flight: largest number of tokens per pass; it bounds the memory of scoring and generation.
             calibration: calibration of the methods that need one.
@@ -487,7 +507,10 @@ class Model:
         calibration: Calibration | None = None,
         progress: _Progress | None = None,
     ) -> Model:
-        """The same model under another plan for its checkpoint. Layers that neither plan changes are shared."""
+        """The same model under another plan for its checkpoint. Layers that neither plan changes are shared.
+
+        How the K/V cache is stored is a part of the plan: what `kv` said when the model was loaded does not count.
+        """
     def with_layers_of(self, layers: Sequence[tuple[int, Model]]) -> Model:
         """The same model with some layers of other models of the same checkpoint, dtype and device.
 

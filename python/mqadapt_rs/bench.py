@@ -32,6 +32,7 @@ def bench(
     rounds: int = 3,
     dtype: str | None = None,
     weights: str = "stored",
+    kv: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a model, and the same model under plans.
@@ -46,6 +47,7 @@ def bench(
         rounds: number of rounds; the fastest counts.
         dtype: dtype of the weights; by default as stored.
         weights: `stored` or `int8`, as `Model.load` takes it.
+        kv: how the K/V cache of every plan is stored, as `Model.load` takes it.
         progress: called with the number of finished rounds.
 
     Returns:
@@ -66,8 +68,10 @@ def bench(
     names = ["keep", *plans, *(f"gqa{count}:all" if count > 1 else "mqa:all" for count in groups)]
     names = list(dict.fromkeys(names))
     parsed = [Plan.parse(name, src) for name in names]
-    source = Model.load(src, dtype=dtype, weights=weights)
-    models = [source.with_plan(plan, "first") if plan.changed_layers else source for plan in parsed]
+    source = Model.load(src, dtype=dtype, weights=weights, kv=kv)
+    if kv is not None:
+        parsed = [plan.stored(kv) for plan in parsed]
+    models = [source, *(source.with_plan(plan, "first") for plan in parsed[1:])]
     # one list of times per plan and measurement
     prefill: dict[tuple[int, int], list[float]] = {(i, n): [] for n in prompts for i in range(len(models))}
     decode: dict[tuple[int, int], list[float]] = {(i, n): [] for n in depths for i in range(len(models))}
@@ -82,6 +86,7 @@ def bench(
         "model": str(src),
         "dtype": source.dtype,
         "weights": weights,
+        "kv": kv,
         "steps": steps,
         "rounds": rounds,
         "plans": [

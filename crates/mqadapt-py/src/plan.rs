@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyType;
 
 use crate::arguments::{Text, Whole, counts};
-use crate::config::{LayerCache, ModelConfig, model_config};
+use crate::config::{LayerCache, ModelConfig, model_config, parse_storage};
 use crate::errors::{OrRaise, argument};
 
 /// What each layer of a model caches.
@@ -54,6 +54,11 @@ impl Plan {
     #[getter]
     fn storage(&self) -> Vec<&'static str> {
         self.0.storage().into_iter().map(CacheStorage::name).collect()
+    }
+
+    /// The same plan with the K/V cache of all layers stored so.
+    fn stored(&self, storage: Text) -> PyResult<Self> {
+        self.0.stored(parse_storage("storage", &storage)?).map(Self).or_raise()
     }
 
     /// K/V heads of each layer of the model that the plan was built for.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mqadapt_rs.cli.options import Debug, DType, Json, Src, Weights
+from mqadapt_rs.cli.options import Debug, DType, Json, Kv, Src, Weights
 
 
 def _counts(text: str) -> list[int]:
@@ -39,6 +39,7 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Number of rounds; the fastest counts.")] = 3,
     dtype: DType = None,
     weights: Weights = "stored",
+    kv: Kv = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Plot the decoding times into this file.", show_default=False)
     ] = None,
@@ -64,6 +65,7 @@ def bench(
             rounds=rounds,
             dtype=dtype,
             weights=weights,
+            kv=kv,
             progress=progress,
         )
     if plot is not None:

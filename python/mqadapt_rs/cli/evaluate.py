@@ -9,7 +9,7 @@ import typer
 
 from mqadapt_rs.calibration import CalibrationOptions
 from mqadapt_rs.cli.calibration import with_calibration
-from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src, Weights
+from mqadapt_rs.cli.options import Debug, DType, Json, Kv, Method, PlanText, Seed, Src, Weights
 
 # keys of the result of lm-eval that are printed; the others repeat the definitions of the tasks
 _KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -26,6 +26,7 @@ def evaluate(
     seed: Seed = 0,
     dtype: DType = None,
     weights: Weights = "stored",
+    kv: Kv = None,
     *,
     calibration: CalibrationOptions,
     include_path: Annotated[
@@ -71,13 +72,14 @@ def evaluate(
         "method": method,
         "seed": seed,
         "weights": weights,
+        "kv": kv,
         "tasks": tasks,
         "limit": limit,
         "num_fewshot": num_fewshot,
     }
     with tracked(wandb, name=f"eval {plan} {method}", config=settings) as run:
         lm = MqadaptLM(
-            src, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights, calibration=text_or_stats
+            src, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights, kv=kv, calibration=text_or_stats
         )
         results = run_tasks(
             lm,

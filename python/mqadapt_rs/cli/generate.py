@@ -9,7 +9,7 @@ import typer
 
 from mqadapt_rs.calibration import CalibrationOptions
 from mqadapt_rs.cli.calibration import load_model, with_calibration
-from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src, Weights
+from mqadapt_rs.cli.options import Debug, DType, Json, Kv, Method, PlanText, Seed, Src, Weights
 
 
 @with_calibration
@@ -27,6 +27,7 @@ def generate(
     method: Method = "mean",
     dtype: DType = None,
     weights: Weights = "stored",
+    kv: Kv = None,
     *,
     calibration: CalibrationOptions,
     json: Json = False,
@@ -42,7 +43,7 @@ def generate(
 
     tokenizer = texts.load_tokenizer(src)
     ids = texts.token_ids(tokenizer, prompt)
-    model = load_model(src, calibration, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights)
+    model = load_model(src, calibration, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights, kv=kv)
     start = time.perf_counter()
     with output.progress_bars("tokens") as progress:
         new = model.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=progress)

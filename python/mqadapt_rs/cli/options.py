@@ -70,5 +70,14 @@ Weights = Annotated[
         help="Format of the weights: stored, or int8 (half the memory, faster, slightly less accurate; cpu only).",
     ),
 ]
+Kv = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        help="How the K/V cache of all layers is stored: computed, int8 or int4 (half and a quarter of the bytes of bfloat16; "
+        "cpu only); by default as the plan says.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.", callback=_note_debug)]

@@ -10,7 +10,7 @@ import typer
 
 from mqadapt_rs.calibration import CalibrationOptions
 from mqadapt_rs.cli.calibration import load_model, with_calibration
-from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src, Weights
+from mqadapt_rs.cli.options import Debug, DType, Json, Kv, Method, PlanText, Seed, Src, Weights
 
 
 @with_calibration
@@ -30,6 +30,7 @@ def perplexity(
     seed: Seed = 0,
     dtype: DType = None,
     weights: Weights = "stored",
+    kv: Kv = None,
     *,
     calibration: CalibrationOptions,
     json: Json = False,
@@ -45,7 +46,7 @@ def perplexity(
 
     ids = texts.read_ids(texts.load_tokenizer(src), text, field, None if windows is None else windows * context)
     ids = texts.first_windows(ids, context, windows)
-    model = load_model(src, calibration, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights)
+    model = load_model(src, calibration, plan=plan, method=method, seed=seed, dtype=dtype, weights=weights, kv=kv)
     start = time.perf_counter()
     with output.progress_bars("windows") as progress:
         value = model.perplexity(ids, context=context, progress=progress)

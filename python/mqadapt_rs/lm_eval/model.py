@@ -49,8 +49,8 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
 
     Args:
         pretrained: folder, `.gguf` file or hub id `org/name[@revision]`.
-        plan, method, seed, dtype, device, weights: as `Model.load` takes them. In lm-eval's `key=value` arguments a plan cannot
-            contain commas: `mqa:0;mqa:3-7`, or the name of a plan file.
+        plan, method, seed, dtype, device, weights, kv: as `Model.load` takes them. In lm-eval's `key=value` arguments a plan
+            cannot contain commas: `mqa:0;mqa:3-7`, or the name of a plan file.
         tokenizer: source of the tokenizer; by default that of the model.
         max_length: largest context in tokens; by default the model's `max_position_embeddings`.
         add_bos_token: whether text starts with the special tokens of the tokenizer; by default as the tokenizer does.
@@ -75,6 +75,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         dtype: str | None = None,
         device: str | None = None,
         weights: str = "stored",
+        kv: str | None = None,
         tokenizer: str | None = None,
         max_length: int | None = None,
         add_bos_token: bool | None = None,
@@ -104,6 +105,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
             dtype=None if dtype == "auto" else dtype,
             device=device or "cpu",
             weights=weights,
+            kv=kv,
             calibration=calibration or (Calibration(stats=stats) if stats else None),
         )
         self.tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code, add_bos_token)

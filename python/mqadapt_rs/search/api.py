@@ -257,10 +257,21 @@ def search(
 
 
 def layers_of(src: str | os.PathLike[str], plan: Plan | str | Sequence[int]) -> Layers:
-    """What every layer of a model caches under a plan in any form."""
+    """What every layer of a model caches under a plan in any form.
+
+    Raises:
+        ArgumentError: the plan is illegal, or says how caches are stored, which the files of a search do not hold.
+    """
     from mqadapt_rs import ModelConfig, Plan
 
-    return tuple(Plan.parse(plan, ModelConfig.load(src)).layers)
+    parsed = Plan.parse(plan, ModelConfig.load(src))
+    stored = next((storage for storage in parsed.storage if storage != "computed"), None)
+    if stored is not None:
+        raise ArgumentError(
+            f"the plan {parsed.describe()!r} says how K/V caches are stored, but a search compares numbers of K/V heads: leave "
+            f"'@{stored}' out"
+        )
+    return tuple(parsed.layers)
 
 
 def _pool(workers: int | None, ray: str | None) -> Pool:
