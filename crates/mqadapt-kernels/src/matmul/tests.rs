@@ -117,7 +117,7 @@ fn gated_equals_its_parts() {
         let x = random(1, m * k);
         let (gate, up) = (Stored::random(2, n * k), Stored::random(3, n * k));
         for cpu in cpus() {
-            for activation in [Activation::Silu, Activation::GeluTanh] {
+            for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
                 for precision in [Precision::Exact, Precision::Fast] {
                     let gate = Linear::from(WeightsRef::Bf16(&gate.bf16));
                     let up = Linear::from(WeightsRef::Bf16(&up.bf16));

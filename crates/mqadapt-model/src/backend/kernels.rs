@@ -61,9 +61,13 @@ fn matrix(linear: &Linear<Kernels>) -> LinearRef<'_> {
     LinearRef { weight: linear.weight.weights(), bias: linear.bias.as_deref().map(Vec::as_slice) }
 }
 
-/// GELU with the error function.
-fn gelu(x: f32) -> f32 {
-    x * (0.5 * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2)))
+/// An activation as the kernels call it.
+fn activation(act: Activation) -> mqadapt_kernels::Activation {
+    match act {
+        Activation::Silu => mqadapt_kernels::Activation::Silu,
+        Activation::GeluTanh => mqadapt_kernels::Activation::GeluTanh,
+        Activation::Gelu => mqadapt_kernels::Activation::Gelu,
+    }
 }
 
 /// Rows of `x`, `width` values each.
@@ -227,30 +231,13 @@ impl Backend for Kernels {
         let k = gate.weight.in_features;
         let m = rows(x, k);
         out.resize(m * gate.weight.out_features, 0.0);
-        let act = match act {
-            Activation::Silu => mqadapt_kernels::Activation::Silu,
-            Activation::GeluTanh => mqadapt_kernels::Activation::GeluTanh,
-            Activation::Gelu => {
-                let mut ups = vec![0.0; out.len()];
-                let products = &mut [MatmulOut::new(matrix(gate), out), MatmulOut::new(matrix(up), &mut ups)];
-                self.cpu.matmul_nt(x, m, k, products, self.precision, Store::Overwrite);
-                for (gate, up) in out.iter_mut().zip(&ups) {
-                    *gate = gelu(*gate) * up;
-                }
-                return Ok(());
-            }
-        };
-        self.cpu.matmul_nt_gated(x, m, k, matrix(gate), matrix(up), act, out, self.precision);
+        self.cpu.matmul_nt_gated(x, m, k, matrix(gate), matrix(up), activation(act), out, self.precision);
         Ok(())
     }
 
     fn activated(&self, x: &Vec<f32>, up: &Linear<Self>, act: Activation, out: &mut Vec<f32>) -> Result<()> {
         self.linear(x, up, out)?;
-        match act {
-            Activation::Silu => self.cpu.activate(mqadapt_kernels::Activation::Silu, out),
-            Activation::GeluTanh => self.cpu.activate(mqadapt_kernels::Activation::GeluTanh, out),
-            Activation::Gelu => out.iter_mut().for_each(|x| *x = gelu(*x)),
-        }
+        self.cpu.activate(activation(act), out);
         Ok(())
     }
 

@@ -2,38 +2,27 @@
 
 use std::collections::HashSet;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::vocabulary::Vocabulary;
-use super::{Pipeline, pre_tokenizer};
+use super::{Bpe, Pipeline, pre_tokenizer};
 use crate::gguf::metadata::Metadata;
 use crate::gguf::problem::{Parsed, Problem};
 
-pub(super) fn pipeline(metadata: &Metadata, vocabulary: &Vocabulary) -> Parsed<Pipeline> {
+pub(super) fn pipeline<'a>(metadata: &'a Metadata, vocabulary: &'a Vocabulary<'a>) -> Parsed<Pipeline<'a>> {
     let pre = pre_tokenizer::of(metadata)?;
     Ok(Pipeline {
         normalizer: pre.normalizer(),
         pre_tokenizer: pre.json(),
         decoder: json!({ "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true }),
-        model: json!({
-            "type": "BPE",
-            "dropout": null,
-            "unk_token": null,
-            "continuing_subword_prefix": null,
-            "end_of_word_suffix": null,
-            "fuse_unk": false,
-            "byte_fallback": false,
-            "ignore_merges": pre.ignore_merges,
-            "vocab": vocabulary.ids(),
-            "merges": merges(metadata, vocabulary)?,
-        }),
+        model: Bpe { ignore_merges: pre.ignore_merges, ..Bpe::new(vocabulary, merges(metadata, vocabulary)?) },
         adds_bos: pre.adds_bos,
         normalized_tokens: false,
     })
 }
 
 /// Pairs in the order of their ranks; each pair and what it makes must be tokens, or the tokenizer would not load.
-fn merges(metadata: &Metadata, vocabulary: &Vocabulary) -> Parsed<Vec<Value>> {
+fn merges<'a>(metadata: &'a Metadata, vocabulary: &Vocabulary) -> Parsed<Vec<(&'a str, &'a str)>> {
     let key = "tokenizer.ggml.merges";
     let merges = metadata.texts(key)?.ok_or_else(|| Problem::missing_key(key))?;
     let known: HashSet<&str> = vocabulary.tokens().map(|(_, text, _)| text).collect();
@@ -48,7 +37,7 @@ fn merges(metadata: &Metadata, vocabulary: &Vocabulary) -> Parsed<Vec<Value>> {
         if ![left, right, joined.as_str()].iter().all(|text| known.contains(text)) {
             return Err(wrong("which joins or makes something that is not a token"));
         }
-        pairs.push(json!([left, right]));
+        pairs.push((left, right));
     }
     Ok(pairs)
 }

@@ -8,6 +8,7 @@ mod pre_tokenizer;
 mod sentencepiece;
 mod vocabulary;
 
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::metadata::{Metadata, ModelKeys};
@@ -40,9 +41,9 @@ pub(super) fn side_files(keys: ModelKeys) -> Parsed<Vec<SideFile>> {
     let add = Ends::read(metadata, &special, pipeline.adds_bos)?;
     let chat_template = metadata.text("tokenizer.chat_template")?;
     let mut files = vec![
-        file("generation_config.json", &generation_config(metadata, &special, &vocabulary)?),
-        file("tokenizer.json", &tokenizer_json(&pipeline, &vocabulary, &special, add)),
-        file("tokenizer_config.json", &tokenizer_config(keys, &pipeline, &vocabulary, &special, add)?),
+        file("generation_config.json", &generation_config(metadata, &special, &vocabulary)?)?,
+        file("tokenizer.json", &tokenizer_json(&pipeline, &vocabulary, &special, add))?,
+        file("tokenizer_config.json", &tokenizer_config(keys, &pipeline, &vocabulary, &special, add)?)?,
     ];
     if let Some(template) = chat_template {
         files.push(SideFile { name: "chat_template.jinja".to_owned(), content: Content::Bytes(template.into()) });
@@ -51,22 +52,72 @@ pub(super) fn side_files(keys: ModelKeys) -> Parsed<Vec<SideFile>> {
     Ok(files)
 }
 
-fn file(name: &str, content: &Value) -> SideFile {
-    let text = format!("{content:#}\n");
-    SideFile { name: name.to_owned(), content: Content::Bytes(text.into_bytes()) }
+fn file(name: &str, content: &impl Serialize) -> Parsed<SideFile> {
+    let mut text = serde_json::to_vec_pretty(content).map_err(|e| Problem::key(name, e.to_string()))?;
+    text.push(b'\n');
+    Ok(SideFile { name: name.to_owned(), content: Content::Bytes(text) })
 }
 
 /// The parts of a `tokenizer.json` that differ between kinds of tokenizer.
-struct Pipeline {
+struct Pipeline<'a> {
     normalizer: Value,
     pre_tokenizer: Value,
     decoder: Value,
-    model: Value,
+    model: Bpe<'a>,
     /// Whether a beginning-of-sequence token is added where the metadata does not say.
     adds_bos: bool,
     /// Where user-defined tokens are looked for: in the text after normalisation, or in the text as it is given. Control
     /// tokens are always found in the text as it is given.
     normalized_tokens: bool,
+}
+
+/// The `model` of a `tokenizer.json`. A vocabulary of a quarter of a million tokens has half a million merges: they are written from
+/// the texts of the metadata.
+#[derive(Serialize)]
+struct Bpe<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    dropout: Option<f32>,
+    unk_token: Option<&'a str>,
+    continuing_subword_prefix: Option<&'a str>,
+    end_of_word_suffix: Option<&'a str>,
+    fuse_unk: bool,
+    byte_fallback: bool,
+    ignore_merges: bool,
+    #[serde(serialize_with = "Vocabulary::serialize_ids")]
+    vocab: &'a Vocabulary<'a>,
+    merges: Vec<(&'a str, &'a str)>,
+}
+
+impl<'a> Bpe<'a> {
+    fn new(vocab: &'a Vocabulary<'a>, merges: Vec<(&'a str, &'a str)>) -> Self {
+        Self {
+            kind: "BPE",
+            dropout: None,
+            unk_token: None,
+            continuing_subword_prefix: None,
+            end_of_word_suffix: None,
+            fuse_unk: false,
+            byte_fallback: false,
+            ignore_merges: false,
+            vocab,
+            merges,
+        }
+    }
+}
+
+/// A `tokenizer.json`.
+#[derive(Serialize)]
+struct TokenizerJson<'a> {
+    version: &'static str,
+    truncation: Option<Value>,
+    padding: Option<Value>,
+    added_tokens: Vec<Map<String, Value>>,
+    normalizer: &'a Value,
+    pre_tokenizer: &'a Value,
+    post_processor: Value,
+    decoder: &'a Value,
+    model: &'a Bpe<'a>,
 }
 
 /// Which tokens are put around a text.
@@ -89,22 +140,27 @@ impl Ends {
     }
 }
 
-fn tokenizer_json(pipeline: &Pipeline, vocabulary: &Vocabulary, special: &SpecialTokens, add: Ends) -> Value {
+fn tokenizer_json<'a>(
+    pipeline: &'a Pipeline,
+    vocabulary: &Vocabulary,
+    special: &SpecialTokens,
+    add: Ends,
+) -> TokenizerJson<'a> {
     let added = added_tokens(pipeline, vocabulary, special).map(|(id, mut token)| {
         token.insert("id".to_owned(), json!(id));
         token
     });
-    json!({
-        "version": "1.0",
-        "truncation": null,
-        "padding": null,
-        "added_tokens": added.collect::<Vec<_>>(),
-        "normalizer": pipeline.normalizer,
-        "pre_tokenizer": pipeline.pre_tokenizer,
-        "post_processor": post_processor(vocabulary, add),
-        "decoder": pipeline.decoder,
-        "model": pipeline.model,
-    })
+    TokenizerJson {
+        version: "1.0",
+        truncation: None,
+        padding: None,
+        added_tokens: added.collect(),
+        normalizer: &pipeline.normalizer,
+        pre_tokenizer: &pipeline.pre_tokenizer,
+        post_processor: post_processor(vocabulary, add),
+        decoder: &pipeline.decoder,
+        model: &pipeline.model,
+    }
 }
 
 /// Ids of the tokens that are found in a text before it is cut into words, and what `tokenizers` wants to know of each.

@@ -9,8 +9,8 @@ use std::collections::HashMap;
 
 use serde_json::{Value, json};
 
-use super::Pipeline;
 use super::vocabulary::{SpecialTokens, TokenType, Vocabulary};
+use super::{Bpe, Pipeline};
 use crate::gguf::metadata::Metadata;
 use crate::gguf::problem::{Parsed, Problem};
 
@@ -19,7 +19,11 @@ const SPACE: &str = "\u{2581}";
 /// Longest token, in bytes, that merges are looked for in; bounds the work that a hostile vocabulary causes.
 const LONGEST_TOKEN: usize = 1024;
 
-pub(super) fn pipeline(metadata: &Metadata, vocabulary: &Vocabulary, special: &SpecialTokens) -> Parsed<Pipeline> {
+pub(super) fn pipeline<'a>(
+    metadata: &Metadata,
+    vocabulary: &'a Vocabulary<'a>,
+    special: &SpecialTokens,
+) -> Parsed<Pipeline<'a>> {
     let add_prefix = metadata.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
     let replace = |from: &str, to: &str| json!({ "type": "Replace", "pattern": { "String": from }, "content": to });
     let prepend = add_prefix.then(|| json!({ "type": "Prepend", "prepend": SPACE }));
@@ -32,18 +36,12 @@ pub(super) fn pipeline(metadata: &Metadata, vocabulary: &Vocabulary, special: &S
         normalizer: json!({ "type": "Sequence", "normalizers": normalizers }),
         pre_tokenizer: Value::Null,
         decoder: json!({ "type": "Sequence", "decoders": decoders }),
-        model: json!({
-            "type": "BPE",
-            "dropout": null,
-            "unk_token": special.unk.and_then(|id| vocabulary.text(id)),
-            "continuing_subword_prefix": null,
-            "end_of_word_suffix": null,
-            "fuse_unk": true,
-            "byte_fallback": byte_fallback,
-            "ignore_merges": false,
-            "vocab": vocabulary.ids(),
-            "merges": merges(metadata, vocabulary)?,
-        }),
+        model: Bpe {
+            unk_token: special.unk.and_then(|id| vocabulary.text(id)),
+            fuse_unk: true,
+            byte_fallback,
+            ..Bpe::new(vocabulary, merges(metadata, vocabulary)?)
+        },
         adds_bos: true,
         // `SentencePiece` looks for them after it has replaced spaces, where a run of spaces is a token too (Gemma). A
         // prefix would be put before each of their texts as well; then llama.cpp's rule holds, as for control tokens.
@@ -61,7 +59,7 @@ struct Merge<'a> {
     ids: (usize, usize, usize),
 }
 
-fn merges(metadata: &Metadata, vocabulary: &Vocabulary) -> Parsed<Vec<Value>> {
+fn merges<'a>(metadata: &Metadata, vocabulary: &Vocabulary<'a>) -> Parsed<Vec<(&'a str, &'a str)>> {
     let key = "tokenizer.ggml.scores";
     let scores = metadata.floats(key)?.ok_or_else(|| Problem::missing_key(key))?;
     if scores.len() != vocabulary.len() {
@@ -82,7 +80,7 @@ fn merges(metadata: &Metadata, vocabulary: &Vocabulary) -> Parsed<Vec<Value>> {
         }
     }
     merges.sort_by(by_rank);
-    Ok(merges.into_iter().map(|merge| json!([merge.left, merge.right])).collect())
+    Ok(merges.into_iter().map(|merge| (merge.left, merge.right)).collect())
 }
 
 fn by_rank(a: &Merge, b: &Merge) -> Ordering {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use serde_json::{Map, Value, json};
+use serde::Serializer;
 
 use crate::gguf::described::token_id;
 use crate::gguf::metadata::Metadata;
@@ -62,12 +62,10 @@ impl<'a> Vocabulary<'a> {
         })
     }
 
-    /// Text to id for the model, without the tokens that only fill up the embedding.
-    pub(super) fn ids(&self) -> Map<String, Value> {
-        self.tokens()
-            .filter(|(_, text, ty)| !is_filler(text, *ty))
-            .map(|(id, text, _)| (text.to_owned(), json!(id)))
-            .collect()
+    /// Writes text to id for the model, without the tokens that only fill up the embedding.
+    pub(super) fn serialize_ids<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let ids = self.tokens().filter(|(_, text, ty)| !is_filler(text, *ty));
+        serializer.collect_map(ids.map(|(id, text, _)| (text, id)))
     }
 
     /// The id that the metadata gives a name, checked.
