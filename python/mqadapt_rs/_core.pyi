@@ -622,7 +622,7 @@ class Model:
             top_p: sample among the most likely tokens that together have this probability.
             seed: seed of sampling; the draws of a sequence depend only on it and on the index of the sequence.
             stop_tokens: tokens that end a sequence and are not part of it; by default those of the model.
-            on_token: called as `on_token(index, token)` for every new token; a false result ends the sequence.
+            on_token: called as `on_token(index, token)` for every new token; `False` ends the sequence. It cannot call the model.
             progress: called with the number of finished sequences.
         """
     def hidden_before(

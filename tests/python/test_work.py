@@ -10,9 +10,11 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import mqadapt_rs as mq
+from mqadapt_rs import MqadaptError
 
 
 def test_progress_is_reported_up_to_the_end(lookalike: Path, tmp_path: Path) -> None:
@@ -58,6 +60,26 @@ def test_on_token_ends_a_sequence(lookalike: Path) -> None:
     assert [token for index, token in seen if index == 1] == second
 
 
+def test_only_false_ends_a_sequence(lookalike: Path) -> None:
+    model = mq.Model.load(lookalike)
+    for answer, count in [(None, 4), (0, 4), ("", 4), (True, 4), (False, 1), (np.False_, 1)]:
+        new = model.generate([5, 6], max_new_tokens=4, stop_tokens=[], on_token=lambda *_, answer=answer: answer)
+        assert len(new) == count, answer
+
+
+@pytest.mark.parametrize("callback", ["on_token", "progress"])
+def test_a_callback_cannot_call_its_model(lookalike: Path, callback: str) -> None:
+    model, other = mq.Model.load(lookalike), mq.Model.load(lookalike)
+    calls = [lambda: model.logits([5]), model.kv_bytes, lambda: model.generate([5], max_new_tokens=1)]
+    for call in calls:
+        with pytest.raises(MqadaptError, match="a callback cannot call it"):
+            model.generate([5, 6], max_new_tokens=4, stop_tokens=[], **{callback: lambda *_, call=call: call()})
+    # another model can be called, and afterwards the model too
+    options = {callback: lambda *_: other.logits([5]).any()}
+    assert len(model.generate([5, 6], max_new_tokens=4, stop_tokens=[], **options)) == 4
+    assert model.logits([5]).shape[0] == 1
+
+
 def test_the_gil_is_free_meanwhile(lookalike: Path) -> None:
     model = mq.Model.load(lookalike)
     turns = 0
@@ -82,6 +104,7 @@ def test_ctrl_c_stops_soon(lookalike: Path, work: str) -> None:
     code = f"""
 import sys, time
 import mqadapt_rs as mq
+from mqadapt_rs import MqadaptError
 model = mq.Model.load({str(lookalike)!r})
 ids = list(range(1000, 41000))
 print("ready", flush=True)

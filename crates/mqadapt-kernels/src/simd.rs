@@ -44,7 +44,7 @@ pub(crate) unsafe trait Simd: Copy + 'static {
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
-    /// `a * b + c`, rounded once.
+    /// `a * b + c`, rounded once where the processor does so; the scalar tier rounds twice.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger one; `b` where either is NaN.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;

@@ -17,6 +17,7 @@ mod method;
 mod model;
 mod plan;
 mod source;
+mod states;
 mod stream;
 mod verify;
 mod work;
@@ -40,9 +41,11 @@ mod _core {
     #[pymodule_export]
     use crate::method::{Method, methods};
     #[pymodule_export]
-    use crate::model::{HiddenStates, Model, RequestStates};
+    use crate::model::Model;
     #[pymodule_export]
     use crate::plan::Plan;
+    #[pymodule_export]
+    use crate::states::{HiddenStates, RequestStates};
     #[pymodule_export]
     use crate::verify::{Verification, verify};
 

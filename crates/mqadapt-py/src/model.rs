@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use mqadapt_calibrate::{load_calibrated, with_merged_layers};
 use mqadapt_checkpoint::{Checkpoint, Content, MAX_CONFIG_BYTES, read_small};
+use mqadapt_core::Progress;
 use mqadapt_kernels::Precision;
 use mqadapt_model::{Device, GenerateOptions, Likelihood, LoadOptions, MOST_TOKENS_IN_FLIGHT, WeightFormat};
 use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods};
@@ -15,9 +16,10 @@ use crate::arguments::{
 };
 use crate::calibration::{self, Calibration};
 use crate::config::{ModelConfig, parse_storage};
-use crate::errors::{OrRaise, argument};
+use crate::errors::{IntoPyErr, OrRaise, argument};
 use crate::plan::{self, Plan};
 use crate::source::local_path;
+use crate::states::{HiddenStates, RequestStates};
 use crate::work;
 
 /// Passes that are timed in one call, at most.
@@ -35,47 +37,22 @@ pub(crate) struct Model {
     stop_tokens: Vec<u32>,
 }
 
-/// Residual streams of some sequences at the entrance of a layer.
-#[pyclass(module = "mqadapt_rs", frozen)]
-pub(crate) struct HiddenStates(mqadapt_model::HiddenStates);
-
-#[pymethods]
-impl HiddenStates {
-    /// Layers that have been run.
-    #[getter]
-    fn layer_idx(&self) -> usize {
-        self.0.layer_idx
+impl Model {
+    /// Which model this is, for [`work::as_callback_of`].
+    fn address(&self) -> usize {
+        std::ptr::from_ref(self).addr()
     }
 
-    /// Tokens of each sequence.
-    #[getter]
-    fn lengths(&self) -> Vec<usize> {
-        self.0.lengths.clone()
-    }
-
-    /// Memory that it takes.
-    #[getter]
-    fn nbytes(&self) -> usize {
-        self.0.values.len() * size_of::<f32>()
-    }
-}
-
-/// Residual streams of a list of requests at the entrance of a layer.
-#[pyclass(module = "mqadapt_rs", frozen)]
-pub(crate) struct RequestStates(mqadapt_model::RequestStates);
-
-#[pymethods]
-impl RequestStates {
-    /// Layers that have been run.
-    #[getter]
-    fn layer_idx(&self) -> usize {
-        self.0.layer_idx()
-    }
-
-    /// Memory that it takes.
-    #[getter]
-    fn nbytes(&self) -> usize {
-        self.0.bytes()
+    /// Runs work that uses the model's cache.
+    fn run<T: Send, E: IntoPyErr + Send>(
+        &self,
+        py: Python<'_>,
+        progress: Option<&Bound<'_, PyAny>>,
+        work: impl FnOnce(&dyn Progress) -> Result<T, E> + Send,
+    ) -> PyResult<T> {
+        work::not_in_callback_of(self.address())?;
+        // on this thread nothing but `progress` is called meanwhile
+        work::as_callback_of(self.address(), || work::run(py, progress, work))
     }
 }
 
@@ -219,8 +196,9 @@ impl Model {
         self.stop_tokens.clone()
     }
 
-    fn kv_bytes(&self) -> u64 {
-        self.inner.kv_bytes()
+    fn kv_bytes(&self) -> PyResult<u64> {
+        work::not_in_callback_of(self.address())?;
+        Ok(self.inner.kv_bytes())
     }
 
     #[getter]
@@ -253,7 +231,7 @@ impl Model {
     ) -> PyResult<Vec<f64>> {
         let (depth, steps, sequences) =
             (depth.count("depth")?, steps.count("steps")?, sequences.within("sequences", 1..=MOST_SEQUENCES)?);
-        work::run(py, progress, |progress| self.inner.measure_decode(depth, steps, sequences, progress))
+        self.run(py, progress, |progress| self.inner.measure_decode(depth, steps, sequences, progress))
     }
 
     /// Seconds of each of some passes over a prompt.
@@ -266,7 +244,7 @@ impl Model {
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Vec<f64>> {
         let (tokens, passes) = (tokens.positive("tokens")?, passes.within("passes", 0..=MOST_PASSES)?);
-        work::run(py, progress, |progress| self.inner.measure_prefill(tokens, passes, progress))
+        self.run(py, progress, |progress| self.inner.measure_prefill(tokens, passes, progress))
     }
 
     /// Logits of every position.
@@ -278,7 +256,7 @@ impl Model {
         progress: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let ids = token_ids(ids)?;
-        let logits = work::run(py, progress, |progress| self.inner.logits(&ids, progress))?;
+        let logits = self.run(py, progress, |progress| self.inner.logits(&ids, progress))?;
         logits.into_pyarray(py).reshape([ids.len(), self.inner.config().vocab_size])
     }
 
@@ -292,7 +270,7 @@ impl Model {
         progress: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let (ids, steps) = (token_ids(ids)?, counts("steps", &steps)?);
-        let logits = work::run(py, progress, |progress| self.inner.logits_in_steps(&ids, &steps, progress))?;
+        let logits = self.run(py, progress, |progress| self.inner.logits_in_steps(&ids, &steps, progress))?;
         logits.into_pyarray(py).reshape([ids.len(), self.inner.config().vocab_size])
     }
 
@@ -305,7 +283,7 @@ impl Model {
         progress: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Vec<Bound<'py, PyArray2<f32>>>> {
         let ids = token_ids(ids)?;
-        let states = work::run(py, progress, |progress| self.inner.hidden_states(&ids, progress))?;
+        let states = self.run(py, progress, |progress| self.inner.hidden_states(&ids, progress))?;
         let shape = [ids.len(), self.inner.config().hidden_size];
         states.into_iter().map(|state| state.into_pyarray(py).reshape(shape)).collect()
     }
@@ -323,7 +301,7 @@ impl Model {
             .map(|(context, continuation)| Ok((token_ids(context)?, token_ids(continuation)?)))
             .collect();
         let requests = requests?;
-        work::run(py, progress, |progress| self.inner.loglikelihood(&requests, progress))
+        self.run(py, progress, |progress| self.inner.loglikelihood(&requests, progress))
     }
 
     /// As `loglikelihood`, going on from residual streams that were kept, and keeping some.
@@ -342,7 +320,7 @@ impl Model {
             .collect();
         let (requests, start, keep) = (requests?, start.map(|start| &start.get().0), counts("keep", &keep)?);
         let (scores, kept) =
-            work::run(py, progress, |progress| self.inner.loglikelihood_from(&requests, start, &keep, progress))?;
+            self.run(py, progress, |progress| self.inner.loglikelihood_from(&requests, start, &keep, progress))?;
         Ok((scores, kept.into_iter().map(RequestStates).collect()))
     }
 
@@ -358,7 +336,7 @@ impl Model {
     ) -> PyResult<f64> {
         let (ids, context) = (token_ids(ids)?, context.within("context", 2..=u64::MAX)?);
         let windows = windows.map(|windows| windows.positive("windows")).transpose()?;
-        let out = work::run(py, progress, |progress| self.inner.perplexity(&ids, context, windows, progress))?;
+        let out = self.run(py, progress, |progress| self.inner.perplexity(&ids, context, windows, progress))?;
         Ok(out.perplexity)
     }
 
@@ -394,10 +372,12 @@ impl Model {
             stop_tokens,
         };
         let mut raised = None;
-        let new = work::run(py, progress, |progress| {
+        let new = self.run(py, progress, |progress| {
             let mut goes_on = |index: usize, token: u32| {
                 let Some(on_token) = on_token.as_ref().filter(|_| raised.is_none()) else { return raised.is_none() };
-                let answer = Python::attach(|py| on_token.call1(py, (index, token))?.is_truthy(py));
+                let answer = work::as_callback_of(self.address(), || {
+                    Python::attach(|py| on_token.call1(py, (index, token)).map(|answer| !is_false(answer.bind(py))))
+                });
                 answer.unwrap_or_else(|error| {
                     raised = Some(error);
                     false
@@ -422,7 +402,7 @@ impl Model {
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<HiddenStates> {
         let (sequences, layer_idx) = (self::sequences(sequences)?, layer_idx.count("layer_idx")?);
-        work::run(py, progress, |progress| self.inner.hidden_before(layer_idx, &sequences, progress)).map(HiddenStates)
+        self.run(py, progress, |progress| self.inner.hidden_before(layer_idx, &sequences, progress)).map(HiddenStates)
     }
 
     /// Goes on from residual streams up to the entrance of a layer.
@@ -435,7 +415,7 @@ impl Model {
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<HiddenStates> {
         let (hidden, layer_idx) = (&hidden.get().0, layer_idx.count("layer_idx")?);
-        work::run(py, progress, |progress| self.inner.forward_from(hidden, layer_idx, progress)).map(HiddenStates)
+        self.run(py, progress, |progress| self.inner.forward_from(hidden, layer_idx, progress)).map(HiddenStates)
     }
 
     /// Negative log-likelihood of every token but the first of each sequence.
@@ -448,7 +428,7 @@ impl Model {
         progress: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyArray1<f64>>> {
         let (hidden, sequences) = (&hidden.get().0, self::sequences(sequences)?);
-        let out = work::run(py, progress, |progress| self.inner.nll(hidden, &sequences, progress))?;
+        let out = self.run(py, progress, |progress| self.inner.nll(hidden, &sequences, progress))?;
         Ok(out.into_pyarray(py))
     }
 
@@ -462,7 +442,7 @@ impl Model {
         progress: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyArray1<f64>>> {
         let (reference, hidden) = (&reference.get().0, &hidden.get().0);
-        let out = work::run(py, progress, |progress| self.inner.kl_divergence(reference, hidden, progress))?;
+        let out = self.run(py, progress, |progress| self.inner.kl_divergence(reference, hidden, progress))?;
         Ok(out.into_pyarray(py))
     }
 
@@ -476,7 +456,7 @@ impl Model {
         progress: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Vec<Bound<'py, PyArray1<f64>>>> {
         let (reference, hidden) = (&reference.get().0, hidden.iter().map(|states| &states.get().0).collect::<Vec<_>>());
-        let out = work::run(py, progress, |progress| self.inner.kl_divergences(reference, &hidden, progress))?;
+        let out = self.run(py, progress, |progress| self.inner.kl_divergences(reference, &hidden, progress))?;
         Ok(out.into_iter().map(|values| values.into_pyarray(py)).collect())
     }
 
@@ -490,6 +470,11 @@ impl Model {
             self.inner.fingerprint(),
         )
     }
+}
+
+/// Whether an answer is `False` (or numpy's): `None`, which functions without a result give, is not.
+fn is_false(answer: &Bound<'_, PyAny>) -> bool {
+    answer.extract::<bool>().is_ok_and(|answer| !answer)
 }
 
 /// The tokens that end a text: `eos_token_id` of `generation_config.json`, else of `config.json`.

@@ -4,6 +4,7 @@
 //! only, and a callback belongs to the thread that made the call: so it is the waiting thread that asks for signals and
 //! calls back, and the work sees no more of it than a flag.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
@@ -129,6 +130,29 @@ where
         (Some(Ok(outcome)), None) => outcome.map_err(IntoPyErr::into_py_err),
         (None, None) => Err(failure("the work was not done")),
     }
+}
+
+thread_local! {
+    /// The model whose callback this thread runs.
+    static CALLED_BY: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// Calls back while a model waits for the answer.
+pub(crate) fn as_callback_of<T>(model: usize, callback: impl FnOnce() -> T) -> T {
+    let before = CALLED_BY.replace(Some(model));
+    let answer = callback();
+    CALLED_BY.set(before);
+    answer
+}
+
+/// Refuses a call from within a callback of the model: each would wait for the other.
+pub(crate) fn not_in_callback_of(model: usize) -> PyResult<()> {
+    if CALLED_BY.get() == Some(model) {
+        return Err(failure(
+            "the model is generating: a callback cannot call it; load a second model, or use the tokens afterwards",
+        ));
+    }
+    Ok(())
 }
 
 /// Until the work ends: looks for signals and passes progress on.
