@@ -11,6 +11,7 @@ from mqadapt_rs._core import (
     __version__,
     convert,
     inspect,
+    register_family,
     verify,
 )
 from mqadapt_rs.calibration import load_calibration
@@ -30,5 +31,6 @@ __all__ = [
     "convert",
     "inspect",
     "load_calibration",
+    "register_family",
     "verify",
 ]

@@ -30,6 +30,8 @@ __all__ = [
     "gguf_files",
     "inspect",
     "methods",
+    "register_family",
+    "registered_families",
     "verify",
 ]
 __version__: Final[str]
@@ -218,6 +220,22 @@ class Family:
 
 def families() -> list[Family]:
     """The model families."""
+
+def register_family(model_type: str | None, family: str) -> None:
+    """Read checkpoints of an unknown `model_type` as those of a known family, in this process from now on.
+
+    Every tensor of the family must be there in its shape, as always. A conversion writes a checkpoint of the family.
+
+    Args:
+        model_type: that of `config.json`; `None`: any that is not known.
+        family: `model_type` of the family, such as `llama`.
+
+    Raises:
+        ArgumentError: there is no such family, or the `model_type` is a known one.
+    """
+
+def registered_families() -> list[tuple[str | None, str]]:
+    """What was registered: `model_type` and family."""
 
 @final
 class Calibration:

@@ -114,6 +114,8 @@ KINDS: dict[str, tuple[Case, type[BaseException], str] | str] = {
         MqadaptError,
         "'mamba' is not supported; the nearest is 'llama'; supported are",
     ),
+    "core::UnknownFamily": (lambda *_: mq.register_family("mine", "lama"), ArgumentError, "'lama' does not exist"),
+    "core::KnownModelType": (lambda *_: mq.register_family("gemma", "llama"), ArgumentError, "'gemma' is known"),
     "core::Config": (config(hidden_size=-1), MqadaptError, "'hidden_size'"),
     "core::PlanSyntax": (plan("mha:all"), ArgumentError, "neither 'keep', 'mqa' nor 'gqaN'"),
     "core::PlanLength": (plan("1, 0"), ArgumentError, "2 entries, but the model has 30"),

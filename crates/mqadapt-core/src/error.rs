@@ -16,7 +16,10 @@ pub enum Error {
         detail: String,
     },
     /// No family of this name is known.
-    #[error("model_type '{found}' is not supported; the nearest is '{nearest}'; supported are {supported}")]
+    #[error(
+        "model_type '{found}' is not supported; the nearest is '{nearest}'; supported are {supported}. If it is one of these under another \
+         name, insist on it: --family NAME, in Python register_family('{found}', NAME)"
+    )]
     UnknownModelType {
         /// The `model_type` of the file.
         found: String,
@@ -24,6 +27,24 @@ pub enum Error {
         nearest: &'static str,
         /// The names in [`crate::FAMILIES`].
         supported: String,
+    },
+    /// There is no family of this name to insist on.
+    #[error("family '{found}' does not exist; there are {supported}")]
+    UnknownFamily {
+        /// What was asked for.
+        found: String,
+        /// The names in [`crate::FAMILIES`].
+        supported: String,
+    },
+    /// A person insists on a family for a `model_type` that has one.
+    #[error(
+        "model_type '{model_type}' is known, so it is not read as '{family}'; leave --family out (in Python register_family)"
+    )]
+    KnownModelType {
+        /// The `model_type` of the file.
+        model_type: String,
+        /// What was asked for.
+        family: &'static str,
     },
     /// A field of `config.json` is missing, has the wrong type or a value that cannot be.
     #[error("config.json: '{field}' {detail}")]

@@ -48,8 +48,8 @@ pub(crate) fn io(message: &str, error: &std::io::Error) -> PyErr {
     }
 }
 
-/// Whether the user's plan is what is wrong, not a file of the model.
-fn is_about_plan(error: &mqadapt_core::Error) -> bool {
+/// Whether an argument (a plan, a family) is what is wrong, not a file of the model.
+fn is_about_an_argument(error: &mqadapt_core::Error) -> bool {
     use mqadapt_core::Error;
     matches!(
         error,
@@ -58,13 +58,15 @@ fn is_about_plan(error: &mqadapt_core::Error) -> bool {
             | Error::PlanLayer { .. }
             | Error::PlanHeads { .. }
             | Error::PlanStorage { .. }
+            | Error::UnknownFamily { .. }
+            | Error::KnownModelType { .. }
             | Error::Syntax { what: "plan", .. }
     )
 }
 
 impl IntoPyErr for mqadapt_core::Error {
     fn into_py_err(self) -> PyErr {
-        if is_about_plan(&self) { argument(self.to_string()) } else { failure(self.to_string()) }
+        if is_about_an_argument(&self) { argument(self.to_string()) } else { failure(self.to_string()) }
     }
 }
 
@@ -74,7 +76,7 @@ impl IntoPyErr for mqadapt_checkpoint::Error {
         let message = self.to_string();
         match self {
             Error::Io { source, .. } => io(&message, &source),
-            Error::Config { source, .. } | Error::Plan(source) if is_about_plan(&source) => argument(message),
+            Error::Config { source, .. } | Error::Plan(source) if is_about_an_argument(&source) => argument(message),
             _ => failure(message),
         }
     }

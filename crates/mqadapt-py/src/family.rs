@@ -1,8 +1,11 @@
 //! The registry of model families.
 
 use mqadapt_core::FAMILIES;
-use mqadapt_core::family::QkNorm;
+use mqadapt_core::family::{self, QkNorm};
 use pyo3::prelude::*;
+
+use crate::arguments::Text;
+use crate::errors::OrRaise;
 
 /// A model family.
 #[pyclass(module = "mqadapt_rs._core", frozen)]
@@ -49,4 +52,16 @@ impl Family {
 #[pyfunction]
 pub(crate) fn families() -> Vec<Family> {
     FAMILIES.iter().copied().map(Family).collect()
+}
+
+/// Reads checkpoints of a `model_type` that is not known (`None`: of any such) as those of a family.
+#[pyfunction]
+pub(crate) fn register_family(model_type: Option<Text>, family: Text) -> PyResult<()> {
+    family::register(model_type.as_deref(), &family).or_raise()
+}
+
+/// What was registered, for the processes that a search starts.
+#[pyfunction]
+pub(crate) fn registered_families() -> Vec<(Option<String>, &'static str)> {
+    family::registered()
 }

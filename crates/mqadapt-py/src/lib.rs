@@ -35,7 +35,7 @@ mod _core {
     #[pymodule_export]
     use crate::convert::{ConversionReport, convert};
     #[pymodule_export]
-    use crate::family::{Family, families};
+    use crate::family::{Family, families, register_family, registered_families};
     #[pymodule_export]
     use crate::inspect::{gguf_files, inspect};
     #[pymodule_export]

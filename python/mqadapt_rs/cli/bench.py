@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mqadapt_rs.cli.options import Debug, DType, Json, Kv, Src, Weights
+from mqadapt_rs.cli.options import Debug, DType, Family, Json, Kv, Src, Weights
 
 
 def _counts(text: str) -> list[int]:
@@ -43,6 +43,7 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Plot the decoding times into this file.", show_default=False)
     ] = None,
+    family: Family = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

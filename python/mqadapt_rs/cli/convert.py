@@ -9,7 +9,7 @@ import typer
 
 from mqadapt_rs.calibration import CalibrationOptions
 from mqadapt_rs.cli.calibration import with_calibration
-from mqadapt_rs.cli.options import Debug, DType, Json, Method, PlanText, Seed, Src, byte_count
+from mqadapt_rs.cli.options import Debug, DType, Family, Json, Method, PlanText, Seed, Src, byte_count
 
 
 @with_calibration
@@ -55,6 +55,7 @@ def convert(
             "--sync/--no-sync", help="Flush the output to disk before the command ends (safe against power loss)."
         ),
     ] = True,
+    family: Family = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from mqadapt_rs.calibration import CalibrationOptions
 from mqadapt_rs.cli.calibration import with_calibration
-from mqadapt_rs.cli.options import Debug, DType, Json, Kv, Method, PlanText, Seed, Src, Weights
+from mqadapt_rs.cli.options import Debug, DType, Family, Json, Kv, Method, PlanText, Seed, Src, Weights
 
 # keys of the result of lm-eval that are printed; the others repeat the definitions of the tasks
 _KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -56,6 +56,7 @@ def evaluate(
         str | None,
         typer.Option("--wandb", help="Log to this Weights & Biases project.", show_default=False),
     ] = None,
+    family: Family = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from mqadapt_rs.calibration import CalibrationOptions
 from mqadapt_rs.cli.calibration import load_model, with_calibration
-from mqadapt_rs.cli.options import Debug, DType, Json, Kv, Method, PlanText, Seed, Src, Weights
+from mqadapt_rs.cli.options import Debug, DType, Family, Json, Kv, Method, PlanText, Seed, Src, Weights
 
 
 @with_calibration
@@ -30,6 +30,7 @@ def generate(
     kv: Kv = None,
     *,
     calibration: CalibrationOptions,
+    family: Family = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

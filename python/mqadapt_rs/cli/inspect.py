@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mqadapt_rs.cli.options import Debug, Json, Src
+from mqadapt_rs.cli.options import Debug, Family, Json, Src
 
 
-def inspect(src: Src, json: Json = False, debug: Debug = False) -> None:
+def inspect(src: Src, family: Family = None, json: Json = False, debug: Debug = False) -> None:
     """Show the shape and the size of a model, and the K/V heads of its layers."""
     import mqadapt_rs
     from mqadapt_rs.cli import output

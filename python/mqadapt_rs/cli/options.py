@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mqadapt_rs._core import methods
+from mqadapt_rs._core import methods, register_family
 
 _debug_wanted: list[bool] = []
 
@@ -20,6 +20,12 @@ def _note_debug(value: bool) -> bool:
 def debug_wanted() -> bool:
     """Whether `--debug` was given."""
     return any(_debug_wanted)
+
+
+def _insist(family: str | None) -> str | None:
+    if family is not None:
+        register_family(None, family)
+    return family
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -77,6 +83,15 @@ Kv = Annotated[
         help="How the K/V cache of all layers is stored: computed, int8 or int4 (half and a quarter of the bytes of bfloat16; "
         "cpu only); by default as the plan says.",
         show_default=False,
+    ),
+]
+Family = Annotated[
+    str | None,
+    typer.Option(
+        "--family",
+        help="Read a model whose model_type is not known as one of this family, for instance llama.",
+        show_default=False,
+        callback=_insist,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

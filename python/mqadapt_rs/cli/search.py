@@ -9,7 +9,7 @@ import typer
 
 from mqadapt_rs.calibration import CalibrationOptions
 from mqadapt_rs.cli.calibration import with_calibration
-from mqadapt_rs.cli.options import Debug, DType, Json, Method, Seed, Src, Weights
+from mqadapt_rs.cli.options import Debug, DType, Family, Json, Method, Seed, Src, Weights
 
 Strategy = Annotated[
     str,
@@ -106,6 +106,7 @@ def search(
     wandb: Annotated[str | None, _option("wandb", "Log to this Weights & Biases project.")] = None,
     *,
     calibration: CalibrationOptions,
+    family: Family = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

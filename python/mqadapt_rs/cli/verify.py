@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mqadapt_rs.cli.options import Debug, Json
+from mqadapt_rs.cli.options import Debug, Family, Json
 
 
 def verify(
@@ -15,6 +15,7 @@ def verify(
     against: Annotated[
         str | None, typer.Option("--against", help="The source model of the conversion.", show_default=False)
     ] = None,
+    family: Family = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -8,7 +8,7 @@ mod windows;
 
 use serde_json::Value;
 
-use crate::family::{AttentionBias, EmbeddingScale, FAMILIES, Family, MlpKind, Rotary};
+use crate::family::{self, AttentionBias, EmbeddingScale, Family, MlpKind, Rotary};
 use crate::{Error, Result};
 use fields::Fields;
 pub use rope::{Rope, RopeScaling};
@@ -157,12 +157,7 @@ impl ModelConfig {
     pub fn from_value(json: Value) -> Result<Self> {
         let fields = Fields::new(&json)?;
         let model_type = fields.text("model_type")?.ok_or_else(|| fields.missing("model_type"))?;
-        let family = *FAMILIES.iter().find(|f| f.model_type == model_type).ok_or_else(|| Error::UnknownModelType {
-            found: model_type.to_owned(),
-            nearest: nearest(model_type),
-            supported: FAMILIES.iter().map(|f| f.model_type).collect::<Vec<_>>().join(", "),
-        })?;
-        let family = fields.as_written(family);
+        let family = fields.as_written(family::of(model_type)?);
         let fields = fields.of(family);
         fields.refuse_unsupported(family)?;
         let text = fields.get("text_config").filter(|_| family.text_config);
@@ -289,14 +284,6 @@ impl ModelConfig {
         out.json = rewrite::rewrite(self, out.family, heads, modeling_file);
         out
     }
-}
-
-/// The `model_type` in [`FAMILIES`] that is most like this one.
-fn nearest(model_type: &str) -> &'static str {
-    // the beginning of a name says more than its length: qwen2_moe is a qwen2
-    let likeness = |family: &&&Family| strsim::jaro_winkler(family.model_type, model_type);
-    let nearest = FAMILIES.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
-    nearest.map_or("llama", |family| family.model_type)
 }
 
 #[cfg(test)]

@@ -12,10 +12,15 @@ use crate::family::{Family, Rotary};
 ///
 /// `family`: the one that the result is written as. As its source's, a family with K/V heads of its own in another stays as it is.
 pub(super) fn rewrite(source: &ModelConfig, family: &Family, heads: &[usize], modeling_file: &str) -> Value {
-    if family.merged.is_some() {
-        return source.json.clone();
-    }
     let mut out = source.json.as_object().cloned().unwrap_or_default();
+    if source.json["model_type"] != json!(source.family.model_type) {
+        // a person insists that it is one of the family, whose class computes it then
+        out.insert("model_type".to_owned(), json!(family.model_type));
+        out.shift_remove("auto_map");
+    }
+    if family.merged.is_some() {
+        return Value::Object(out);
+    }
     if let Some(Value::Object(text)) = out.get_mut("text_config").filter(|_| source.family.text_config) {
         // of models that read more than text: the language model is one part, and its layers are alike
         text.insert("num_key_value_heads".to_owned(), json!(heads.iter().max()));

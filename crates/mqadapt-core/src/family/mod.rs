@@ -24,6 +24,7 @@ mod qwen2;
 mod qwen2_5_vl;
 mod qwen3;
 mod qwen3_moe;
+mod registered;
 mod smollm3;
 mod tensor;
 
@@ -32,6 +33,8 @@ pub use forward::{
     Windows,
 };
 pub use names::Names;
+pub(crate) use registered::of;
+pub use registered::{known, register, registered};
 pub use tensor::{EMBED_POSITIONS, EMBED_TOKENS, Fused, LM_HEAD, LayerTensor, Module, NORM, NORM_BIAS, PREFIX};
 
 /// Every family that can be converted.

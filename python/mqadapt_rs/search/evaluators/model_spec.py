@@ -9,10 +9,11 @@ import hashlib
 import json
 import random
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mqadapt_rs._core import register_family, registered_families
 from mqadapt_rs.errors import ArgumentError
 from mqadapt_rs.search.core import plan_record
 from mqadapt_rs.search.core.evaluation import Metric
@@ -59,13 +60,16 @@ class ModelSpec:
     documents: int = 0
     group: int = 1
     prints: tuple[tuple[str, str], ...] = ()
+    families: tuple[tuple[str | None, str], ...] = field(default_factory=lambda: tuple(registered_families()))
 
     def fingerprints(self) -> dict[str, str]:
         """Everything that the losses depend on except the plan."""
         return dict(self.prints)
 
     def build(self) -> Evaluator:
-        """Load model and data."""
+        """Load model and data, in whatever process this is."""
+        for model_type, family in self.families:
+            register_family(model_type, family)
         return self.load()[0]
 
     def load(self) -> tuple[ModelEvaluator, Model, ModelSpec]:
