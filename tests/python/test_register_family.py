@@ -55,7 +55,7 @@ def printed(*arguments: str) -> dict[str, object]:
 
 def test_without_it_the_error_says_what_to_do(unknown: Path) -> None:
     with pytest.raises(
-        MqadaptError, match=r"nearest is 'llama'; supported are .*--family NAME.*register_family\('my_llama', NAME\)"
+        MqadaptError, match=r"nearest is 'llama'; supported are .*; --family NAME \(in Python register_family\)"
     ):
         inspect(unknown)
 
