@@ -29,6 +29,7 @@ from mqadapt_rs.calibration import draw_windows
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
     "qwen3-wide": {"model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64},
+    "olmo2": {"model_type": "olmo2", "num_attention_heads": 4, "num_key_value_heads": 4},
     "llama-mha": {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32},
 }
 SIZE: dict[str, Any] = {

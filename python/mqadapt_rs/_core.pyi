@@ -209,9 +209,6 @@ class Family:
     def runnable(self) -> bool:
         """Whether there is a forward pass for it."""
     @property
-    def calibrates(self) -> bool:
-        """Whether methods that read calibration text merge its heads."""
-    @property
     def layers_may_differ(self) -> bool:
         """Whether layers of one model may have different numbers of K/V heads."""
     @property

@@ -23,7 +23,7 @@ def table() -> str:
         "|---|---|---|---|---|",
     ]
     for family in sorted(_core.families(), key=lambda family: family.model_type):
-        methods = "every method" if family.calibrates else "`mean`, `first`, `random`"
+        methods = "every method" if family.runnable else "`mean`, `first`, `random`"
         yes = {True: "yes", False: "no"}
         cells = [
             f"`{family.model_type}`",

@@ -23,7 +23,7 @@ TEXT = [tiny.ids(96, seed=1), tiny.ids(96, seed=2), tiny.ids(50, seed=3)]
 PROBE = tiny.ids(60, seed=9)
 
 
-@pytest.mark.parametrize("family", tiny.CALIBRATED)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_repeated_heads_merge_back_and_load_in_transformers(family: str, tmp_path: Path) -> None:
     heads = 2 if family != "gemma" else 1
     small = tiny.model(family, num_key_value_heads=heads)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # with a tensor for each projection, which the tests change
-FAMILIES = [family for family in tiny.CALIBRATED if family != "phi3"]
+FAMILIES = [family for family in tiny.FAMILIES if family != "phi3"]
 TEXT = [tiny.ids(96, seed=seed) for seed in range(8)]
 MORE = [tiny.ids(96, seed=seed) for seed in range(24)]
 PROBE = [tiny.ids(80, seed=seed) for seed in (90, 91)]
@@ -154,7 +154,7 @@ def turn(model: PreTrainedModel, keys: bool) -> PreTrainedModel:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_turned_heads_merge(family: str, tmp_path: Path) -> None:
     # phases do not commute with q/k norm
-    source = turn(copies(family), keys=family not in ("qwen3", "gemma3_text"))
+    source = turn(copies(family), keys=family not in ("qwen3", "gemma3_text", *tiny.NORMS_OVER_HEADS))
     merged = Merged(tmp_path / "exact", source)
     assert merged.cost("mqa:all") > 0.1
     for way in WAYS.values():

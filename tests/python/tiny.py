@@ -35,9 +35,8 @@ FAMILIES = tuple(CLASSES)
 
 # their norms multiply by 1 + weight, and their embeddings are scaled by a number rounded to the dtype of the weights
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
-# the keys of all heads are normalised together, which methods that read calibration text do not merge
+# the keys of all heads are normalised together
 NORMS_OVER_HEADS = ("olmo2", "olmo3")
-CALIBRATED = tuple(family for family in FAMILIES if family not in NORMS_OVER_HEADS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # tests run side by side, and PyTorch's threads wait for each other by spinning

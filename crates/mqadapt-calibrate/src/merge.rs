@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use mqadapt_checkpoint::Checkpoint;
 use mqadapt_compress::closed_form::Fallback;
 use mqadapt_compress::{LayerJob, LayerMerge, LayerWeights, Method, REFIT_LAMBDA};
-use mqadapt_core::family::QkNorm;
 use mqadapt_core::{AttentionShape, DType, LayerCache, Progress, Progressing};
 
 use crate::calibration::Calibration;
@@ -74,13 +73,6 @@ impl<'a> CalibratedMerge<'a> {
         if !family.runnable {
             let detail = format!(
                 "'{}' runs the model over a text, and the family {} cannot be run here; use mean, first or random",
-                method.name, family.model_type
-            );
-            return Err(Error::Argument { name: "method", detail });
-        }
-        if family.forward.qk_norm == QkNorm::Layer {
-            let detail = format!(
-                "'{}' cannot merge the family {}, which normalises the keys of all heads together; use mean, first or random",
                 method.name, family.model_type
             );
             return Err(Error::Argument { name: "method", detail });

@@ -32,6 +32,7 @@ pub fn layer_weights(checkpoint: &Checkpoint, layer_idx: usize) -> Result<LayerW
         q_proj_bias: bias(Module::QProj)?,
         k_proj_bias: bias(Module::KProj)?,
         v_proj_bias: bias(Module::VProj)?,
+        k_norm: config.has_key_value_rows(Module::KNorm).then(|| weight(Module::KNorm)).transpose()?,
     })
 }
 

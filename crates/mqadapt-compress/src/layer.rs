@@ -28,6 +28,8 @@ pub struct LayerWeights {
     pub k_proj_bias: Option<Vec<f32>>,
     /// `[num_key_value_heads * head_dim]`, or none
     pub v_proj_bias: Option<Vec<f32>>,
+    /// The weight of a norm over the keys of all heads together (OLMo 2), `[num_key_value_heads * head_dim]`, or none
+    pub k_norm: Option<Vec<f32>>,
 }
 
 /// Checks the fields of a shape against each other.
@@ -46,7 +48,7 @@ pub(crate) fn check_target(shape: &AttentionShape, target: usize) -> Result<(), 
 }
 
 impl LayerWeights {
-    /// A projection's weight or bias; `None` for a bias that the layer does not have, and for what is not here.
+    /// A module's weight or bias; `None` for one that the layer does not have, and for what is not here.
     pub fn tensor_mut(&mut self, module: Module, bias: bool) -> Option<&mut Vec<f32>> {
         match (module, bias) {
             (Module::QProj, false) => Some(&mut self.q_proj),
@@ -56,16 +58,18 @@ impl LayerWeights {
             (Module::QProj, true) => self.q_proj_bias.as_mut(),
             (Module::KProj, true) => self.k_proj_bias.as_mut(),
             (Module::VProj, true) => self.v_proj_bias.as_mut(),
+            (Module::KNorm, false) => self.k_norm.as_mut(),
             _ => None,
         }
     }
 
-    /// Takes the values of a projection's weight or bias; what is not here is dropped.
+    /// Takes the values of a module's weight or bias; what is not here is dropped.
     pub fn insert(&mut self, module: Module, bias: bool, values: Vec<f32>) {
         match (module, bias) {
             (Module::QProj, true) => self.q_proj_bias = Some(values),
             (Module::KProj, true) => self.k_proj_bias = Some(values),
             (Module::VProj, true) => self.v_proj_bias = Some(values),
+            (Module::KNorm, false) => self.k_norm = Some(values),
             _ => {
                 if let Some(weight) = self.tensor_mut(module, bias) {
                     *weight = values;
@@ -90,12 +94,13 @@ impl LayerWeights {
         for (name, values, rows) in weights {
             check_len(name, values.len(), rows * hidden)?;
         }
-        let biases = [
+        let optional = [
             ("q_proj.bias", &self.q_proj_bias, q),
             ("k_proj.bias", &self.k_proj_bias, kv),
             ("v_proj.bias", &self.v_proj_bias, kv),
+            ("k_norm", &self.k_norm, kv),
         ];
-        for (name, values, rows) in biases {
+        for (name, values, rows) in optional {
             if let Some(values) = values {
                 check_len(name, values.len(), rows)?;
             }
@@ -105,16 +110,22 @@ impl LayerWeights {
 
     /// Whether no value is infinite or not a number.
     pub(crate) fn is_finite(&self) -> bool {
-        let biases = [&self.q_proj_bias, &self.k_proj_bias, &self.v_proj_bias].into_iter().flatten();
+        let optional = [&self.q_proj_bias, &self.k_proj_bias, &self.v_proj_bias, &self.k_norm].into_iter().flatten();
         let weights = [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj];
-        weights.into_iter().chain(biases).all(|values| values.iter().all(|v| v.is_finite()))
+        weights.into_iter().chain(optional).all(|values| values.iter().all(|v| v.is_finite()))
     }
 
     /// Rounds every value to what `dtype` can hold, as the layer is stored.
     pub fn round_to(&mut self, dtype: DType) {
-        let Self { q_proj, k_proj, v_proj, o_proj, q_proj_bias, k_proj_bias, v_proj_bias } = self;
-        let biases = [q_proj_bias, k_proj_bias, v_proj_bias].into_iter().flatten();
-        [q_proj, k_proj, v_proj, o_proj].into_iter().chain(biases).for_each(|values| round_to(values, dtype));
+        self.tensors().into_iter().for_each(|values| round_to(values, dtype));
+    }
+
+    /// Every tensor that there is, in the order of the fields.
+    pub(crate) fn tensors(&mut self) -> Vec<&mut Vec<f32>> {
+        let Self { q_proj, k_proj, v_proj, o_proj, q_proj_bias, k_proj_bias, v_proj_bias, k_norm } = self;
+        let mut out = vec![q_proj, k_proj, v_proj, o_proj];
+        out.extend([q_proj_bias, k_proj_bias, v_proj_bias, k_norm].into_iter().flatten());
+        out
     }
 
     /// Query heads `order[i]` become head `i`: `q_proj` rows, its bias and
@@ -138,6 +149,7 @@ impl LayerWeights {
             q_proj_bias: bias(&self.q_proj_bias, order),
             k_proj_bias: bias(&self.k_proj_bias, kv_order),
             v_proj_bias: bias(&self.v_proj_bias, kv_order),
+            k_norm: bias(&self.k_norm, kv_order),
         }
     }
 }

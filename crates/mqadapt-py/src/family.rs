@@ -1,7 +1,7 @@
 //! The registry of model families.
 
 use mqadapt_core::FAMILIES;
-use mqadapt_core::family::{self, QkNorm};
+use mqadapt_core::family;
 use pyo3::prelude::*;
 
 use crate::arguments::Text;
@@ -23,12 +23,6 @@ impl Family {
     #[getter]
     fn runnable(&self) -> bool {
         self.0.runnable
-    }
-
-    /// Whether methods that read calibration text merge its heads.
-    #[getter]
-    fn calibrates(&self) -> bool {
-        self.0.runnable && self.0.forward.qk_norm != QkNorm::Layer
     }
 
     /// Whether layers of one model may have different numbers of K/V heads.

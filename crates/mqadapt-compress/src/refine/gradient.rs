@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use crate::Error;
 use crate::attention::{PART, Probabilities, ROWS, product, project, rotate, rotate_back, view};
 use crate::layer::LayerWeights;
-use crate::qk_norm::{QkNorm, normalise, normalise_back};
+use crate::qk_norm::{QkNorm, by_weight, normalise, normalise_back};
 use mqadapt_core::AttentionShape;
 
 /// One sequence: what the projections read, and the attention output that is wanted, `[tokens, hidden_size]` each.
@@ -57,10 +57,10 @@ struct Projected {
 
 impl Projected {
     /// Normalises queries and keys, and returns them as they were.
-    fn normalise(&mut self, norms: &QkNorm) -> (Vec<f32>, Vec<f32>) {
+    fn normalise(&mut self, norms: &QkNorm, of_keys: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let before = (self.q.clone(), self.k.clone());
         normalise(&mut self.q, &norms.q_norm, norms.eps);
-        normalise(&mut self.k, &norms.k_norm, norms.eps);
+        normalise(&mut self.k, of_keys, norms.eps);
         before
     }
 }
@@ -89,7 +89,7 @@ pub(crate) fn gradient(
         k: project(x, &weights.k_proj, weights.k_proj_bias.as_deref(), hidden, progress)?,
         v: project(x, &weights.v_proj, weights.v_proj_bias.as_deref(), hidden, progress)?,
     };
-    let before = norms.map(|norms| (norms, p.normalise(norms)));
+    let before = norms.map(|norms| (norms, p.normalise(norms, norms.of_keys(weights))));
     rotate(&mut p.q, q_heads, geometry);
     rotate(&mut p.k, heads, geometry);
     let head = |h: usize| Head { p: &p, geometry, h, g: h / (q_heads / heads), q_width, kv_width, tokens };
@@ -125,9 +125,11 @@ pub(crate) fn gradient(
     let (mut by_k, by_v) = (shared(|part| &part.k), shared(|part| &part.v));
     rotate_back(&mut by_q, q_heads, geometry);
     rotate_back(&mut by_k, heads, geometry);
+    let mut by_k_norm = None;
     if let Some((norms, (q, k))) = &before {
+        by_k_norm = weights.k_norm.as_ref().map(|weight| by_weight(&by_k, k, weight.len(), norms.eps));
         normalise_back(&mut by_q, q, &norms.q_norm, norms.eps);
-        normalise_back(&mut by_k, k, &norms.k_norm, norms.eps);
+        normalise_back(&mut by_k, k, norms.of_keys(weights), norms.eps);
     }
     let bias = |there: &Option<Vec<f32>>, by: &[f32], width: usize| there.as_ref().map(|_| column_sums(by, width));
     let by = LayerWeights {
@@ -138,6 +140,7 @@ pub(crate) fn gradient(
         q_proj_bias: bias(&weights.q_proj_bias, &by_q, q_width),
         k_proj_bias: bias(&weights.k_proj_bias, &by_k, kv_width),
         v_proj_bias: bias(&weights.v_proj_bias, &by_v, kv_width),
+        k_norm: by_k_norm,
     };
     Ok(Gradient { error, energy, by })
 }

@@ -58,7 +58,7 @@ pub fn refine<E: From<Error>>(
         );
     }
     let mut moved = weights.clone();
-    let mut adam: Vec<Adam> = tensors(&mut moved).into_iter().map(|w| Adam::new(w, options.rate)).collect();
+    let mut adam: Vec<Adam> = moved.tensors().into_iter().map(|w| Adam::new(w, options.rate)).collect();
     for step in 0..options.steps {
         let target = target(step)?;
         let tokens = target.x.len() / geometry.hidden_size;
@@ -73,11 +73,11 @@ pub fn refine<E: From<Error>>(
         }
         let factor = schedule(step, options.steps);
         let scale = (1.0 / found.energy) as f32;
-        for ((weights, by), adam) in tensors(&mut moved).into_iter().zip(tensors(&mut found.by)).zip(&mut adam) {
+        for ((weights, by), adam) in moved.tensors().into_iter().zip(found.by.tensors()).zip(&mut adam) {
             adam.step(weights, by, scale, factor);
         }
     }
-    if tensors(&mut moved).iter().any(|t| t.iter().any(|v| !v.is_finite())) {
+    if moved.tensors().iter().any(|t| t.iter().any(|v| !v.is_finite())) {
         return Err(Error::NotFinite.into());
     }
     Ok(moved)
@@ -87,13 +87,6 @@ pub fn refine<E: From<Error>>(
 fn schedule(step: usize, steps: usize) -> f32 {
     let part = |n: usize, of: usize| n as f32 / of as f32;
     part(step + 1, WARM_UP).min(1.0) * 0.5 * (1.0 + (std::f32::consts::PI * part(step, steps)).cos())
-}
-
-fn tensors(weights: &mut LayerWeights) -> Vec<&mut Vec<f32>> {
-    let LayerWeights { q_proj, k_proj, v_proj, o_proj, q_proj_bias, k_proj_bias, v_proj_bias } = weights;
-    let mut out = vec![q_proj, k_proj, v_proj, o_proj];
-    out.extend([q_proj_bias, k_proj_bias, v_proj_bias].into_iter().flatten());
-    out
 }
 
 /// The state of one tensor.

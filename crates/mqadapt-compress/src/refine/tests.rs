@@ -40,13 +40,13 @@ fn holds(geometry: &AttentionShape) {
         gradient(weights, geometry, None, 2, target, &Progressing::UNWATCHED).unwrap().error
     };
     let mut by = found.by.clone();
-    for (at, by) in super::tensors(&mut by).into_iter().enumerate() {
+    for (at, by) in by.tensors().into_iter().enumerate() {
         // along the gradient and along one other direction
         for direction in [by.clone(), noise.vec(by.len(), 1.0)] {
             let size: f32 = direction.iter().map(|v| v * v).sum::<f32>().sqrt();
             let along = |step: f32| {
                 let mut moved = weights.clone();
-                super::tensors(&mut moved)[at].iter_mut().zip(&direction).for_each(|(w, d)| *w += step * d / size);
+                moved.tensors()[at].iter_mut().zip(&direction).for_each(|(w, d)| *w += step * d / size);
                 error(&moved)
             };
             let numeric = (along(1e-2) - along(-1e-2)) / 2e-2;

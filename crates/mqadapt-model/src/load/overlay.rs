@@ -9,7 +9,7 @@ use mqadapt_core::{DType, ModelConfig, Progress};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::attention::Attention;
-use crate::backend::{Backend, HostMatrix, Linear};
+use crate::backend::{Backend, HostMatrix, Linear, Norm};
 use crate::block::Block;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
@@ -19,9 +19,9 @@ use crate::load::weights::{self, Overlay, Weights};
 /// A name for these values.
 pub(crate) fn fingerprint(weights: &LayerWeights) -> String {
     let mut hash = Xxh3::new();
-    let LayerWeights { q_proj, k_proj, v_proj, o_proj, q_proj_bias, k_proj_bias, v_proj_bias } = weights;
-    let biases = [q_proj_bias, k_proj_bias, v_proj_bias].map(Option::as_ref);
-    for values in [q_proj, k_proj, v_proj, o_proj].map(Some).into_iter().chain(biases) {
+    let LayerWeights { q_proj, k_proj, v_proj, o_proj, q_proj_bias, k_proj_bias, v_proj_bias, k_norm } = weights;
+    let optional = [q_proj_bias, k_proj_bias, v_proj_bias, k_norm].map(Option::as_ref);
+    for values in [q_proj, k_proj, v_proj, o_proj].map(Some).into_iter().chain(optional) {
         hash.update(&values.map_or(0, Vec::len).to_le_bytes());
         values.into_iter().flatten().for_each(|value| hash.update(&value.to_le_bytes()));
     }
@@ -150,6 +150,14 @@ pub(crate) fn with_layer<B: Backend>(
         }
         Ok(linear)
     };
+    let mut k_norm = old.k_norm.clone();
+    if config.has_key_value_rows(Module::KNorm) {
+        let (tensor, values) =
+            (LayerTensor::weight(layer_idx, Module::KNorm), new.k_norm.as_deref().unwrap_or_default());
+        check(tensor, values, config.weight_shape(layer_idx, Module::KNorm).unwrap_or_default().iter().product())?;
+        let weight = decoder.backend.vector(Floats::from_f32(values, dtype).to_f32())?;
+        k_norm = Some(Arc::new(Norm { weight, bias: None }));
+    }
     let self_attn = Attention {
         shape: weights::attention(config, layer_idx)?,
         q_proj: linear(Module::QProj, &new.q_proj, new.q_proj_bias.as_ref(), &old.q_proj)?,
@@ -157,7 +165,7 @@ pub(crate) fn with_layer<B: Backend>(
         v_proj: linear(Module::VProj, &new.v_proj, new.v_proj_bias.as_ref(), &old.v_proj)?,
         o_proj: linear(Module::OProj, &new.o_proj, None, &old.o_proj)?,
         q_norm: old.q_norm.clone(),
-        k_norm: old.k_norm.clone(),
+        k_norm,
     };
     let mut out = shared(decoder, config.clone());
     replace(&mut out, layer_idx, self_attn);

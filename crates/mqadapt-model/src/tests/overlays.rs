@@ -1,14 +1,14 @@
 //! A plan in memory against the converted checkpoint.
 
 use mqadapt_compress::{LayerWeights, MergeOptions, merge_tensor, method};
-use mqadapt_core::family::LayerTensor;
+use mqadapt_core::family::{LayerTensor, Module};
 use mqadapt_core::{DType, LayerCache, ModelConfig, NoProgress, Plan};
 use serde_json::{Value, json};
 
 use super::fixtures::{Tiny, config, ids};
 use crate::{Device, Error, LoadOptions, Model};
 
-const FAMILIES: [&str; 5] = ["llama", "gemma", "mistral", "qwen2", "qwen3"];
+const FAMILIES: [&str; 6] = ["llama", "gemma", "mistral", "olmo2", "qwen2", "qwen3"];
 
 fn logits(model: &Model) -> Vec<f32> {
     model.logits(&ids(4, 23), &NoProgress).unwrap()
@@ -96,6 +96,7 @@ fn a_replaced_layer_equals_the_plan_that_made_it() {
             q_proj_bias: None,
             k_proj_bias: read("k_proj.bias"),
             v_proj_bias: read("v_proj.bias"),
+            k_norm: read("k_norm.weight"),
         };
         let cache = LayerCache::heads(3);
         let base = tiny.on(Device::Cpu);
@@ -112,9 +113,14 @@ fn a_replaced_layer_equals_the_plan_that_made_it() {
         assert!(base.with_layer(1, cache, &short).err().unwrap().to_string().contains("k_proj"));
         assert!(base.with_layer(3, cache, &weights).is_err());
         assert!(base.with_layer(1, LayerCache::heads(4), &weights).is_err());
+        let whole = weights.clone();
         if weights.k_proj_bias.is_some() {
             let bare = LayerWeights { k_proj_bias: None, ..weights };
             assert!(base.with_layer(1, cache, &bare).err().unwrap().to_string().contains("k_proj.bias"));
+        }
+        if tiny.checkpoint.config().has_key_value_rows(Module::KNorm) {
+            let bare = LayerWeights { k_norm: None, ..whole };
+            assert!(base.with_layer(1, cache, &bare).err().unwrap().to_string().contains("k_norm"));
         }
     }
 }

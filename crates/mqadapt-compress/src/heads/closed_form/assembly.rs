@@ -8,7 +8,8 @@ use super::group::query_heads;
 use super::grouping::Groups;
 use super::keys::KeySolution;
 use super::values::ValueSolution;
-use crate::layer::{LayerWeights, affine_head, output_head, round_to, store_affine_head, store_output_head};
+use crate::algebra::count;
+use crate::layer::{LayerWeights, affine_head, output_head, round, round_to, store_affine_head, store_output_head};
 
 /// A source layer, and the groups of its K/V heads.
 #[derive(Clone, Copy)]
@@ -25,16 +26,7 @@ impl Assembly<'_> {
     pub(crate) fn with_values(&self, values: &[ValueSolution]) -> LayerWeights {
         let (geometry, weights) = (self.geometry, self.weights);
         let (d, hidden, heads) = (geometry.head_dim, geometry.hidden_size, geometry.num_attention_heads);
-        let rows = self.groups.len() * d;
-        let mut merged = LayerWeights {
-            q_proj: vec![0.0; heads * d * hidden],
-            k_proj: vec![0.0; rows * hidden],
-            v_proj: vec![0.0; rows * hidden],
-            o_proj: vec![0.0; hidden * heads * d],
-            q_proj_bias: weights.q_proj_bias.as_ref().map(|b| vec![0.0; b.len()]),
-            k_proj_bias: weights.k_proj_bias.as_ref().map(|_| vec![0.0; rows]),
-            v_proj_bias: weights.v_proj_bias.as_ref().map(|_| vec![0.0; rows]),
-        };
+        let mut merged = self.empty();
         let mut to = 0;
         for (i, members) in self.groups.iter().enumerate() {
             let v = mix(values[i].rows.as_ref(), members, &weights.v_proj, weights.v_proj_bias.as_deref(), d, hidden);
@@ -49,11 +41,28 @@ impl Assembly<'_> {
         merged
     }
 
+    /// A merged layer of zeros.
+    pub(crate) fn empty(&self) -> LayerWeights {
+        let (geometry, weights) = (self.geometry, self.weights);
+        let (d, hidden, heads) = (geometry.head_dim, geometry.hidden_size, geometry.num_attention_heads);
+        let rows = self.groups.len() * d;
+        LayerWeights {
+            q_proj: vec![0.0; heads * d * hidden],
+            k_proj: vec![0.0; rows * hidden],
+            v_proj: vec![0.0; rows * hidden],
+            o_proj: vec![0.0; hidden * heads * d],
+            q_proj_bias: weights.q_proj_bias.as_ref().map(|b| vec![0.0; b.len()]),
+            k_proj_bias: weights.k_proj_bias.as_ref().map(|_| vec![0.0; rows]),
+            v_proj_bias: weights.v_proj_bias.as_ref().map(|_| vec![0.0; rows]),
+            k_norm: weights.k_norm.as_ref().map(|_| vec![0.0; rows]),
+        }
+    }
+
     /// Keys and queries of a layer that [`Self::with_values`] made, rounded as they are stored.
     pub(crate) fn write_keys(&self, keys: &[KeySolution], merged: &mut LayerWeights) {
         self.write_exact_keys(keys, merged);
-        let biases = [&mut merged.q_proj_bias, &mut merged.k_proj_bias].into_iter().flatten();
-        for values in [&mut merged.q_proj, &mut merged.k_proj].into_iter().chain(biases) {
+        let optional = [&mut merged.q_proj_bias, &mut merged.k_proj_bias, &mut merged.k_norm].into_iter().flatten();
+        for values in [&mut merged.q_proj, &mut merged.k_proj].into_iter().chain(optional) {
             round_to(values, self.dtype);
         }
     }
@@ -66,6 +75,10 @@ impl Assembly<'_> {
         for (i, members) in self.groups.iter().enumerate() {
             let k = mix(keys[i].rows.as_ref(), members, &weights.k_proj, weights.k_proj_bias.as_deref(), d, hidden);
             store_affine_head(k.as_ref(), i, hidden, &mut merged.k_proj, merged.k_proj_bias.as_mut());
+            if let (Some(source), Some(norm)) = (&weights.k_norm, &mut merged.k_norm) {
+                let mean = mean_weight(source, members, d);
+                norm[i * d..(i + 1) * d].iter_mut().zip(mean).for_each(|(to, w)| *to = round(keys[i].norm_scale * w));
+            }
             for (map, from) in keys[i].maps.iter().zip(query_heads(members, geometry)) {
                 let q = map * affine_head(&weights.q_proj, weights.q_proj_bias.as_deref(), from, d, hidden);
                 store_affine_head(q.as_ref(), to, hidden, &mut merged.q_proj, merged.q_proj_bias.as_mut());
@@ -93,10 +106,20 @@ impl Assembly<'_> {
                 by_q * affine_head(q, q_bias, from, d, hidden).transpose()
             };
             let maps = query_heads(members, self.geometry).into_iter().map(&mut map).collect();
-            KeySolution { rows, maps }
+            let by_norm = self.weights.k_norm.iter().zip(&by.k_norm).map(|(source, by)| {
+                let by = by[i * d..(i + 1) * d].iter();
+                mean_weight(source, members, d).iter().zip(by).map(|(w, by)| w * f64::from(*by)).sum::<f64>()
+            });
+            KeySolution { rows, maps, norm_scale: by_norm.sum() }
         };
         self.groups.iter().enumerate().map(of_group).collect()
     }
+}
+
+/// The mean of the members' parts of a norm's weight: `[head_dim]`; that of a norm of each head is the same for all.
+pub(crate) fn mean_weight(weight: &[f32], members: &[usize], d: usize) -> Vec<f64> {
+    let of = |g: usize, i: usize| f64::from(weight[(g * d + i) % weight.len()]);
+    (0..d).map(|i| members.iter().map(|g| of(*g, i)).sum::<f64>() / count(members.len())).collect()
 }
 
 /// `rows * [head; head; ...]` of the members' projections, `[head_dim, hidden_size (+ 1)]`.

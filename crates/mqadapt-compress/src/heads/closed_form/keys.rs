@@ -15,6 +15,8 @@ pub(crate) struct KeySolution {
     pub(crate) rows: Mat<f64>,
     /// `q' = maps[i] * q`, `[head_dim, head_dim]` per query head.
     pub(crate) maps: Vec<Mat<f64>>,
+    /// What the group's mean weight of a norm over all heads is multiplied by; 1 where there is none.
+    pub(crate) norm_scale: f64,
 }
 
 /// Solves a group with `cut` fast pairs.
@@ -56,5 +58,5 @@ pub(crate) fn solve_keys(group: &Group<'_>, cut: usize) -> Result<KeySolution, E
             }
         }
     }
-    Ok(KeySolution { rows, maps })
+    Ok(KeySolution { rows, maps, norm_scale: 1.0 })
 }

@@ -42,7 +42,7 @@ impl Measurement {
                 "measuring needs calibration inputs, and the norms of a layer with q/k norm".into(),
             ));
         }
-        norms.iter().try_for_each(|norms| norms.check(geometry.head_dim))?;
+        norms.iter().try_for_each(|norms| norms.check(weights, geometry))?;
         let hidden = geometry.hidden_size;
         let sequences = sequences
             .into_iter()
@@ -107,7 +107,7 @@ fn normed_features(
     let v = project(x, &weights.v_proj, weights.v_proj_bias.as_deref(), hidden, progress)?;
     if let Some(norms) = norms {
         normalise(&mut q, &norms.q_norm, norms.eps);
-        normalise(&mut k, &norms.k_norm, norms.eps);
+        normalise(&mut k, norms.of_keys(weights), norms.eps);
     }
     rotate(&mut q, geometry.num_attention_heads, geometry);
     rotate(&mut k, num_key_value_heads, geometry);

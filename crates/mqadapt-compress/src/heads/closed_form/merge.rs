@@ -67,7 +67,9 @@ pub fn merge(
     let k_proj = if geometry.qk_norm { linear.as_deref() } else { Some(&weights.k_proj[..]) };
     let prior = Prior::new(weights, k_proj, geometry, statistics.shape().block_heads, progress)?;
     let (cuts, first_cut) = cuts(geometry, options, measurement)?;
-    let groups = if options.regroup {
+    // heads of a norm over all of them keep their places where their mixes cannot make up for its weights
+    let fixed = normed.is_none() && weights.k_norm.is_some();
+    let groups = if options.regroup && !fixed {
         choose(weights, geometry, statistics, &prior, target, first_cut, progress)?
     } else {
         contiguous(geometry, target)
@@ -218,11 +220,24 @@ impl<'a> Solver<'a> {
         if self.assembly.geometry.qk_norm && self.normed.is_none() {
             return Ok(self.mean_keys());
         }
-        let before_norms = |members: &[usize], solved| match self.normed {
-            Some(normed) => normed.before_norms(members, &solved),
-            None => solved,
+        let solved = self.groups().map(|g| solve_keys(&g, cut)).collect::<Result<Vec<_>, Error>>()?;
+        match self.normed {
+            Some(normed) => self.before_norms(normed, &solved),
+            None => Ok(solved),
+        }
+    }
+
+    /// Keys of normalised heads as keys of the heads in front of the norms.
+    fn before_norms(&self, normed: &NormedKeys<'_>, solved: &[KeySolution]) -> Result<Vec<KeySolution>, Error> {
+        let mut first = 0;
+        let in_front = |(group, solution): (Group<'_>, &KeySolution)| {
+            let keys = normed.before_norms(&group, first, solution);
+            first += keys.maps.len();
+            keys
         };
-        self.groups().map(|g| Ok(before_norms(g.members, solve_keys(&g, cut)?))).collect()
+        let mut keys: Vec<_> = self.groups().zip(solved).map(in_front).collect();
+        normed.fit_scale(&self.assembly, &mut keys, self.progress)?;
+        Ok(keys)
     }
 
     /// The nearest of a solution of a layer with q/k norms, the one with its keys searched and the one with them averaged.
@@ -236,7 +251,11 @@ impl<'a> Solver<'a> {
         let start = self.assembly.with_values(&solved.values);
         let keys = normed.search(&self.assembly, &solved.keys, start, self.progress)?;
         let searched = self.candidate(solved.values.clone(), keys, solved.cut, measurement)?;
-        let mean = self.candidate(solved.values.clone(), self.mean_keys(), solved.cut, measurement)?;
+        let mut mean = self.mean_keys();
+        if normed.is_over_heads() {
+            mean = self.before_norms(normed, &mean)?;
+        }
+        let mean = self.candidate(solved.values.clone(), mean, solved.cut, measurement)?;
         report.compared.extend([(Solution::SearchedKeys, searched.error), (Solution::MeanKeys, mean.error)]);
         let best = if solved.not_worse_than(&searched) { solved } else { searched };
         if mean.not_worse_than(&best) {
@@ -265,6 +284,7 @@ impl<'a> Solver<'a> {
                 if j % d == i { 1.0 / crate::algebra::count(g.members.len()) } else { 0.0 }
             }),
             maps: g.query_heads().iter().map(|_| Mat::identity(d, d)).collect(),
+            norm_scale: 1.0,
         };
         self.groups().map(mean).collect()
     }

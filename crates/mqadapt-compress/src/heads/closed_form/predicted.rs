@@ -68,7 +68,7 @@ pub fn predicted_error(
         let values = ValueSolution { rows: rows(), maps: heads.clone().map(read).collect() };
         // the keys of a kept head are its own, and a silenced one is lost already
         let judged = !geometry.qk_norm && merge != FixedMerge::Prune;
-        let keys = KeySolution { rows: rows(), maps: heads.map(|_| Mat::identity(d, d)).collect() };
+        let keys = KeySolution { rows: rows(), maps: heads.map(|_| Mat::identity(d, d)).collect(), norm_scale: 1.0 };
         let metrics = group.output_metrics(weights);
         loss.add(&predict(&group, &metrics, judged.then_some((&keys, cut)), &values)?);
     }

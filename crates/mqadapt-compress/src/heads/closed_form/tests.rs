@@ -53,6 +53,7 @@ pub(crate) fn random_layer(geometry: &AttentionShape, biases: bool, noise: &mut 
         q_proj_bias,
         k_proj_bias,
         v_proj_bias,
+        k_norm: None,
     }
 }
 

@@ -8,11 +8,26 @@ use crate::heads::closed_form::{ClosedFormOptions, Cut, Fallback, LayerReport, S
 use crate::qk_norm::normalise;
 use crate::{Accumulator, LayerStatistics};
 
-fn norms(d: usize, noise: &mut Noise) -> QkNorm {
-    let pairs: Vec<f32> = noise.vec(d, 0.2).into_iter().map(|v| 1.0 + v).collect();
-    // the two dims of a rotary pair alike, so that a turned head is one after the norm, too
-    let weight = |at: usize| (0..d).map(|i| pairs[(i % (d / 2) + at) % d]).collect();
-    QkNorm { q_norm: weight(0), k_norm: weight(d / 2), eps: 1e-6 }
+/// Of each head, or of all heads where the layer has such a norm of keys.
+fn norms(weights: &LayerWeights, geometry: &AttentionShape, noise: &mut Noise) -> QkNorm {
+    let d = geometry.head_dim;
+    let (q_norm, k_norm) = match &weights.k_norm {
+        Some(k_norm) => (norm_weight(d, geometry.num_attention_heads, noise), k_norm.clone()),
+        None => (norm_weight(d, 1, noise), norm_weight(d, 1, noise)),
+    };
+    QkNorm { q_norm, k_norm, eps: 1e-6 }
+}
+
+/// The two dims of a rotary pair alike, so that a turned head is one after the norm, too.
+fn norm_weight(d: usize, heads: usize, noise: &mut Noise) -> Vec<f32> {
+    let of_head = |pairs: Vec<f32>| [pairs.clone(), pairs].concat();
+    (0..heads).flat_map(|_| of_head(noise.vec(d / 2, 0.3).into_iter().map(|v| 1.0 + v).collect())).collect()
+}
+
+/// A layer that normalises the keys of each head, and one that normalises those of all heads together.
+fn both(weights: LayerWeights, geometry: &AttentionShape, noise: &mut Noise) -> [LayerWeights; 2] {
+    let k_norm = Some(norm_weight(geometry.head_dim, geometry.num_key_value_heads, noise));
+    [weights.clone(), LayerWeights { k_norm, ..weights }]
 }
 
 fn statistics(weights: &LayerWeights, geometry: &AttentionShape, norms: &QkNorm, x: &[Vec<f32>]) -> LayerStatistics {
@@ -34,7 +49,7 @@ fn merged(
     target: usize,
     noise: &mut Noise,
 ) -> (f64, f64, LayerReport) {
-    let norms = norms(geometry.head_dim, noise);
+    let norms = norms(weights, geometry, noise);
     let x = inputs(geometry, &[200; 12], noise);
     let statistics = statistics(weights, geometry, &norms, &x);
     let measurement = |x: Vec<Vec<f32>>| {
@@ -50,7 +65,14 @@ fn merged(
         let groups = w.chunks_exact(w.len() / target);
         groups.flat_map(|of| (0..geometry.head_dim * 40).map(move |i| head(of, i))).collect()
     };
-    let averaged = LayerWeights { k_proj: mean(&weights.k_proj), v_proj: mean(&weights.v_proj), ..weights.clone() };
+    let k_norm = weights.k_norm.as_ref().map(|norm| {
+        let width = norm.len() / target;
+        let groups = norm.chunks_exact(width);
+        let d = geometry.head_dim;
+        groups.flat_map(|of| (0..d).map(move |i| of[i..].iter().step_by(d).sum::<f32>() / (width / d) as f32)).collect()
+    });
+    let (k_proj, v_proj) = (mean(&weights.k_proj), mean(&weights.v_proj));
+    let averaged = LayerWeights { k_proj, v_proj, k_norm, ..weights.clone() };
     let other = measurement(inputs(geometry, &[200, 200], noise));
     let error = |weights| other.relative_error(weights, target, unwatched).unwrap();
     (error(&merged), error(&averaged), report)
@@ -64,9 +86,12 @@ fn compared(report: &LayerReport, solution: Solution) -> f64 {
 fn equal_heads_merge_without_loss() {
     let mut noise = Noise(61);
     let small = AttentionShape { qk_norm: true, ..geometry(8, 2, 8, 4) };
-    let (weights, geometry) = expand(&random_layer(&small, false, &mut noise), &small, 2);
-    let (error, mean, report) = merged(&weights, &geometry, 2, &mut noise);
-    assert!(error < 1e-5 && mean < 1e-5, "{error:e} {mean:e} {report:?}");
+    let weights = random_layer(&small, false, &mut noise);
+    for weights in both(weights, &small, &mut noise) {
+        let (weights, geometry) = expand(&weights, &small, 2);
+        let (error, mean, report) = merged(&weights, &geometry, 2, &mut noise);
+        assert!(error < 1e-5 && mean < 1e-5, "{error:e} {mean:e} {report:?}");
+    }
 }
 
 #[test]
@@ -94,10 +119,58 @@ fn the_search_beats_the_mean_on_other_inputs() {
     let mut noise = Noise(63);
     let geometry = AttentionShape { qk_norm: true, ..geometry(6, 3, 8, 4) };
     let weights = random_layer(&geometry, false, &mut noise);
+    for weights in both(weights, &geometry, &mut noise) {
+        let (error, mean, report) = merged(&weights, &geometry, 1, &mut noise);
+        assert!(error < 0.9 * mean, "{error} {mean} {report:?}");
+        assert!(compared(&report, Solution::SearchedKeys) < 0.9 * compared(&report, Solution::MeanKeys), "{report:?}");
+        assert!(!report.fallbacks.contains(&Fallback::MeanKeys) && report.cut.is_some());
+    }
+}
+
+/// A head far larger than the others decides what a norm over all heads divides by: without the scale, keys would change
+/// their size.
+#[test]
+fn the_scale_of_a_norm_over_heads_is_fitted() {
+    let mut noise = Noise(65);
+    let geometry = AttentionShape { qk_norm: true, ..geometry(4, 4, 8, 4) };
+    let mut weights = random_layer(&geometry, false, &mut noise);
+    weights.k_norm = Some(norm_weight(8, 4, &mut noise));
+    weights.k_proj[..8 * 40].iter_mut().for_each(|v| *v *= 8.0);
+    // the first two heads of one kind, the last two of another
+    weights.k_proj.copy_within(..8 * 40, 8 * 40);
+    weights.k_proj.copy_within(2 * 8 * 40..3 * 8 * 40, 3 * 8 * 40);
+    weights.v_proj.copy_within(..8 * 40, 8 * 40);
+    weights.v_proj.copy_within(2 * 8 * 40..3 * 8 * 40, 3 * 8 * 40);
+    let norm = weights.k_norm.as_mut().unwrap();
+    norm.copy_within(..8, 8);
+    norm.copy_within(16..24, 24);
+    let (error, _, report) = merged(&weights, &geometry, 2, &mut noise);
+    assert!(error < 1e-5, "{error:e} {report:?}");
+    // one head of each kind is left out of three small ones and a large one
+    let mut weights = random_layer(&geometry, false, &mut noise);
+    weights.k_proj[..8 * 40].iter_mut().for_each(|v| *v *= 8.0);
+    weights.k_norm = Some(vec![1.0; 32]);
     let (error, mean, report) = merged(&weights, &geometry, 1, &mut noise);
     assert!(error < 0.9 * mean, "{error} {mean} {report:?}");
-    assert!(compared(&report, Solution::SearchedKeys) < 0.9 * compared(&report, Solution::MeanKeys), "{report:?}");
-    assert!(!report.fallbacks.contains(&Fallback::MeanKeys) && report.cut.is_some());
+}
+
+/// Without inputs to measure on, heads keep their places and are averaged: what `mean` gives.
+#[test]
+fn without_inputs_a_norm_over_heads_is_averaged() {
+    let mut noise = Noise(66);
+    let geometry = AttentionShape { qk_norm: true, ..geometry(8, 4, 8, 4) };
+    let mut weights = random_layer(&geometry, false, &mut noise);
+    weights.k_norm = Some(norm_weight(8, 4, &mut noise));
+    let norms = norms(&weights, &geometry, &mut noise);
+    let statistics = statistics(&weights, &geometry, &norms, &inputs(&geometry, &[200; 4], &mut noise));
+    let options = ClosedFormOptions::default();
+    let (merged, report) = merge(&weights, &geometry, 2, &statistics, &options, None, &Progressing::UNWATCHED).unwrap();
+    let norm = weights.k_norm.unwrap();
+    let mean: Vec<f32> = norm.chunks_exact(16).flat_map(|of| (0..8).map(|i| f32::midpoint(of[i], of[i + 8]))).collect();
+    assert_eq!(merged.k_norm.unwrap(), mean);
+    assert!(
+        merged.q_proj == weights.q_proj && report.regrouped.is_none() && report.fallbacks.contains(&Fallback::MeanKeys)
+    );
 }
 
 /// Along the gradient, the error changes as the gradient says.
@@ -106,16 +179,22 @@ fn the_gradient_is_that_of_the_error() {
     let mut noise = Noise(64);
     let geometry = AttentionShape { qk_norm: true, ..geometry(4, 2, 8, 3) };
     let weights = random_layer(&geometry, true, &mut noise);
-    let norms = norms(8, &mut noise);
-    let x = inputs(&geometry, &[60, 30], &mut noise);
+    for weights in both(weights, &geometry, &mut noise) {
+        gradient_holds(&weights, &geometry, &mut noise);
+    }
+}
+
+fn gradient_holds(weights: &LayerWeights, geometry: &AttentionShape, noise: &mut Noise) {
+    let norms = norms(weights, geometry, noise);
+    let x = inputs(geometry, &[60, 30], noise);
     let unwatched = &Progressing::UNWATCHED;
-    let measurement = Measurement::new(&weights, &geometry, Some(norms), x, unwatched).unwrap();
-    let normed = NormedKeys::new(&weights, &geometry, Some(&measurement), unwatched).unwrap().unwrap();
+    let measurement = Measurement::new(weights, geometry, Some(norms), x, unwatched).unwrap();
+    let normed = NormedKeys::new(weights, geometry, Some(&measurement), unwatched).unwrap().unwrap();
     let groups = vec![vec![0, 1]];
-    let assembly =
-        Assembly { weights: &weights, geometry: &geometry, groups: &groups, dtype: mqadapt_core::DType::F32 };
+    let assembly = Assembly { weights, geometry, groups: &groups, dtype: mqadapt_core::DType::F32 };
     let mix = |rows, columns, noise: &mut Noise| faer::Mat::from_fn(rows, columns, |_, _| f64::from(noise.next()));
-    let keys = KeySolution { rows: mix(8, 16, &mut noise), maps: (0..4).map(|_| mix(8, 8, &mut noise)).collect() };
+    let keys =
+        KeySolution { rows: mix(8, 16, noise), maps: (0..4).map(|_| mix(8, 8, noise)).collect(), norm_scale: 1.2 };
     let values = crate::heads::closed_form::values::ValueSolution { rows: keys.rows.clone(), maps: keys.maps.clone() };
     let mut merged = assembly.with_values(&[values]);
     let parts = normed.sequence_weights();
@@ -128,10 +207,12 @@ fn the_gradient_is_that_of_the_error() {
         let mut moved = keys.clone();
         moved.rows += faer::Scale(step) * &by[0].rows;
         moved.maps.iter_mut().zip(&by[0].maps).for_each(|(map, by)| *map += faer::Scale(step) * by);
+        moved.norm_scale += step * by[0].norm_scale;
         at(&moved).0
     };
     let squares = by[0].maps.iter().chain([&by[0].rows]).map(|m| crate::algebra::dot(m.as_ref(), m.as_ref()));
-    let slope: f64 = squares.sum();
+    let slope: f64 = squares.sum::<f64>() + by[0].norm_scale.powi(2);
+    assert_eq!(by[0].norm_scale != 0.0, weights.k_norm.is_some());
     let step = 1e-2 / slope.sqrt();
     let numeric = (along(step) - along(-step)) / (2.0 * step);
     assert!((numeric - slope).abs() < 1e-2 * slope, "{numeric} {slope}");
