@@ -27,9 +27,8 @@ def write(path: Path, model: PreTrainedModel, kind: Type = Type.F32) -> dict[str
     name = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, name)
     _write_sizes(writer, config)
-    {"gemma2": _write_gemma2, "gemma3_text": _write_gemma3, "phi3": _write_phi3}.get(config.model_type, _write_rope)(
-        writer, config
-    )
+    writers = {"gemma2": _write_gemma2, "gemma3_text": _write_gemma3, "phi3": _write_phi3, "gpt2": _write_gpt2}
+    writers.get(config.model_type, _write_rope)(writer, config)
     names = gguf.get_tensor_name_map(_architecture(name), config.num_hidden_layers)
     held = {}
     for own, parameter in model.state_dict().items():
@@ -86,9 +85,15 @@ def _plus_one(name: str, config: Any) -> bool:
     return bool(config.model_type.startswith("gemma")) and name.endswith("norm.weight")
 
 
+def _transposed(name: str, values: np.ndarray, config: Any) -> bool:
+    return bool(config.model_type == "gpt2") and values.ndim == 2 and ".c_" in name
+
+
 def _stored(name: str, values: np.ndarray, config: Any) -> np.ndarray:
     if _plus_one(name, config):
         return values + np.float32(1)
+    if _transposed(name, values, config):
+        return np.ascontiguousarray(values.T)
     if (heads := _heads(name, config)) is None:
         return values
     return values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
@@ -97,6 +102,8 @@ def _stored(name: str, values: np.ndarray, config: Any) -> np.ndarray:
 def _restored(name: str, values: np.ndarray, config: Any) -> np.ndarray:
     if _plus_one(name, config):
         return values - np.float32(1)
+    if _transposed(name, values, config):
+        return np.ascontiguousarray(values.T)
     if (heads := _heads(name, config)) is None:
         return values
     return values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
@@ -106,11 +113,15 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if config.model_type != "phi3" and (head_dim := getattr(config, "head_dim", None)):
+    if config.model_type == "gpt2":
+        writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    else:
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type not in ("phi3", "gpt2") and (head_dim := getattr(config, "head_dim", None)):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     for name in ("bos", "eos", "pad"):
@@ -174,6 +185,10 @@ def _write_phi3(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0)
         for length in ("long", "short"):
             writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], np.float32))
+
+
+def _write_gpt2(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
 
 
 class StoredTensor(NamedTuple):

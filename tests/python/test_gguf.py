@@ -96,12 +96,12 @@ def test_weights_are_what_the_gguf_package_dequantises(imported: Path) -> None:
 
 
 def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gpt2")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "falcon")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(mqadapt_rs.MqadaptError, match="is 'gpt2'; supported are llama, qwen2"):
+    with pytest.raises(mqadapt_rs.MqadaptError, match="is 'falcon'; supported are llama, qwen2"):
         mqadapt_rs.convert(tmp_path / "model.gguf", tmp_path / "out", plan="keep")
     assert not (tmp_path / "out").exists()
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import mqadapt_rs
+import test_gpt
 import tiny
 
 gguf = pytest.importorskip("gguf", reason="the package gguf (extra `test`) is not installed")
@@ -81,6 +82,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 100,
         },
     ),
+    "gpt2": ("gpt2", {"n_embd": 256, "n_head": 8, "n_layer": 2, "n_positions": 64, "vocab_size": 160}),
+    "gpt2-untied": (
+        "gpt2",
+        {
+            "n_embd": 96,
+            "n_head": 3,
+            "n_layer": 3,
+            "n_inner": 64,
+            "layer_norm_epsilon": 1e-3,
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 # what a GGUF file does not say, or says another way
 NOT_STORED = {
@@ -96,6 +109,8 @@ NOT_STORED = {
 
 def _model(name: str) -> Any:
     family, changes = MODELS[name]
+    if family == "gpt2":
+        return test_gpt.model(family, **changes)
     return tiny.model(family, **{**SHAPE, **changes})
 
 
@@ -119,7 +134,7 @@ def test_tensors_and_configuration_are_those_of_the_model(name: str, tmp_path: P
     _assert_holds(loaded, held)
 
     found = loaded.config.to_dict()
-    found["rope_parameters"].pop("type", None)  # the name that transformers 4 has for `rope_type`
+    found.get("rope_parameters", {}).pop("type", None)  # the name that transformers 4 has for `rope_type`
     expected = {field: value for field, value in model.config.to_dict().items() if field not in NOT_STORED}
     assert {field: found.get(field) for field in expected} == expected
     tokens = torch.tensor([tiny.ids(40, SHAPE["vocab_size"])])
@@ -130,13 +145,13 @@ def test_tensors_and_configuration_are_those_of_the_model(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "gpt2"])
 def test_quantised_tensors_are_those_of_the_package_gguf(name: str, kind: str, tmp_path: Path) -> None:
     held = gguf_files.write(tmp_path / "model.gguf", _model(name), gguf.GGMLQuantizationType[kind])
     _assert_holds(_import(tmp_path / "model.gguf", tmp_path / "out"), held)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-longrope"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-longrope", "gpt2", "gpt2-untied"])
 def test_heads_are_merged_as_in_the_hugging_face_folder(name: str, tmp_path: Path) -> None:
     model = _model(name)
     gguf_files.write(tmp_path / "model.gguf", model)
@@ -144,6 +159,44 @@ def test_heads_are_merged_as_in_the_hugging_face_folder(name: str, tmp_path: Pat
     for source in ("model.gguf", "folder"):
         mqadapt_rs.convert(tmp_path / source, tmp_path / f"{source}-mqa", plan="mqa:all", dtype="float32", sync=False)
     ours, theirs = (tiny.load(tmp_path / f"{source}-mqa").state_dict() for source in ("model.gguf", "folder"))
-    assert json.loads((tmp_path / "model.gguf-mqa/config.json").read_text())["num_key_value_heads"] == 1
+    written = [json.loads((tmp_path / f"{source}-mqa/config.json").read_text()) for source in ("model.gguf", "folder")]
+    assert written[0].get("num_key_value_heads") == written[1].get("num_key_value_heads") in (1, None)
+    assert written[0]["architectures"] == written[1]["architectures"]
     for tensor, values in theirs.items():
         torch.testing.assert_close(ours[tensor], values, rtol=0, atol=1e-6 if name == "gemma3" else 0)
+
+
+def test_transposed_matrices_do_not_depend_on_how_they_are_cut(tmp_path: Path) -> None:
+    """A GPT-2's folder stores the transposes of what its GGUF file has: rows of 3072 bytes, steps of 8 MiB."""
+    model = test_gpt.model("gpt2", n_embd=768, n_head=12, n_layer=1, n_inner=4096, n_positions=64, vocab_size=160)
+    held = gguf_files.write(tmp_path / "model.gguf", model, gguf.GGMLQuantizationType.Q8_0)
+    _assert_holds(_import(tmp_path / "model.gguf", tmp_path / "out"), held)
+    source, out = str(tmp_path / "model.gguf"), tmp_path / "cut"
+    mqadapt_rs.convert(
+        source, out, plan="keep", dtype="float32", max_shard_size=5 << 20, max_memory=1 << 20, sync=False
+    )
+    assert len(list(out.glob("*.safetensors"))) > 3
+    _assert_holds(tiny.load(out), held)
+    found = mqadapt_rs.verify(out, against=source)
+    assert not found.problems, found.problems
+    assert found.compared == found.tensors
+
+
+@pytest.mark.parametrize("key", ["attention.head_count_kv", "attention.layer_norm_epsilon"])
+def test_a_gpt2_that_is_none_is_refused(key: str, tmp_path: Path) -> None:
+    gguf_files.write(tmp_path / "model.gguf", _model("gpt2"))
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2")
+    file = gguf.GGUFReader(tmp_path / "model.gguf")
+    for name in ("context_length", "embedding_length", "block_count", "attention.head_count", "feed_forward_length"):
+        writer.add_uint32(f"gpt2.{name}", int(file.fields[f"gpt2.{name}"].parts[-1][0]))
+    if key.endswith("kv"):
+        writer.add_layer_norm_eps(1e-5)
+        writer.add_head_count_kv(2)
+    for tensor in file.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(mqadapt_rs.MqadaptError, match=key):
+        mqadapt_rs.inspect(tmp_path / "other.gguf")

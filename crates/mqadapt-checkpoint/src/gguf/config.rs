@@ -3,7 +3,7 @@
 //! In: a header, its architecture, the tables of `RoPE`. Out: the fields that all architectures share; `architecture` has the
 //! others. Keys: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>; fields: transformers' `configuration_*.py`.
 
-use mqadapt_core::{DType, ModelConfig};
+use mqadapt_core::{DType, ModelConfig, family};
 use serde_json::{Map, Value, json};
 
 use super::architecture::Architecture;
@@ -23,13 +23,24 @@ pub(super) fn model_config(
     let sizes = Sizes::read(header, keys, architecture.partly_rotated)?;
     let model = Model { header, keys, sizes, tables };
     let mut json = shared_fields(&model, architecture, dtype)?;
-    json.extend((architecture.fields)(&model)?);
+    for (name, value) in (architecture.fields)(&model)? {
+        match value {
+            Value::Null if json.contains_key(&name) => drop(json.remove(&name)),
+            value => drop(json.insert(name, value)),
+        }
+    }
+    let names = family::known(architecture.model_type).map_or(&[][..], |family| family.field_names);
+    for (name, own) in names {
+        if let Some(value) = json.remove(*name) {
+            json.insert((*own).to_owned(), value);
+        }
+    }
     ModelConfig::from_value(Value::Object(json)).map_err(|error| Problem::new("the metadata", error.to_string()))
 }
 
 fn shared_fields(model: &Model, architecture: &Architecture, dtype: DType) -> Parsed<Map<String, Value>> {
     let Model { header, keys, sizes, .. } = model;
-    let name = "attention.layer_norm_rms_epsilon";
+    let name = architecture.norm_eps;
     let rms_norm_eps = keys.float(name)?.ok_or_else(|| keys.missing(name))?;
     let widest = sizes.num_key_value_heads.iter().copied().max().unwrap_or_default();
     let mut json = object(json!({

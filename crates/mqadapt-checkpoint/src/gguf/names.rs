@@ -1,6 +1,6 @@
 //! GGUF tensor names to Hugging Face's, and which tensors hold their values in another form.
 
-use mqadapt_core::family::{EMBED_TOKENS, LM_HEAD, LayerTensor, Module, NORM};
+use mqadapt_core::family::{EMBED_POSITIONS, EMBED_TOKENS, LM_HEAD, LayerTensor, Module, NORM, NORM_BIAS};
 
 use super::architecture::{Architecture, StoredModule};
 
@@ -8,7 +8,9 @@ use super::architecture::{Architecture, StoredModule};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Meaning {
     EmbedTokens,
+    EmbedPositions,
     Norm,
+    NormBias,
     LmHead,
     /// Rows of one module, or of several one under the other.
     Layer {
@@ -25,7 +27,9 @@ impl Meaning {
     pub(super) fn parse(architecture: &Architecture, gguf_name: &str) -> Option<Self> {
         match gguf_name {
             "token_embd.weight" => return Some(Self::EmbedTokens),
+            "position_embd.weight" => return Some(Self::EmbedPositions),
             "output_norm.weight" => return Some(Self::Norm),
+            "output_norm.bias" => return Some(Self::NormBias),
             "output.weight" => return Some(Self::LmHead),
             "rope_freqs.weight" | "rope_factors_long.weight" | "rope_factors_short.weight" => return Some(Self::Table),
             _ => {}
@@ -52,7 +56,9 @@ impl Meaning {
     pub(super) fn names(self) -> Vec<String> {
         match self {
             Self::EmbedTokens => vec![EMBED_TOKENS.to_owned()],
+            Self::EmbedPositions => vec![EMBED_POSITIONS.to_owned()],
             Self::Norm => vec![NORM.to_owned()],
+            Self::NormBias => vec![NORM_BIAS.to_owned()],
             Self::LmHead => vec![LM_HEAD.to_owned()],
             Self::Layer { layer_idx, modules, bias } => {
                 modules.iter().map(|&module| LayerTensor { layer_idx, module, bias }.name()).collect()
@@ -102,7 +108,9 @@ fn is_norm(module: Module) -> bool {
 pub(super) fn gguf_name(architecture: &Architecture, name: &str) -> String {
     match name {
         EMBED_TOKENS => return "token_embd.weight".to_owned(),
+        EMBED_POSITIONS => return "position_embd.weight".to_owned(),
         NORM => return "output_norm.weight".to_owned(),
+        NORM_BIAS => return "output_norm.bias".to_owned(),
         LM_HEAD => return "output.weight".to_owned(),
         _ => {}
     }
@@ -141,7 +149,14 @@ mod tests {
                     assert!(hugging_face.iter().all(|own| gguf_name(architecture, own) == name));
                 }
             }
-            for name in ["token_embd.weight", "output_norm.weight", "output.weight"] {
+            let names = [
+                "token_embd.weight",
+                "position_embd.weight",
+                "output_norm.weight",
+                "output_norm.bias",
+                "output.weight",
+            ];
+            for name in names {
                 let hugging_face = Meaning::parse(architecture, name).unwrap().names();
                 assert_eq!(gguf_name(architecture, &hugging_face[0]), name);
             }

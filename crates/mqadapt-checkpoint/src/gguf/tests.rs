@@ -215,7 +215,7 @@ fn alignment_that_cannot_be() {
 
 #[test]
 fn another_architecture() {
-    refused(&tiny().text("general.architecture", "gpt2"), "is 'gpt2'; supported are llama, qwen2");
+    refused(&tiny().text("general.architecture", "falcon"), "is 'falcon'; supported are llama, qwen2");
     refused(&tiny().without("general.architecture"), "'general.architecture' is missing");
 }
 

@@ -66,6 +66,14 @@ pub(crate) enum Operation {
     Copy,
     /// Its values are read in another type.
     Read,
+    /// A share of the transpose of this and the neighbours of its name, one under the other.
+    Transpose {
+        /// Index of the first of them in the source's tensors, and their number.
+        first: usize,
+        count: usize,
+        /// Values of the transpose before this share.
+        before: usize,
+    },
     /// Its heads are merged, row by row.
     Merge(LayerTensor),
     /// A method that needs the whole layer gives it.
@@ -77,7 +85,11 @@ impl Layout {
     pub fn new(request: Request<'_>) -> Result<Self> {
         let Request { checkpoint, options, .. } = request;
         let tensors = checkpoint.tensors().iter().enumerate();
-        let outputs: Vec<_> = tensors.map(|(at, tensor)| request.output_tensor(at, tensor)).collect::<Result<_>>()?;
+        let mut outputs: Vec<_> =
+            tensors.map(|(at, tensor)| request.output_tensor(at, tensor)).collect::<Result<_>>()?;
+        if request.planned.family.transposed {
+            transpose(&mut outputs, checkpoint);
+        }
         let groups = match options.max_shard_size {
             Some(limit) => cut(&outputs, limit),
             None => by_source(outputs, checkpoint),
@@ -203,6 +215,28 @@ impl Request<'_> {
             TensorChange::Compensate => return None,
         };
         Some((operation, layer))
+    }
+}
+
+/// Matrices of a family that stores them `[in_features, out_features]`, where the source (a GGUF file) does not.
+fn transpose(outputs: &mut [OutputTensor], checkpoint: &Checkpoint) {
+    let is_plain_matrix = |output: &OutputTensor| {
+        let Some(tensor) = checkpoint.tensors().get(output.source) else { return false };
+        let role = LayerTensor::parse(&tensor.name);
+        tensor.view.is_none() && role.is_some_and(|role| !role.bias && !role.module.is_norm())
+    };
+    for together in outputs.chunk_by_mut(|a, b| a.name == b.name) {
+        let (Some(first), count) = (together.first().map(|output| output.source), together.len()) else { continue };
+        if !together.iter().all(is_plain_matrix) {
+            continue;
+        }
+        let stored_shape: Vec<usize> = joined_shape(together).into_iter().rev().collect();
+        let mut before = 0;
+        for output in together {
+            output.operation = Operation::Transpose { first, count, before };
+            output.stored_shape = Some(stored_shape.clone());
+            before += output.shape.iter().product::<usize>();
+        }
     }
 }
 

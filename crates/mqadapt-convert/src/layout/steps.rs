@@ -25,6 +25,8 @@ pub(crate) enum Work {
     Copy { shard: usize, offset: u64 },
     /// Read values of a source tensor, from this one on, in another type or order; `as_stored`: in the order of its file.
     Read { tensor: usize, first_value: usize, dtype: StoredType, as_stored: bool },
+    /// Read values of the transpose of some source tensors, one under the other, from this one on.
+    Transpose { first: usize, count: usize, first_value: usize, dtype: StoredType },
     /// Merge the heads of a source tensor.
     Merge { tensor: usize, layer: LayerTensor, stored: StoredType },
     /// Nothing: a layer method has put the tensor there already.
@@ -50,7 +52,16 @@ pub(crate) fn steps(shard: &OutputShard, checkpoint: &Checkpoint) -> Vec<Step> {
         }
         cut_copy(copy.take().as_ref(), &mut steps);
         match (tensor.operation, tensor.dtype.value_bytes()) {
-            (Operation::Read, Some(width)) => cut_read(tensor, width, &mut steps),
+            (Operation::Read, Some(width)) => {
+                let (dtype, as_stored) = (tensor.dtype, tensor.stored_shape.is_some());
+                let read = |first_value| Work::Read { tensor: tensor.source, first_value, dtype, as_stored };
+                cut_values(tensor, width, read, &mut steps);
+            }
+            (Operation::Transpose { first, count, before }, Some(width)) => {
+                let dtype = tensor.dtype;
+                let read = |value| Work::Transpose { first, count, first_value: before + value, dtype };
+                cut_values(tensor, width, read, &mut steps);
+            }
             (Operation::Merge(layer), _) => {
                 let stored = tensor.dtype;
                 steps.push(Step { start, end, work: Work::Merge { tensor: tensor.source, layer, stored } });
@@ -84,18 +95,14 @@ fn cut_copy(run: Option<&Step>, steps: &mut Vec<Step>) {
     }
 }
 
-fn cut_read(tensor: &OutputTensor, width: usize, steps: &mut Vec<Step>) {
-    let (dtype, as_stored) = (tensor.dtype, tensor.stored_shape.is_some());
+/// Steps that read a tensor's values; `work`: from a value on.
+fn cut_values(tensor: &OutputTensor, width: usize, work: impl Fn(usize) -> Work, steps: &mut Vec<Step>) {
     let end = tensor.offset + tensor.bytes;
     let mut at = tensor.offset;
     while at < end {
         let next = end.min(at + STEP); // STEP is a multiple of every size of a value, and of a quantised block
         let first_value = (at - tensor.offset) as usize / width;
-        steps.push(Step {
-            start: at,
-            end: next,
-            work: Work::Read { tensor: tensor.source, first_value, dtype, as_stored },
-        });
+        steps.push(Step { start: at, end: next, work: work(first_value) });
         at = next;
     }
 }

@@ -1,6 +1,7 @@
 //! Reading the source of a conversion: one shard at a time, announced to the page cache, given back when it is read.
 
 use mqadapt_checkpoint::{Checkpoint, TensorInfo};
+use mqadapt_core::DType;
 
 use super::finite::FiniteScan;
 use crate::folder::page_cache::ReadHint;
@@ -30,6 +31,36 @@ impl<'a> Reader<'a> {
         self.checkpoint.tensors().get(at).ok_or_else(none)
     }
 
+    /// Some tensors of the source, one after the other.
+    pub fn neighbours(&self, first: usize, count: usize) -> Result<&'a [TensorInfo]> {
+        let none = || Error::Method { method: self.method.to_owned(), detail: format!("no tensor {}", first + count) };
+        self.checkpoint.tensors().get(first..first + count).ok_or_else(none)
+    }
+
+    /// Values of the transpose of some tensors, one under the other, from `first_value` on; how many finite ones became infinite.
+    pub fn transposed(&self, tensors: &[TensorInfo], dtype: DType, first_value: usize, out: &mut [u8]) -> Result<u64> {
+        let width = dtype.bytes();
+        let rows: usize = tensors.iter().filter_map(|tensor| tensor.shape.first()).sum();
+        let values = first_value..first_value + out.len() / width;
+        let (begin, end) = (values.start / rows.max(1), values.end.div_ceil(rows.max(1)));
+        let mut run = vec![0; (end - begin) * width];
+        let (mut row, mut overflowed) = (0, 0);
+        for tensor in tensors {
+            let &[own, columns] = tensor.shape.as_slice() else { continue };
+            for nth in 0..own {
+                overflowed += self.checkpoint.read_as(tensor, dtype, nth * columns + begin, &mut run)?;
+                for (column, value) in (begin..end).zip(run.chunks_exact(width)) {
+                    let at = (column * rows + row).checked_sub(values.start).map(|at| at * width);
+                    if let Some(out) = at.and_then(|at| out.get_mut(at..at + width)) {
+                        out.copy_from_slice(value);
+                    }
+                }
+                row += 1;
+            }
+        }
+        Ok(overflowed)
+    }
+
     /// Says that a step's bytes of the source will be read soon.
     pub fn announce(&self, step: &Step) -> Result<Option<ReadHint>> {
         let (shard, offset, len) = match step.work {
@@ -43,6 +74,10 @@ impl<'a> Reader<'a> {
                 let source = self.source(tensor)?;
                 (source.shard, source.offset, source.bytes)
             }
+            Work::Transpose { first, count, .. } => {
+                let (source, bytes) = (self.source(first)?, self.neighbours(first, count)?);
+                (source.shard, source.offset, bytes.iter().map(|tensor| tensor.bytes).sum())
+            }
             Work::Skip => return Ok(None),
         };
         let Some(shard) = self.checkpoint.shards().get(shard) else { return Ok(None) };
@@ -53,7 +88,9 @@ impl<'a> Reader<'a> {
     pub fn shard_of(&self, step: &Step) -> Option<usize> {
         match step.work {
             Work::Copy { shard, .. } => Some(shard),
-            Work::Read { tensor, .. } | Work::Merge { tensor, .. } => Some(self.source(tensor).ok()?.shard),
+            Work::Read { tensor, .. } | Work::Merge { tensor, .. } | Work::Transpose { first: tensor, .. } => {
+                Some(self.source(tensor).ok()?.shard)
+            }
             Work::Skip => self.reading,
         }
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use mqadapt_checkpoint::{Checkpoint, StoredType, not_finite, store};
 use mqadapt_compress::{ErrorSum, KvMerge};
 use mqadapt_core::family::LayerTensor;
-use mqadapt_core::{Plan, Progress};
+use mqadapt_core::{DType, Plan, Progress};
 
 use super::reader::{Reader, stored};
 use super::report::Report;
@@ -210,6 +210,25 @@ impl<'a> Transfer<'a> {
                         None => checkpoint.read_stored(&source, first_value, &mut data)?,
                     }
                     self.reader.scan.add(tensor, not_finite(dtype, &data));
+                    self.write(data, out, writer)?;
+                }
+                Ok(())
+            }
+            Work::Transpose { first, count, first_value, dtype } => {
+                let tensors = self.reader.neighbours(first, count)?;
+                let float = dtype.float().unwrap_or(DType::F32); // what a GGUF file becomes
+                let done = (out.hashed - step.start) as usize;
+                let mut values = vec![0; (step.end - out.hashed) as usize];
+                let overflowed =
+                    self.reader.transposed(tensors, float, first_value + done / float.bytes(), &mut values)?;
+                let name = tensors.first().map_or("", |tensor| &tensor.name);
+                refuse_overflow(name, dtype, overflowed)?;
+                self.reader.scan.add(first, not_finite(dtype, &values));
+                self.reader.bytes_read +=
+                    tensors.first().map_or(0, |tensor| stored(tensor, values.len() / float.bytes()));
+                for piece in values.chunks(self.piece) {
+                    let mut data = self.buffer(piece.len() as u64, writer)?;
+                    data.copy_from_slice(piece);
                     self.write(data, out, writer)?;
                 }
                 Ok(())

@@ -5,8 +5,8 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Architecture;
 use super::modules::{NORMS_AROUND, NORMS_BEFORE, PROJECTIONS, QUERY_KEY_NORMS};
+use super::{Architecture, RMS_NORM_EPS};
 use crate::gguf::described::{Model, object};
 use crate::gguf::problem::Parsed;
 use crate::gguf::rope;
@@ -19,6 +19,7 @@ pub(super) static GEMMA: Architecture = Architecture {
     permuted: false,
     norm_plus_one: true,
     partly_rotated: false,
+    norm_eps: RMS_NORM_EPS,
     fields: gemma_fields,
 };
 

@@ -5,6 +5,7 @@
 //! `configuration_*.py`.
 
 mod gemma;
+mod gpt2;
 mod llama;
 mod modules;
 mod phi3;
@@ -37,7 +38,10 @@ pub(super) struct Architecture {
     pub norm_plus_one: bool,
     /// A head may have more values than are rotated, so that `rope.dimension_count` does not give `head_dim`.
     pub partly_rotated: bool,
-    /// The fields of `config.json` that are its own, those of `RoPE` among them.
+    /// The key of what a norm adds to the variance.
+    pub norm_eps: &'static str,
+    /// The fields of `config.json` that are its own, those of `RoPE` among them; `null` takes away what the others share.
+    /// Names are Llama's where the family has others.
     pub fields: fn(&Model) -> Parsed<Map<String, Value>>,
 }
 
@@ -48,9 +52,20 @@ impl Architecture {
     }
 }
 
+/// Where an architecture with RMS norms has what they add.
+pub(super) const RMS_NORM_EPS: &str = "attention.layer_norm_rms_epsilon";
+
 /// All that are read.
-pub(super) static ARCHITECTURES: &[&Architecture] =
-    &[&llama::LLAMA, &qwen::QWEN2, &qwen::QWEN3, &gemma::GEMMA, &gemma::GEMMA2, &gemma::GEMMA3, &phi3::PHI3];
+pub(super) static ARCHITECTURES: &[&Architecture] = &[
+    &llama::LLAMA,
+    &qwen::QWEN2,
+    &qwen::QWEN3,
+    &gemma::GEMMA,
+    &gemma::GEMMA2,
+    &gemma::GEMMA3,
+    &phi3::PHI3,
+    &gpt2::GPT2,
+];
 
 /// The architecture of a file. Refuses others, and models that share a name but not the forward pass or the layout.
 pub(super) fn of(metadata: &Metadata) -> Parsed<&'static Architecture> {

@@ -31,10 +31,13 @@ pub(super) const NORMS_AROUND: &[StoredModule] = &[
     ("post_ffw_norm", &[Module::PostFeedforwardLayernorm]),
 ];
 
-/// The matrices of attention and MLP, those with the same input in one tensor.
-pub(super) const FUSED_PROJECTIONS: &[StoredModule] = &[
-    ("attn_qkv", &[Module::QProj, Module::KProj, Module::VProj]),
-    ("attn_output", &[Module::OProj]),
-    ("ffn_up", &[Module::GateProj, Module::UpProj]),
-    ("ffn_down", &[Module::DownProj]),
-];
+/// The matrices of attention, those with the same input in one tensor.
+pub(super) const FUSED_ATTENTION: &[StoredModule] =
+    &[("attn_qkv", &[Module::QProj, Module::KProj, Module::VProj]), ("attn_output", &[Module::OProj])];
+
+/// The matrices of a gated MLP, those with the same input in one tensor.
+pub(super) const FUSED_MLP: &[StoredModule] =
+    &[("ffn_up", &[Module::GateProj, Module::UpProj]), ("ffn_down", &[Module::DownProj])];
+
+/// The matrices of an MLP without gate.
+pub(super) const PLAIN_MLP: &[StoredModule] = &[("ffn_up", &[Module::UpProj]), ("ffn_down", &[Module::DownProj])];

@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Architecture;
-use super::modules::{FUSED_PROJECTIONS, NORMS_BEFORE};
+use super::modules::{FUSED_ATTENTION, FUSED_MLP, NORMS_BEFORE};
+use super::{Architecture, RMS_NORM_EPS};
 use crate::gguf::described::{Model, object};
 use crate::gguf::problem::{Parsed, Problem};
 
@@ -11,10 +11,11 @@ pub(super) static PHI3: Architecture = Architecture {
     name: "phi3",
     model_type: "phi3",
     class: "Phi3ForCausalLM",
-    modules: &[FUSED_PROJECTIONS, NORMS_BEFORE],
+    modules: &[FUSED_ATTENTION, FUSED_MLP, NORMS_BEFORE],
     permuted: false,
     norm_plus_one: false,
     partly_rotated: true,
+    norm_eps: RMS_NORM_EPS,
     fields,
 };
 

@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Architecture;
 use super::modules::{NORMS_BEFORE, PROJECTIONS, QUERY_KEY_NORMS};
+use super::{Architecture, RMS_NORM_EPS};
 use crate::gguf::described::{Model, object};
 use crate::gguf::problem::Parsed;
 use crate::gguf::rope;
@@ -16,6 +16,7 @@ pub(super) static QWEN2: Architecture = Architecture {
     permuted: false,
     norm_plus_one: false,
     partly_rotated: false,
+    norm_eps: RMS_NORM_EPS,
     fields: shared_fields,
 };
 
