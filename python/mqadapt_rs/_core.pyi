@@ -631,7 +631,8 @@ class Model:
 
         Args:
             ids: a prompt, or a list of prompts.
-            max_new_tokens: largest number of new tokens per prompt.
+            max_new_tokens: largest number of new tokens per prompt. With `rope_type` `dynamic` or `longrope` it counts as part of
+                the text's length, on which the rotation depends beyond the original context.
             temperature: sampling temperature; 0 always takes the most likely token.
             top_k: sample among this many most likely tokens.
             top_p: sample among the most likely tokens that together have this probability.

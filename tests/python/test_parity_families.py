@@ -21,7 +21,7 @@ import torch
 from transformers import DynamicCache
 
 import tiny
-from mqadapt_rs import ArgumentError, Model
+from mqadapt_rs import Model
 
 TOLERANCE = 5e-5  # of the root mean square of what is compared
 
@@ -275,23 +275,6 @@ def test_loglikelihood(family: str, tmp_path: Path) -> None:
         assert score == pytest.approx(wanted, abs=1e-4 * len(continuation))
         assert is_greedy == (logits.argmax(-1).tolist() == continuation)
     assert answers[6][1] and answers[7][1]
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [ROPES["rope_dynamic"]["rope_scaling"], {**LONGROPE, "factor": 4.0, "original_max_position_embeddings": 256}],
-    ids=["dynamic", "longrope"],
-)
-def test_a_text_whose_length_would_change_the_rotation_is_refused(rope: dict[str, Any], tmp_path: Path) -> None:
-    model = Model.load(tiny.save(tmp_path / "model", "llama", rope_scaling=rope))
-    assert len(model.logits(tiny.ids(256))) == 256
-    for refused in (
-        lambda: model.logits(tiny.ids(257)),
-        lambda: model.perplexity(tiny.ids(600), context=300),
-        lambda: model.generate(tiny.ids(250), max_new_tokens=20, stop_tokens=[]),
-    ):
-        with pytest.raises(ArgumentError, match=r"tokens is too long: beyond 256 tokens"):
-            refused()
 
 
 def test_perplexity(tmp_path: Path) -> None:

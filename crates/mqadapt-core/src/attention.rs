@@ -16,7 +16,8 @@ pub struct AttentionShape {
     /// Width of the hidden state.
     pub hidden_size: usize,
     /// Rotary frequencies in radians per token, fastest first; pair `j` is the dims `(j, j + inv_freq.len())` of a head. Dims
-    /// from `2 * inv_freq.len()` on are not rotated; empty means no rotary embedding.
+    /// from `2 * inv_freq.len()` on are not rotated; empty means no rotary embedding. Where they depend on the length of the
+    /// text (`dynamic`, `longrope`), those of texts up to the original context.
     pub inv_freq: Vec<f64>,
     /// Factor on rotated queries and keys, on their rotated dims (`YaRN`, `LongRoPE`); 1 for most.
     pub rotary_factor: f64,

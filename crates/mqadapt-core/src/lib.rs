@@ -29,7 +29,7 @@ mod readable;
 
 pub use attention::AttentionShape;
 pub use cache::{CacheForm, CacheStorage, LayerCache, LayerShape};
-pub use config::{Activation, DType, ModelConfig, Rope, RopeScaling};
+pub use config::{Activation, DType, ModelConfig, Rope, RopeRegime, RopeScaling};
 pub use error::{Error, Result};
 pub use family::{FAMILIES, Family};
 pub use plan::{Plan, TensorChange};

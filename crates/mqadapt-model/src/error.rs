@@ -73,14 +73,25 @@ pub enum Error {
         /// The family.
         model_type: &'static str,
     },
-    /// A text is longer than the context for which there are positions, or the rotary embedding has one meaning.
+    /// A text is longer than the learned positions.
     #[error(
-        "a text of {found} tokens is too long: beyond {limit} tokens this model has no positions (learned ones), or \
-         the frequencies of its rotary embedding (rope_type 'dynamic' or 'longrope') depend on the length of the whole text, \
-         which is not supported"
+        "a text of {found} tokens is too long: beyond {limit} tokens this model has no positions, since they are learned; use a \
+         shorter text"
     )]
     Context {
-        /// The longest context.
+        /// The number of positions.
+        limit: usize,
+        /// Tokens of the text.
+        found: usize,
+    },
+    /// A calibration text is longer than the context for which the rotary embedding has one set of frequencies.
+    #[error(
+        "a calibration text of {found} tokens is too long: beyond the original context of {limit} tokens the rotary embedding \
+         (rope_type 'dynamic' or 'longrope') takes other frequencies than those that layers are merged for; calibrate with \
+         sequences of at most {limit} tokens"
+    )]
+    CalibrationContext {
+        /// The original context.
         limit: usize,
         /// Tokens of the text.
         found: usize,

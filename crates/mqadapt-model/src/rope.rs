@@ -47,13 +47,13 @@ pub(crate) struct RopeTables {
 
 impl RopeTables {
     /// The tables of layers with these frequencies and factors.
-    pub(crate) fn new<'a>(layers: impl Iterator<Item = (&'a [f64], f64)>) -> Self {
+    pub(crate) fn new(layers: impl Iterator<Item = (Vec<f64>, f64)>) -> Self {
         let mut tables: Vec<RopeTable> = Vec::new();
         let of_layer = layers
             .map(|(inv_freq, factor)| {
                 let same = |table: &RopeTable| table.inv_freq == inv_freq && table.factor == factor;
                 tables.iter().position(same).unwrap_or_else(|| {
-                    tables.push(RopeTable::new(inv_freq.to_vec(), factor));
+                    tables.push(RopeTable::new(inv_freq, factor));
                     tables.len() - 1
                 })
             })
@@ -91,7 +91,7 @@ mod tests {
     fn layers_share_the_table_of_their_frequencies() {
         let layers = [vec![1.0, 0.1], vec![1.0, 0.01], vec![], vec![1.0, 0.1], vec![1.0, 0.1]];
         let factors = [1.0, 1.0, 1.0, 1.0, 1.5];
-        let mut tables = RopeTables::new(layers.iter().map(Vec::as_slice).zip(factors));
+        let mut tables = RopeTables::new(layers.iter().cloned().zip(factors));
         tables.reach(2);
         assert_eq!((tables.tables.len(), &tables.of_layer), (4, &vec![0, 1, 2, 0, 3]));
         for (layer_idx, inv_freq) in layers.iter().enumerate() {

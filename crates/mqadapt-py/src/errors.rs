@@ -116,6 +116,7 @@ impl IntoPyErr for mqadapt_model::Error {
             | Error::Device { .. }
             | Error::Storage { .. }
             | Error::Context { .. }
+            | Error::CalibrationContext { .. }
             | Error::NotRunnable { .. } => argument(message),
             Error::Interrupted(interrupted) => interrupted.into_py_err(),
             _ => failure(message),

@@ -1,6 +1,7 @@
 //! `config.json`: in the text of the file, out a [`ModelConfig`] that later code can trust.
 
 mod fields;
+mod regime;
 mod rewrite;
 mod rope;
 mod tensors;
@@ -11,6 +12,7 @@ use serde_json::Value;
 use crate::family::{self, AttentionBias, EmbeddingScale, Family, MlpKind, Rotary};
 use crate::{Error, Result};
 use fields::Fields;
+pub use regime::RopeRegime;
 pub use rope::{Rope, RopeScaling};
 pub use tensors::ExpectedTensor;
 
@@ -258,12 +260,17 @@ impl ModelConfig {
         (self.family.forward.rotary == Rotary::Learned).then_some(self.max_position_embeddings)
     }
 
-    /// The longest text that the model computes with: it has an embedding for so many positions, or rotates others differently
-    /// beyond.
+    /// The regime of a text of this many tokens: what transformers rotates by where it reads the whole text at once.
     #[must_use]
-    pub fn longest_context(&self) -> Option<usize> {
-        let rotated = self.rope.iter().flatten().filter_map(Rope::longest_context);
-        rotated.chain(self.learned_positions()).min()
+    pub fn rope_regime(&self, tokens: usize) -> RopeRegime {
+        // the longest of the layers' is on the same side of every layer's context as the text is
+        RopeRegime(self.rope.iter().flatten().map(|rope| rope.shortest_alike(tokens)).max().unwrap_or(0))
+    }
+
+    /// The context beyond which the rotary frequencies depend on the length of the text (`dynamic`, `longrope`).
+    #[must_use]
+    pub fn original_context(&self) -> Option<usize> {
+        self.rope.iter().flatten().filter_map(Rope::original_context).min()
     }
 
     /// Query heads that share one K/V head in a layer.

@@ -5,6 +5,7 @@ use std::f64::consts::PI;
 use serde_json::Value;
 
 use super::fields::Fields;
+use super::regime::RopeRegime;
 use crate::family::{Family, Rotary};
 use crate::{Error, Result};
 
@@ -30,9 +31,11 @@ pub enum RopeScaling {
         /// The divisor.
         factor: f64,
     },
-    /// Not at all up to this context; beyond it the base depends on the length of the text.
+    /// Not at all up to the original context; beyond it the base grows with the length of the text.
     Dynamic {
-        /// `max_position_embeddings`.
+        /// How fast the base grows.
+        factor: f64,
+        /// The original context, `max_position_embeddings`.
         context: usize,
     },
     /// Llama 3.1: low frequencies divided by `factor`, the medium ones blended.
@@ -61,6 +64,8 @@ pub enum RopeScaling {
     LongRope {
         /// The divisors up to the original context.
         short_factor: Vec<f64>,
+        /// The divisors of longer texts.
+        long_factor: Vec<f64>,
         /// The original context.
         context: usize,
         /// Factor on rotated queries and keys.
@@ -69,11 +74,25 @@ pub enum RopeScaling {
 }
 
 impl Rope {
-    /// Inverse frequency of each pair, `[rotary_dim / 2]`, computed in f64.
+    /// Inverse frequency of each pair up to the original context, `[rotary_dim / 2]`, computed in f64.
     #[must_use]
     pub fn inv_freq(&self) -> Vec<f64> {
-        let exponent = |j: usize| (2 * j) as f64 / self.rotary_dim as f64;
-        (0..self.rotary_dim / 2).map(|j| self.stretch(j, self.theta.powf(-exponent(j)))).collect()
+        self.inv_freq_of(RopeRegime::default())
+    }
+
+    /// Inverse frequency of each pair in texts of a regime, `[rotary_dim / 2]`, computed in f64.
+    #[must_use]
+    pub fn inv_freq_of(&self, regime: RopeRegime) -> Vec<f64> {
+        let dim = self.rotary_dim as f64;
+        let theta = match self.scaling {
+            RopeScaling::Dynamic { factor, context } if regime.is_beyond(context) => {
+                let grown = factor * regime.tokens() as f64 / context as f64 - (factor - 1.0);
+                self.theta * grown.powf(dim / (dim - 2.0))
+            }
+            _ => self.theta,
+        };
+        let inv_freq = |pair: usize| theta.powf(-((2 * pair) as f64 / dim));
+        (0..self.rotary_dim / 2).map(|pair| self.stretch(pair, inv_freq(pair), regime)).collect()
     }
 
     /// Factor on rotated queries and keys.
@@ -88,15 +107,23 @@ impl Rope {
     }
 
     /// The context beyond which the frequencies depend on the length of the text.
-    #[must_use]
-    pub fn longest_context(&self) -> Option<usize> {
+    pub(super) fn original_context(&self) -> Option<usize> {
         match self.scaling {
-            RopeScaling::Dynamic { context } | RopeScaling::LongRope { context, .. } => Some(context),
+            RopeScaling::Dynamic { context, .. } | RopeScaling::LongRope { context, .. } => Some(context),
             _ => None,
         }
     }
 
-    fn stretch(&self, pair: usize, inv_freq: f64) -> f64 {
+    /// The shortest text with the frequencies of one of `tokens` tokens.
+    pub(super) fn shortest_alike(&self, tokens: usize) -> usize {
+        match self.scaling {
+            RopeScaling::Dynamic { context, .. } if tokens > context => tokens,
+            RopeScaling::LongRope { context, .. } if tokens > context => context + 1,
+            _ => 0,
+        }
+    }
+
+    fn stretch(&self, pair: usize, inv_freq: f64, regime: RopeRegime) -> f64 {
         match &self.scaling {
             RopeScaling::None | RopeScaling::Dynamic { .. } => inv_freq,
             RopeScaling::Linear { factor } => inv_freq / factor,
@@ -115,7 +142,10 @@ impl Rope {
                 let ramp = ((pair as f64 - low) / (high - low)).clamp(0.0, 1.0);
                 inv_freq / factor * ramp + inv_freq * (1.0 - ramp)
             }
-            RopeScaling::LongRope { short_factor, .. } => inv_freq / short_factor.get(pair).copied().unwrap_or(1.0),
+            RopeScaling::LongRope { short_factor, long_factor, context, .. } => {
+                let factors = if regime.is_beyond(*context) { long_factor } else { short_factor };
+                inv_freq / factors.get(pair).copied().unwrap_or(1.0)
+            }
         }
     }
 }
@@ -223,8 +253,13 @@ impl Source<'_> {
             _ if partial => return Err(own.wrong("rope_type", "one of default, longrope")),
             "linear" => RopeScaling::Linear { factor: number("factor")? },
             "dynamic" => {
-                number("factor")?;
-                RopeScaling::Dynamic { context: self.max_position_embeddings }
+                if rotary_dim == 2 {
+                    let field = if kind.is_some() { "rope_type" } else { "type" };
+                    let expected =
+                        "another where a head rotates 2 values (the base grows by the power dim / (dim - 2))";
+                    return Err(own.wrong(field, expected));
+                }
+                RopeScaling::Dynamic { factor: number("factor")?, context: self.max_position_embeddings }
             }
             "yarn" => self.yarn(own, theta, rotary_dim)?,
             "llama3" => {
@@ -274,16 +309,24 @@ impl Source<'_> {
         let factors = |field: &str| -> Result<Vec<f64>> {
             let values = own.get(field).ok_or_else(|| own.missing(field))?;
             let values = values.as_array().filter(|values| values.len() == rotary_dim / 2);
-            let read = values.and_then(|values| values.iter().map(|v| v.as_f64().filter(|x| *x > 0.0)).collect());
+            let read = values
+                .and_then(|values| values.iter().map(|v| v.as_f64().filter(|x| x.is_finite() && *x > 0.0)).collect());
             read.ok_or_else(|| own.wrong(field, &format!("a list of {} positive numbers", rotary_dim / 2)))
         };
-        factors("long_factor")?;
+        let long_factor = factors("long_factor")?;
         let factor = own.positive("factor")?.unwrap_or(self.max_position_embeddings as f64 / original);
         let default = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
+        let attention_factor = own.positive("attention_factor")?.unwrap_or(default);
+        if !attention_factor.is_finite() {
+            let expected =
+                format!("present: none follows from the factor {factor} and the original context {original}");
+            return Err(own.wrong("attention_factor", &expected));
+        }
         Ok(RopeScaling::LongRope {
             short_factor: factors("short_factor")?,
+            long_factor,
             context: whole(original),
-            attention_factor: own.positive("attention_factor")?.unwrap_or(default),
+            attention_factor,
         })
     }
 

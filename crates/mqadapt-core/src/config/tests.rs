@@ -48,6 +48,11 @@ fn a_bad_field_is_named() {
             "rope_scaling",
             json!({ "rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 1.0, 1.0, 1.0] }),
         ),
+        ("rope_scaling", json!({ "rope_type": "dynamic" })),
+        (
+            "rope_scaling",
+            json!({ "rope_type": "longrope", "short_factor": [1.0, 1.0, 1.0, 1.0], "long_factor": [1.0, 1.0, 1.0] }),
+        ),
         ("rope_scaling", json!({ "rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5 })),
         ("per_layer_config", json!({ "9": { "num_key_value_heads": 1 } })),
         ("per_layer_config", json!({ "1": { "num_key_value_heads": 5 } })),
@@ -190,4 +195,58 @@ fn a_rewritten_phi3_rotates_as_many_values() {
     assert_eq!(written["rope_scaling"]["short_factor"], json!([1.0, 1.5]));
     assert_eq!(written["partial_rotary_factor"], json!(0.5), "which is not in rope_scaling");
     assert_eq!(ModelConfig::from_value(written).unwrap().rope, source.rope);
+}
+
+#[test]
+fn a_text_beyond_the_original_context_has_other_frequencies() {
+    let mut json = with("rope_scaling", json!({ "rope_type": "dynamic", "factor": 4.0 }));
+    json["max_position_embeddings"] = json!(64);
+    let config = ModelConfig::from_value(json).unwrap();
+    assert_eq!(config.original_context(), Some(64));
+    assert_eq!([0, 1, 64, 65, 100].map(|tokens| config.rope_regime(tokens).tokens()), [0, 0, 0, 65, 100]);
+    assert_eq!(rope(&config).inv_freq_of(config.rope_regime(64)), rope(&config).inv_freq());
+    // head_dim 8: the base times (4 * 100 / 64 - 3)^(8 / 6)
+    let base = 10_000.0 * 3.25f64.powf(4.0 / 3.0);
+    for (pair, found) in rope(&config).inv_freq_of(config.rope_regime(100)).into_iter().enumerate() {
+        assert!((found / base.powf(-(pair as f64) / 4.0) - 1.0).abs() < 1e-12);
+    }
+
+    let [short, long] = [[1.0, 1.5, 2.0, 3.0], [2.0, 4.0, 8.0, 16.0]];
+    let config = ModelConfig::from_value(with(
+        "rope_scaling",
+        json!({ "rope_type": "longrope", "short_factor": short, "long_factor": long, "factor": 4.0,
+                "original_max_position_embeddings": 64 }),
+    ))
+    .unwrap();
+    assert_eq!(config.original_context(), Some(64));
+    assert_eq!([0, 64, 65, 100].map(|tokens| config.rope_regime(tokens).tokens()), [0, 0, 65, 65]);
+    for (tokens, factors) in [(64, short), (65, long), (2048, long)] {
+        let found = rope(&config).inv_freq_of(config.rope_regime(tokens));
+        let expected = [0.0, 1.0, 2.0, 3.0].map(|pair: f64| 10_000f64.powf(-pair / 4.0));
+        let expected: Vec<f64> = expected.iter().zip(factors).map(|(inv_freq, factor)| inv_freq / factor).collect();
+        assert_eq!(found, expected, "{tokens}");
+    }
+}
+
+/// Layers whose frequencies change at different lengths: one regime for all of them.
+#[test]
+fn the_regime_of_layers_that_differ() {
+    let mut json = with("model_type", json!("gemma3_text"));
+    (json["head_dim"], json["max_position_embeddings"]) = (json!(8), json!(70));
+    json["layer_types"] = json!(["sliding_attention", "full_attention", "sliding_attention"]);
+    json["sliding_window"] = json!(9);
+    json["rope_parameters"] = json!({
+        "full_attention": { "rope_type": "longrope", "short_factor": [1.0, 1.0, 1.0, 1.0], "factor": 2.0,
+                            "long_factor": [2.0, 2.0, 2.0, 2.0], "original_max_position_embeddings": 48 },
+        "sliding_attention": { "rope_type": "dynamic", "factor": 2.0 },
+    });
+    let config = ModelConfig::from_value(json).unwrap();
+    assert_eq!(config.original_context(), Some(48));
+    assert_eq!([48, 49, 70, 71, 90].map(|tokens| config.rope_regime(tokens).tokens()), [0, 49, 49, 71, 90]);
+    let ropes: Vec<_> = config.rope.iter().flatten().collect();
+    let of = |layer: usize, tokens| ropes[layer].inv_freq_of(config.rope_regime(tokens));
+    assert_eq!(of(0, 70), ropes[0].inv_freq());
+    assert_ne!(of(1, 70), ropes[1].inv_freq());
+    assert_eq!(of(1, 70), of(1, 90));
+    assert_ne!(of(0, 71), of(0, 90));
 }

@@ -24,9 +24,11 @@ use crate::run::trace::Visitor;
 use crate::{Error, Result, WeightFormat};
 
 /// The residual stream entering the first layer, in a file of `folder` where there is one. Reads only the rows of the embedding that the sequences need.
+/// The sequences are those of a calibration: none is longer than the original context, whose frequencies
+/// [`mqadapt_core::AttentionShape::inv_freq`] has.
 ///
 /// # Errors
-/// [`Error::NotRunnable`], [`Error::Token`], [`Error::Missing`], [`Error::Checkpoint`].
+/// [`Error::NotRunnable`], [`Error::Token`], [`Error::Context`], [`Error::CalibrationContext`], [`Error::Missing`], [`Error::Checkpoint`].
 pub fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>], folder: Option<&Path>) -> Result<Activations> {
     let config = checkpoint.config();
     weights::refuse_not_runnable(config)?;
@@ -35,11 +37,15 @@ pub fn embed(checkpoint: &Checkpoint, sequences: &[Vec<u32>], folder: Option<&Pa
     let scale = weights::embedding_scale(config, table.dtype.computed().unwrap_or(checkpoint.dtype()));
     let mut rows: HashMap<u32, Vec<f32>> = HashMap::new();
     let mut out = Activations::new(sequences.iter().map(Vec::len).collect(), width, folder)?;
-    let limit = config.longest_context();
-    let positions = checkpoint.tensor(EMBED_POSITIONS).filter(|_| config.learned_positions().is_some());
+    let (learned, original) = (config.learned_positions(), config.original_context());
+    let positions = checkpoint.tensor(EMBED_POSITIONS).filter(|_| learned.is_some());
     for (sequence, ids) in sequences.iter().enumerate() {
-        if let Some(limit) = limit.filter(|limit| ids.len() > *limit) {
-            return Err(Error::Context { limit, found: ids.len() });
+        let found = ids.len();
+        if let Some(limit) = learned.filter(|limit| found > *limit) {
+            return Err(Error::Context { limit, found });
+        }
+        if let Some(limit) = original.filter(|limit| found > *limit) {
+            return Err(Error::CalibrationContext { limit, found });
         }
         let mut values = Vec::with_capacity(ids.len() * width);
         for (position, &id) in ids.iter().enumerate() {

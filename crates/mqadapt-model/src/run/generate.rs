@@ -1,7 +1,8 @@
 //! Continuing many prompts at once (continuous batching): every pass takes one row of each sequence that is being
-//! continued, and fills up with prompts that wait. Prompts share the K/V of what they have in common.
+//! continued, and fills up with prompts that wait. Prompts share the K/V of what they have in common. Sequences that are
+//! continued at the same time are rotated in the same regime, that of the longest text which they may become.
 
-use mqadapt_core::{Progress, Progressing};
+use mqadapt_core::{Progress, Progressing, RopeRegime};
 use mqadapt_kernels::Span;
 
 use crate::backend::Backend;
@@ -66,6 +67,8 @@ struct Schedule<'a, B: Backend> {
     runner: &'a Runner<B>,
     session: &'a mut Session<B>,
     options: &'a GenerateOptions,
+    /// The regime of each prompt with all of its new tokens.
+    regimes: &'a [RopeRegime],
     nodes: Nodes,
     active: Vec<Sequence>,
     latest: Latest,
@@ -152,18 +155,23 @@ impl<B: Backend> Runner<B> {
         if options.max_new_tokens == 0 {
             return Ok(results);
         }
-        let mut order: Vec<usize> = (0..prompts.len()).collect();
-        order.sort_by(|&a, &b| prompts[b].cmp(&prompts[a])); // the next is taken from the end
-        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let new = options.max_new_tokens;
+        // the last new token is never read
+        let read = |prompt: &Vec<u32>| prompt.len().saturating_add(new - 1);
+        let regimes: Vec<_> = prompts.iter().map(|prompt| self.decoder.config.rope_regime(read(prompt))).collect();
+        let mut order: Vec<usize> = (0..prompts.len()).collect();
+        // the next is taken from the end
+        order.sort_by(|&a, &b| (regimes[b], &prompts[b]).cmp(&(regimes[a], &prompts[a])));
+        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let each = prompts.iter().fold(0, |sum: usize, prompt| sum.saturating_add(prompt.len().saturating_add(new)));
         // room for one sequence and the latest prompt always, for several in proportion to what may be in flight
         let capacity = longest.saturating_add(new).max(each.min(4 * self.max_tokens_in_flight));
-        let mut session = self.session_with(capacity.saturating_add(longest))?;
+        let mut session = self.session_with(capacity.saturating_add(longest), RopeRegime::default())?;
         let mut schedule = Schedule {
             runner: self,
             session: &mut session,
             options,
+            regimes: &regimes,
             nodes: Nodes::default(),
             active: Vec::new(),
             latest: Latest::default(),
@@ -202,13 +210,28 @@ impl<B: Backend> Schedule<'_, B> {
             let prompt = &prompts[index];
             let reserved = prompt.len() + self.options.max_new_tokens;
             let full = self.session.batch.rows() >= self.runner.max_tokens_in_flight;
-            if full || reserved > self.unreserved || self.active.len() >= MOST_SEQUENCES {
+            if full || reserved > self.unreserved || self.active.len() >= MOST_SEQUENCES || !self.turn_to(index) {
                 break;
             }
             waiting.pop();
             self.unreserved -= reserved;
             self.admit(index, prompt, reserved);
         }
+    }
+
+    /// Whether a prompt can be read now: in the regime of those that are continued, or where there are none, in its own.
+    fn turn_to(&mut self, index: usize) -> bool {
+        let regime = self.regimes[index];
+        if regime == self.session.regime() {
+            return true;
+        }
+        if !self.active.is_empty() {
+            return false;
+        }
+        self.nodes.release(&self.latest.parts, self.session);
+        self.latest = Latest::default();
+        self.session.turn_to(regime, &self.runner.decoder);
+        true
     }
 
     /// Takes a prompt in, with what it shares with the prompt before it.

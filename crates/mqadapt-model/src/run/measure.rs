@@ -44,7 +44,7 @@ impl<B: Backend> Runner<B> {
             return Ok(Vec::new());
         }
         let each = depth.saturating_add(steps);
-        let mut session = self.session_with(sequences.saturating_mul(each))?;
+        let mut session = self.session_with(sequences.saturating_mul(each), self.decoder.config.rope_regime(each))?;
         self.make_up(&mut session, sequences * each)?;
         let (mut times, mut tokens) = (Vec::new(), vec![0; sequences]);
         let rows: Vec<usize> = (0..sequences).collect();
@@ -70,7 +70,8 @@ impl<B: Backend> Runner<B> {
             return Err(Error::Argument { name: "tokens", detail: "must be 1 or more; found 0".to_owned() });
         }
         let vocab_size = self.decoder.config.vocab_size;
-        let mut session = self.session_with(tokens)?; // which says whether there is memory for so many
+        // which says whether there is memory for so many
+        let mut session = self.session_with(tokens, self.decoder.config.rope_regime(tokens))?;
         let ids: Vec<u32> = (0..tokens).map(|token| (token * 7919 % vocab_size) as u32).collect();
         let (mut times, mut next) = (Vec::new(), Vec::new());
         for pass in 0..passes {

@@ -3,8 +3,9 @@
 //! The requests, sorted by their tokens, are the leaves of a trie in depth-first order. Each of its nodes is computed
 //! once, as a piece of a packed pass that reads the K/V of the nodes above it; only the path to the current leaf stays
 //! in the cache. So the cache holds one sequence and one pass, however many requests there are, and nothing is padded.
+//! Requests that are rotated in different regimes have a trie each.
 
-use mqadapt_core::{Progress, Progressing};
+use mqadapt_core::{Progress, Progressing, RopeRegime};
 use mqadapt_kernels::Span;
 
 use crate::backend::{Backend, ScoreTarget, Scored};
@@ -112,12 +113,13 @@ impl<B: Backend> Runner<B> {
         }
         let mut results = vec![(0.0, true); requests.len()];
         let tokens = |index: usize| requests[index].0.iter().chain(&requests[index].1);
-        let mut order: Vec<usize> = (0..requests.len()).filter(|&index| !requests[index].1.is_empty()).collect();
-        order.sort_by(|&a, &b| tokens(a).cmp(tokens(b)));
-
         // the last token is only predicted, never read
-        let longest = order.iter().map(|&index| tokens(index).count() - 1).max().unwrap_or(0);
-        let mut session = self.session_with(longest + self.max_tokens_in_flight)?;
+        let read = |(context, continuation): &Request| (context.len() + continuation.len()).saturating_sub(1);
+        let regimes: Vec<_> = requests.iter().map(|request| self.decoder.config.rope_regime(read(request))).collect();
+        let mut order: Vec<usize> = (0..requests.len()).filter(|&index| !requests[index].1.is_empty()).collect();
+        order.sort_by(|&a, &b| regimes[a].cmp(&regimes[b]).then_with(|| tokens(a).cmp(tokens(b))));
+        let longest = order.iter().map(|&index| read(&requests[index])).max().unwrap_or(0);
+        let mut session = self.session_with(longest + self.max_tokens_in_flight, RopeRegime::default())?;
         let mut walk = Walk {
             runner: self,
             session: &mut session,
@@ -135,6 +137,10 @@ impl<B: Backend> Runner<B> {
         let (mut ids, mut previous): (Vec<u32>, Vec<u32>) = (Vec::new(), Vec::new());
         for (done, &index) in order.iter().enumerate() {
             progressing.done = done as u64;
+            if regimes[index] != walk.session.regime() {
+                walk.turn_to(regimes[index], &progressing, &mut results)?;
+                ids.clear();
+            }
             std::mem::swap(&mut ids, &mut previous);
             ids.clear();
             ids.extend(tokens(index));
@@ -207,6 +213,14 @@ impl<B: Backend> Walk<'_, B> {
                 self.path.pop();
             }
         }
+    }
+
+    /// Ends with the requests of one regime, and goes on with those of another: they share nothing.
+    fn turn_to(&mut self, regime: RopeRegime, progressing: &Progressing<'_>, results: &mut [Likelihood]) -> Result<()> {
+        self.leave(0);
+        self.run(progressing, results)?;
+        self.session.turn_to(regime, &self.runner.decoder);
+        Ok(())
     }
 
     /// Runs the pass that has been put together, and adds up what it gives.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mqadapt_core::{AttentionShape, CacheStorage, DType, LayerCache, LayerShape, Progressing};
+use mqadapt_core::{AttentionShape, CacheStorage, DType, LayerCache, LayerShape, Progressing, Rope, RopeRegime};
 
 use crate::allocator;
 use crate::backend::Backend;
@@ -42,7 +42,9 @@ pub(crate) struct Session<B: Backend> {
     shapes: Vec<(LayerShape, CacheStorage)>,
     pub slots: Slots,
     capacity: usize,
-    pub ropes: RopeTables,
+    ropes: RopeTables,
+    /// Of the texts that are read now.
+    regime: RopeRegime,
     pub batch: Batch,
     pub ws: Workspace<B>,
 }
@@ -79,8 +81,8 @@ impl<B: Backend> Runner<B> {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The session with an empty cache of at least this many slots.
-    pub(crate) fn session_with(&self, slots: usize) -> Result<MutexGuard<'_, Session<B>>> {
+    /// The session with an empty cache of at least this many slots, for texts of a regime.
+    pub(crate) fn session_with(&self, slots: usize, regime: RopeRegime) -> Result<MutexGuard<'_, Session<B>>> {
         let mut session = self.session();
         if session.capacity == 0 {
             self.inherit(&mut session, slots)?;
@@ -100,6 +102,7 @@ impl<B: Backend> Runner<B> {
         // the same slots whatever the session was used for before, so that the same call always runs the same passes
         session.slots.reset(slots);
         session.batch.clear();
+        session.turn_to(regime, &self.decoder);
         Ok(session)
     }
 
@@ -177,26 +180,38 @@ impl<B: Backend> Drop for Runner<B> {
 impl<B: Backend> Session<B> {
     /// One that has allocated nothing yet.
     fn new(decoder: &Decoder<B>) -> Self {
+        let regime = RopeRegime::default();
         Self {
             caches: Vec::new(),
             shapes: Vec::new(),
             slots: Slots::default(),
             capacity: 0,
-            ropes: RopeTables::new(decoder.layers.iter().map(|block| {
-                let shape = &block.self_attn.shape;
-                (shape.inv_freq.as_slice(), shape.rotary_factor)
-            })),
+            ropes: tables(decoder, regime),
+            regime,
             batch: Batch::default(),
             ws: Workspace::default(),
+        }
+    }
+
+    /// The regime of the texts that are read now.
+    pub(crate) fn regime(&self) -> RopeRegime {
+        self.regime
+    }
+
+    /// Goes on with texts of a regime. Keys that were cached in another are rotated otherwise: nothing may read them any more.
+    pub(crate) fn turn_to(&mut self, regime: RopeRegime, decoder: &Decoder<B>) {
+        if regime != self.regime {
+            (self.ropes, self.regime) = (tables(decoder, regime), regime);
         }
     }
 
     /// Rotary tables for the positions of the batch.
     fn reach(&mut self, decoder: &Decoder<B>) -> Result<()> {
         let end = self.batch.positions_end();
-        if let Some(limit) = decoder.config.longest_context().filter(|limit| end > *limit) {
+        if let Some(limit) = decoder.config.learned_positions().filter(|limit| end > *limit) {
             return Err(Error::Context { limit, found: end });
         }
+        debug_assert!(decoder.config.rope_regime(end) <= self.regime, "{end} positions are read in {:?}", self.regime);
         self.ropes.reach(end);
         Ok(())
     }
@@ -238,4 +253,10 @@ impl<B: Backend> Session<B> {
         let Some(cache) = self.caches.get_mut(layer_idx) else { return Ok(()) };
         decoder.attend(layer_idx, &self.batch, &self.ropes, cache, &mut self.ws, observer)
     }
+}
+
+/// The rotary tables of a decoder for texts of a regime, empty yet.
+fn tables<B: Backend>(decoder: &Decoder<B>, regime: RopeRegime) -> RopeTables {
+    let of_layer = |rope: &Rope| (rope.inv_freq_of(regime), rope.attention_factor());
+    RopeTables::new(decoder.config.rope.iter().map(|rope| rope.as_ref().map_or((Vec::new(), 1.0), of_layer)))
 }

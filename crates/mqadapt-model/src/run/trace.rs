@@ -4,7 +4,7 @@ mod layers;
 
 use std::ops::Range;
 
-use mqadapt_core::{Progress, Progressing};
+use mqadapt_core::{Progress, Progressing, RopeRegime};
 use mqadapt_kernels::Span;
 
 use crate::allocator;
@@ -55,7 +55,7 @@ impl<B: Backend> Runner<B> {
     pub(crate) fn logits(&self, ids: &[u32], steps: &[usize], progress: &dyn Progress) -> Result<Vec<f32>> {
         self.check_tokens(ids, 0)?;
         let total = ids.len() as u64;
-        let mut session = self.session_with(ids.len())?;
+        let mut session = self.session_with(ids.len(), self.decoder.config.rope_regime(ids.len()))?;
         let mut out = room("logits", ids.len(), self.decoder.config.vocab_size)?;
         let mut tile = Vec::new();
         let mut steps = steps.iter().copied().filter(|&step| step > 0);
@@ -81,7 +81,7 @@ impl<B: Backend> Runner<B> {
     pub(crate) fn hidden_states(&self, ids: &[u32], progress: &dyn Progress) -> Result<Vec<Vec<f32>>> {
         self.check_tokens(ids, 0)?;
         let layers = self.decoder.layers.len();
-        let mut session = self.session_with(ids.len())?;
+        let mut session = self.session_with(ids.len(), self.decoder.config.rope_regime(ids.len()))?;
         drop(room("hidden states", ids.len(), (layers + 1) * self.decoder.config.hidden_size)?);
         let mut out = vec![Vec::new(); layers + 1];
         if ids.is_empty() {
@@ -160,13 +160,17 @@ impl<B: Backend> Runner<B> {
         let (lengths, width) = (input.lengths(), self.decoder.config.hidden_size);
         let rows: usize = lengths.iter().sum();
         let passes = passes(&lengths, self.max_tokens_in_flight);
+        let regimes: Vec<_> = lengths.iter().map(|&tokens| self.decoder.config.rope_regime(tokens)).collect();
+        let regime = |piece: &Piece| regimes[piece.sequence];
         let mut out = HiddenStates { layer_idx: layers.end, lengths, values: room("hidden states", rows, width)? };
         let longest = out.lengths.iter().copied().max().unwrap_or(0);
-        let mut session = self.session_with(longest.max(self.max_tokens_in_flight.min(rows)))?;
+        let slots = longest.max(self.max_tokens_in_flight.min(rows));
+        let mut session = self.session_with(slots, RopeRegime::default())?;
         let mut first = 0; // row of the pass's first token
-        for pass in passes {
+        for pass in passes.iter().flat_map(|pass| pass.chunk_by(|a, b| regime(a) == regime(b))) {
             session.batch.clear();
-            for piece in &pass {
+            for piece in pass {
+                session.turn_to(regime(piece), &self.decoder);
                 let before = [Span { start: piece.base, len: piece.tokens.start }];
                 let slot = piece.base + piece.tokens.start;
                 match input {

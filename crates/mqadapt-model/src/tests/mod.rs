@@ -3,6 +3,7 @@
 mod fixtures;
 mod generation;
 mod inside;
+mod long_context;
 mod overlays;
 mod parity;
 mod scoring;

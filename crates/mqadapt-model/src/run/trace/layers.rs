@@ -83,7 +83,7 @@ impl<B: Backend> Runner<B> {
             }
             let mut seen = Seen::default();
             let mut after = Vec::with_capacity(if behind { stream.len() } else { 0 });
-            let mut session = self.session_with(longest)?;
+            let mut session = self.session_with(longest, self.decoder.config.rope_regime(length))?;
             let pieces = length.div_ceil(TRACED_ROWS);
             for (nth, piece) in stream.chunks(TRACED_ROWS * width).enumerate() {
                 let before = Span { start: 0, len: nth * TRACED_ROWS };
