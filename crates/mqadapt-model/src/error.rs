@@ -145,9 +145,17 @@ pub enum Error {
         source: std::io::Error,
     },
     /// An operation of candle failed (out of memory on the device, most often).
-    #[error("the device failed: {0}")]
+    #[error("the device failed: {}", without_backtrace(.0))]
     Candle(#[from] candle_core::Error),
     /// The user asked to stop.
     #[error(transparent)]
     Interrupted(#[from] Interrupted),
+}
+
+/// What candle says; `RUST_BACKTRACE` has it say where in its own code, too.
+fn without_backtrace(error: &candle_core::Error) -> &candle_core::Error {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => without_backtrace(inner),
+        error => error,
+    }
 }

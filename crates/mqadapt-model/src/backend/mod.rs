@@ -87,6 +87,10 @@ pub(crate) trait Backend: Sized + Send + Sync + 'static {
     /// Bytes that it takes.
     fn matrix_bytes(&self, matrix: &Self::Matrix) -> u64;
     fn vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
+    /// Makes the calling thread one that may use the device.
+    fn enter(&self) -> Result<()> {
+        Ok(())
+    }
     /// Whether caches are in main memory, not in that of a device.
     fn in_main_memory(&self) -> bool;
     /// A cache of this many slots; `dtype`: of values that are stored as computed.

@@ -2,6 +2,8 @@
 //! On the processor weights become f32 (candle multiplies no bf16 there); on a GPU they stay as stored, and products
 //! are rounded to their type.
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::{D, DType as CandleDType, Device, Tensor};
 use mqadapt_core::{Activation, AttentionShape, CacheStorage, DType};
 
@@ -18,10 +20,20 @@ const QUERY_ROWS: usize = 128;
 /// Rows whose logits are held at a time.
 const LOGIT_ROWS: usize = 32;
 
+/// Added to the logits of keys that a query does not see: its exponential is 0 beside any other.
+const UNSEEN: f64 = -1e30;
+
 /// candle's operations on one device.
 pub(crate) struct Stock {
     device: Device,
+    /// `0, 1, 2, ..`, f32, on the device: masks are made of it there.
+    indices: Mutex<Option<Tensor>>,
+    /// Rows of rotary tables that the last passes used, and where they are on the device: the layers of a pass have them in common.
+    rotary: Mutex<Vec<(Vec<f32>, Tensor)>>,
 }
+
+/// Tables of one pass: cosines and sines, of full and of windowed layers.
+const ROTARY_TABLES: usize = 4;
 
 /// Keys and values of one layer, `[num_key_value_heads, slots, head_dim]`.
 pub(crate) struct StockCache {
@@ -46,16 +58,21 @@ fn candle_dtype(dtype: DType) -> CandleDType {
 
 impl Stock {
     pub(crate) fn cpu() -> Self {
-        Self { device: Device::Cpu }
+        Self::on(Device::Cpu)
+    }
+
+    fn on(device: Device) -> Self {
+        Self { device, indices: Mutex::default(), rotary: Mutex::default() }
     }
 
     #[cfg(feature = "cuda")]
     pub(crate) fn cuda(index: usize) -> Result<Self> {
-        let device = Device::new_cuda(index).map_err(|source| {
+        // a stream of its own: candle's default is another one in every thread, and calls come from different ones
+        let device = Device::new_cuda_with_stream(index).map_err(|source| {
             let detail = format!("no usable GPU was found ({source}); use device 'cpu'");
             Error::Device { device: format!("cuda:{index}"), detail }
         })?;
-        Ok(Self { device })
+        Ok(Self::on(device))
     }
 
     #[cfg(not(feature = "cuda"))]
@@ -106,26 +123,65 @@ impl Stock {
         let (rows, d) = (q.dim(0)?, shape.head_dim);
         let (kv, groups) = (shape.num_key_value_heads, shape.num_attention_heads / shape.num_key_value_heads);
         let tokens = k.dim(1)?;
-        let visible = |row: usize, token: usize| {
-            let here = position + row;
-            token <= here && shape.sliding_window.is_none_or(|window| here - token < window)
-        };
-        let mask: Vec<f32> =
-            (0..rows * tokens).map(|i| if visible(i / tokens, i % tokens) { 0.0 } else { f32::NEG_INFINITY }).collect();
-        let mask = Tensor::from_vec(mask, (1, 1, rows, tokens), &self.device)?;
         // [num_key_value_heads, groups * rows, head_dim]: the query heads of a K/V head are its rows
         let q =
             q.reshape((rows, kv, groups, d))?.permute((1, 2, 0, 3))?.contiguous()?.reshape((kv, groups * rows, d))?;
-        let mut scores = (q.matmul(&k.t()?.contiguous()?)? * shape.scaling)?;
+        let mut scores = (q.matmul(&k.t()?)? * shape.scaling)?;
         if let Some(cap) = shape.attn_logit_softcapping {
             scores = ((scores / cap)?.tanh()? * cap)?;
         }
-        let scores = scores.reshape((kv, groups, rows, tokens))?.broadcast_add(&mask)?;
+        let mut scores = scores.reshape((kv, groups, rows, tokens))?;
+        if let Some(mask) = self.mask(rows, tokens, position, shape.sliding_window)? {
+            scores = scores.broadcast_add(&mask)?;
+        }
         let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
         let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
         let out = weights.reshape((kv, groups * rows, tokens))?.matmul(v)?;
         let out = out.reshape((kv, groups, rows, d))?.permute((2, 0, 1, 3))?.contiguous()?;
         Ok(out.reshape((rows, shape.num_attention_heads * d))?)
+    }
+
+    /// What is added to logits, `[rows, tokens]`; none where the rows from `position` on see all tokens.
+    fn mask(&self, rows: usize, tokens: usize, position: usize, window: Option<usize>) -> Result<Option<Tensor>> {
+        let last = position + rows - 1;
+        if tokens <= position + 1 && window.is_none_or(|window| last < window) {
+            return Ok(None);
+        }
+        // how far a token is behind a row's own
+        let (of_rows, of_tokens) = (self.indices(position, rows)?, self.indices(0, tokens)?);
+        let behind = of_rows.reshape((rows, 1))?.broadcast_sub(&of_tokens.reshape((1, tokens))?)?;
+        let mut unseen = behind.lt(0.0)?.to_dtype(CandleDType::F32)?;
+        if let Some(window) = window {
+            unseen = (unseen + behind.ge(window as f64)?.to_dtype(CandleDType::F32)?)?;
+        }
+        Ok(Some((unseen * UNSEEN)?))
+    }
+
+    /// `first, first + 1, ..`, f32.
+    fn indices(&self, first: usize, count: usize) -> Result<Tensor> {
+        let mut held = self.indices.lock().unwrap_or_else(PoisonError::into_inner);
+        if held.as_ref().is_none_or(|all| all.elem_count() < first + count) {
+            let all = (first + count).next_multiple_of(1024);
+            *held = Some(Tensor::from_vec((0..all).map(|i| i as f32).collect(), all, &self.device)?);
+        }
+        let all = held.as_ref().ok_or_else(|| candle_core::Error::Msg("no indices".to_owned()))?;
+        Ok(all.narrow(0, first, count)?)
+    }
+
+    /// The rows of a rotary table at the batch's positions, `[rows, 1, pairs]`.
+    fn rotary(&self, values: &[f32], pairs: usize, batch: &Batch) -> Result<Tensor> {
+        let rows: Vec<f32> =
+            batch.positions.iter().flat_map(|&at| &values[at as usize * pairs..][..pairs]).copied().collect();
+        let mut held = self.rotary.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, on_device)) = held.iter().find(|(known, _)| *known == rows) {
+            return Ok(on_device.clone());
+        }
+        let on_device = Tensor::from_slice(&rows, (batch.positions.len(), 1, pairs), &self.device)?;
+        if held.len() == ROTARY_TABLES {
+            held.remove(0);
+        }
+        held.push((rows, on_device.clone()));
+        Ok(on_device)
     }
 
     /// Runs over the logits of a few rows at a time: `[count, vocab_size]` from row `first` on.
@@ -171,6 +227,15 @@ impl Backend for Stock {
     fn vector(&self, values: Vec<f32>) -> Result<Tensor> {
         let len = values.len();
         Ok(Tensor::from_vec(values, len, &self.device)?)
+    }
+
+    fn enter(&self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = &self.device {
+            let bound = device.cuda_stream().context().bind_to_thread();
+            bound.map_err(|error| candle_core::Error::Msg(format!("the GPU's context is lost ({error})")))?;
+        }
+        Ok(())
     }
 
     fn in_main_memory(&self) -> bool {
@@ -228,8 +293,9 @@ impl Backend for Stock {
     }
 
     fn project(&self, x: &Buffer, layers: [&Linear<Self>; 3], outs: [&mut Buffer; 3]) -> Result<()> {
+        let x = held(x)?.to_dtype(layers[0].weight.dtype())?; // once for all three
         for (linear, out) in layers.into_iter().zip(outs) {
-            *out = Some(Self::product(held(x)?, linear)?);
+            *out = Some(Self::product(&x, linear)?);
         }
         Ok(())
     }
@@ -282,11 +348,7 @@ impl Backend for Stock {
     fn rope(&self, x: &mut Buffer, head_dim: usize, rope: &RopeTable, batch: &Batch) -> Result<()> {
         let all = held(x)?;
         let ((rows, width), pairs) = (all.dims2()?, rope.pairs);
-        let table = |values: &[f32]| {
-            let rows_of = batch.positions.iter().flat_map(|&at| &values[at as usize * pairs..][..pairs]);
-            Tensor::from_vec(rows_of.copied().collect::<Vec<_>>(), (rows, 1, pairs), &self.device)
-        };
-        let (cos, sin) = (table(&rope.cos)?, table(&rope.sin)?);
+        let (cos, sin) = (self.rotary(&rope.cos, pairs, batch)?, self.rotary(&rope.sin, pairs, batch)?);
         let heads = all.reshape((rows, width / head_dim, head_dim))?;
         let (re, im) = (heads.narrow(2, 0, pairs)?, heads.narrow(2, pairs, pairs)?);
         let turned_re = (re.broadcast_mul(&cos)? - im.broadcast_mul(&sin)?)?;
@@ -331,8 +393,12 @@ impl Backend for Stock {
             let k = Self::cached(&cache.k, batch, segment)?;
             let v = Self::cached(&cache.v, batch, segment)?;
             for first in (0..segment.rows).step_by(QUERY_ROWS) {
-                let rows = q.narrow(0, segment.row + first, QUERY_ROWS.min(segment.rows - first))?;
-                parts.push(self.attend_rows(&rows.contiguous()?, &k, &v, shape, segment.position + first)?);
+                let count = QUERY_ROWS.min(segment.rows - first);
+                let rows = q.narrow(0, segment.row + first, count)?.contiguous()?;
+                // no row sees what is behind the last
+                let seen = k.dim(1)? - (segment.rows - first - count);
+                let (k, v) = (k.narrow(1, 0, seen)?, v.narrow(1, 0, seen)?);
+                parts.push(self.attend_rows(&rows, &k, &v, shape, segment.position + first)?);
             }
         }
         *out = Some(Tensor::cat(&parts, 0)?);

@@ -83,6 +83,7 @@ impl<B: Backend> Runner<B> {
 
     /// The session with an empty cache of at least this many slots, for texts of a regime.
     pub(crate) fn session_with(&self, slots: usize, regime: RopeRegime) -> Result<MutexGuard<'_, Session<B>>> {
+        self.decoder.backend.enter()?;
         let mut session = self.session();
         if session.capacity == 0 {
             self.inherit(&mut session, slots)?;
