@@ -47,7 +47,9 @@ class Ours:
     def __init__(self, folder: Path, plan: str, device: str) -> None:
         """Loads the model; its name is that of the plan."""
         self.name = f"ours {plan}"
-        self.model = mqadapt_rs.Model.load(folder, plan=plan, method="mean", dtype="bfloat16", device=device)
+        self.model = mqadapt_rs.Model.load(
+            folder, plan=plan, method="mean", dtype="bfloat16", device=device, max_tokens_in_flight=8192
+        )
 
     def prefill(self, tokens: int) -> float:
         """Seconds."""

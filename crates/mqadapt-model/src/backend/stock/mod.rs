@@ -2,26 +2,25 @@
 //! On the processor weights become f32 (candle multiplies no bf16 there); on a GPU they stay as stored, and products
 //! are rounded to their type.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
-use candle_core::{D, DType as CandleDType, Device, Tensor};
+use candle_core::{DType as CandleDType, Device, Tensor};
+use candle_nn::ops::{layer_norm, rms_norm};
+use candle_nn::rotary_emb::rope_thd;
 use mqadapt_core::{Activation, AttentionShape, CacheStorage, DType};
 
-use mqadapt_kernels::{FloatsRef, Span};
+use mqadapt_kernels::FloatsRef;
+
+mod attention;
 
 use super::{Backend, Head, HostMatrix, Linear, Norm, ScoreTarget, Scored};
 use crate::error::{Error, Result};
 use crate::rope::RopeTable;
-use crate::run::batch::{Batch, Segment};
+use crate::run::batch::Batch;
 use crate::run::divergence::divergence;
 
-/// Query rows of a piece whose scores are held at a time.
-const QUERY_ROWS: usize = 128;
 /// Rows whose logits are held at a time.
 const LOGIT_ROWS: usize = 32;
-
-/// Added to the logits of keys that a query does not see: its exponential is 0 beside any other.
-const UNSEEN: f64 = -1e30;
 
 /// candle's operations on one device.
 pub(crate) struct Stock {
@@ -31,9 +30,6 @@ pub(crate) struct Stock {
     /// Rows of rotary tables that the last passes used, and where they are on the device: the layers of a pass have them in common.
     rotary: Mutex<Vec<(Vec<f32>, Tensor)>>,
 }
-
-/// Tables of one pass: cosines and sines, of full and of windowed layers.
-const ROTARY_TABLES: usize = 4;
 
 /// Keys and values of one layer, `[num_key_value_heads, slots, head_dim]`.
 pub(crate) struct StockCache {
@@ -100,88 +96,6 @@ impl Stock {
             Activation::GeluTanh => x.gelu()?,
             Activation::Gelu => x.gelu_erf()?,
         })
-    }
-
-    /// Keys or values of a piece and of what it reads, `[num_key_value_heads, tokens, head_dim]`, f32.
-    fn cached(cache: &Tensor, batch: &Batch, segment: &Segment) -> Result<Tensor> {
-        let own = Span { start: segment.slot, len: segment.rows };
-        let spans = batch.prefix(segment).iter().chain([&own]);
-        let parts: candle_core::Result<Vec<_>> = spans.map(|span| cache.narrow(1, span.start, span.len)).collect();
-        Ok(Tensor::cat(&parts?, 1)?.to_dtype(CandleDType::F32)?.contiguous()?)
-    }
-
-    /// Attention of some rows of a piece. `q`: `[rows, num_attention_heads * head_dim]`, `k`, `v`:
-    /// `[num_key_value_heads, tokens, head_dim]`; `position`: that of the first row.
-    fn attend_rows(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        shape: &AttentionShape,
-        position: usize,
-    ) -> Result<Tensor> {
-        let (rows, d) = (q.dim(0)?, shape.head_dim);
-        let (kv, groups) = (shape.num_key_value_heads, shape.num_attention_heads / shape.num_key_value_heads);
-        let tokens = k.dim(1)?;
-        // [num_key_value_heads, groups * rows, head_dim]: the query heads of a K/V head are its rows
-        let q =
-            q.reshape((rows, kv, groups, d))?.permute((1, 2, 0, 3))?.contiguous()?.reshape((kv, groups * rows, d))?;
-        let mut scores = (q.matmul(&k.t()?)? * shape.scaling)?;
-        if let Some(cap) = shape.attn_logit_softcapping {
-            scores = ((scores / cap)?.tanh()? * cap)?;
-        }
-        let mut scores = scores.reshape((kv, groups, rows, tokens))?;
-        if let Some(mask) = self.mask(rows, tokens, position, shape.sliding_window)? {
-            scores = scores.broadcast_add(&mask)?;
-        }
-        let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
-        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
-        let out = weights.reshape((kv, groups * rows, tokens))?.matmul(v)?;
-        let out = out.reshape((kv, groups, rows, d))?.permute((2, 0, 1, 3))?.contiguous()?;
-        Ok(out.reshape((rows, shape.num_attention_heads * d))?)
-    }
-
-    /// What is added to logits, `[rows, tokens]`; none where the rows from `position` on see all tokens.
-    fn mask(&self, rows: usize, tokens: usize, position: usize, window: Option<usize>) -> Result<Option<Tensor>> {
-        let last = position + rows - 1;
-        if tokens <= position + 1 && window.is_none_or(|window| last < window) {
-            return Ok(None);
-        }
-        // how far a token is behind a row's own
-        let (of_rows, of_tokens) = (self.indices(position, rows)?, self.indices(0, tokens)?);
-        let behind = of_rows.reshape((rows, 1))?.broadcast_sub(&of_tokens.reshape((1, tokens))?)?;
-        let mut unseen = behind.lt(0.0)?.to_dtype(CandleDType::F32)?;
-        if let Some(window) = window {
-            unseen = (unseen + behind.ge(window as f64)?.to_dtype(CandleDType::F32)?)?;
-        }
-        Ok(Some((unseen * UNSEEN)?))
-    }
-
-    /// `first, first + 1, ..`, f32.
-    fn indices(&self, first: usize, count: usize) -> Result<Tensor> {
-        let mut held = self.indices.lock().unwrap_or_else(PoisonError::into_inner);
-        if held.as_ref().is_none_or(|all| all.elem_count() < first + count) {
-            let all = (first + count).next_multiple_of(1024);
-            *held = Some(Tensor::from_vec((0..all).map(|i| i as f32).collect(), all, &self.device)?);
-        }
-        let all = held.as_ref().ok_or_else(|| candle_core::Error::Msg("no indices".to_owned()))?;
-        Ok(all.narrow(0, first, count)?)
-    }
-
-    /// The rows of a rotary table at the batch's positions, `[rows, 1, pairs]`.
-    fn rotary(&self, values: &[f32], pairs: usize, batch: &Batch) -> Result<Tensor> {
-        let rows: Vec<f32> =
-            batch.positions.iter().flat_map(|&at| &values[at as usize * pairs..][..pairs]).copied().collect();
-        let mut held = self.rotary.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, on_device)) = held.iter().find(|(known, _)| *known == rows) {
-            return Ok(on_device.clone());
-        }
-        let on_device = Tensor::from_slice(&rows, (batch.positions.len(), 1, pairs), &self.device)?;
-        if held.len() == ROTARY_TABLES {
-            held.remove(0);
-        }
-        held.push((rows, on_device.clone()));
-        Ok(on_device)
     }
 
     /// Runs over the logits of a few rows at a time: `[count, vocab_size]` from row `first` on.
@@ -272,14 +186,10 @@ impl Backend for Stock {
     }
 
     fn norm(&self, x: &Buffer, norm: &Norm<Self>, eps: f32, out: &mut Buffer) -> Result<()> {
-        let x = held(x)?;
-        let scaled = |x: &Tensor| -> Result<Tensor> {
-            let root = (x.sqr()?.mean_keepdim(D::Minus1)? + f64::from(eps))?.sqrt()?;
-            Ok(x.broadcast_div(&root)?.broadcast_mul(&norm.weight)?)
-        };
+        let x = held(x)?.contiguous()?;
         *out = Some(match &norm.bias {
-            Some(bias) => scaled(&x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?)?.broadcast_add(bias)?,
-            None => scaled(x)?,
+            Some(bias) => layer_norm(&x, &norm.weight, bias, eps)?,
+            None => rms_norm(&x, &norm.weight, eps)?,
         });
         Ok(())
     }
@@ -328,7 +238,7 @@ impl Backend for Stock {
         act: Activation,
         out: &mut Buffer,
     ) -> Result<()> {
-        let x = held(x)?;
+        let x = &held(x)?.to_dtype(gate.weight.dtype())?;
         *out = Some((Self::act(&Self::product(x, gate)?, act)? * Self::product(x, up)?)?);
         Ok(())
     }
@@ -349,15 +259,14 @@ impl Backend for Stock {
         let all = held(x)?;
         let ((rows, width), pairs) = (all.dims2()?, rope.pairs);
         let (cos, sin) = (self.rotary(&rope.cos, pairs, batch)?, self.rotary(&rope.sin, pairs, batch)?);
-        let heads = all.reshape((rows, width / head_dim, head_dim))?;
-        let (re, im) = (heads.narrow(2, 0, pairs)?, heads.narrow(2, pairs, pairs)?);
-        let turned_re = (re.broadcast_mul(&cos)? - im.broadcast_mul(&sin)?)?;
-        let turned_im = (im.broadcast_mul(&cos)? + re.broadcast_mul(&sin)?)?;
-        let mut parts = vec![turned_re, turned_im];
-        if 2 * pairs < head_dim {
-            parts.push(heads.narrow(2, 2 * pairs, head_dim - 2 * pairs)?);
-        }
-        *x = Some(Tensor::cat(&parts, 2)?.reshape((rows, width))?);
+        let heads = all.reshape((1, rows, width / head_dim, head_dim))?;
+        let turned = if 2 * pairs == head_dim {
+            rope_thd(&heads.contiguous()?, &cos, &sin)?
+        } else {
+            let turned = rope_thd(&heads.narrow(3, 0, 2 * pairs)?.contiguous()?, &cos, &sin)?;
+            Tensor::cat(&[turned, heads.narrow(3, 2 * pairs, head_dim - 2 * pairs)?], 3)?
+        };
+        *x = Some(turned.reshape((rows, width))?);
         Ok(())
     }
 
@@ -387,21 +296,7 @@ impl Backend for Stock {
         cache: &StockCache,
         out: &mut Buffer,
     ) -> Result<()> {
-        let q = held(q)?;
-        let mut parts = Vec::new();
-        for segment in &batch.segments {
-            let k = Self::cached(&cache.k, batch, segment)?;
-            let v = Self::cached(&cache.v, batch, segment)?;
-            for first in (0..segment.rows).step_by(QUERY_ROWS) {
-                let count = QUERY_ROWS.min(segment.rows - first);
-                let rows = q.narrow(0, segment.row + first, count)?.contiguous()?;
-                // no row sees what is behind the last
-                let seen = k.dim(1)? - (segment.rows - first - count);
-                let (k, v) = (k.narrow(1, 0, seen)?, v.narrow(1, 0, seen)?);
-                parts.push(self.attend_rows(&rows, &k, &v, shape, segment.position + first)?);
-            }
-        }
-        *out = Some(Tensor::cat(&parts, 0)?);
+        *out = Some(self.attention(held(q)?, shape, batch, cache)?);
         Ok(())
     }
 
