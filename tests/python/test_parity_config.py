@@ -162,6 +162,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "rope_of_no_kind_of_layer": (
         "gemma3_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters.rope_type"),
     "sliding_layers_without_a_window": ("gemma2", {"sliding_window": None}, "sliding_window"),
+    "starcoder2_without_biases": ("starcoder2", {"use_bias": False}, "use_bias"),
     "no_rope_layers_too_short": ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers"),
     "sliding_layers_of_smollm3_without_the_flag": (
         "smollm3", {"sliding_window": 4, "layer_types": ["sliding_attention"] * 3}, "layer_types"),

@@ -101,6 +101,11 @@ MORE: dict[str, dict[str, dict[str, Any]]] = {
         "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
         **ROPES,
     },
+    "starcoder2": {
+        "window": {"sliding_window": 5, "num_key_value_heads": 2},
+        "untied": {"norm_epsilon": 1e-3, "tie_word_embeddings": False, "hidden_act": "gelu"},
+        **{name: ROPES[name] for name in ("rope_dynamic", "rope_yarn", "rope_longrope")},
+    },
     "mistral": {"window": {"sliding_window": 5, "num_key_value_heads": 2}, "no_window": {"sliding_window": None}},
     "qwen2": {"window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}},
     "qwen3": {
@@ -108,7 +113,7 @@ MORE: dict[str, dict[str, dict[str, Any]]] = {
         "window": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
     },
 }
-PLAIN_ROPE = ("gemma", "mistral", "qwen2", "qwen3", "gemma2", "granite", "olmo2")
+PLAIN_ROPE = ("gemma", "mistral", "qwen2", "qwen3", "gemma2", "granite", "olmo2", "starcoder2")
 CASES = [
     (family, shape, changes)
     for family in tiny.FAMILIES

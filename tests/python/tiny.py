@@ -30,6 +30,7 @@ CLASSES = {
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
     "smollm3": "SmolLM3",
+    "starcoder2": "Starcoder2",
 }
 FAMILIES = tuple(CLASSES)
 

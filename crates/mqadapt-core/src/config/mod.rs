@@ -182,7 +182,9 @@ impl ModelConfig {
             }
         };
         let learned = family.forward.rotary == Rotary::Learned;
-        if family.forward.mlp == MlpKind::Plain && head_dim.checked_mul(num_attention_heads) != Some(hidden_size) {
+        // the classes of GPT-2 and its like have no such field
+        let derived = family.merged.is_some() || family.stock_key_value_heads.is_some();
+        if derived && head_dim.checked_mul(num_attention_heads) != Some(hidden_size) {
             return Err(fields.wrong("head_dim", "absent, or hidden_size / num_attention_heads"));
         }
         if !learned && !head_dim.is_multiple_of(2) {

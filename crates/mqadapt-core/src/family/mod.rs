@@ -26,6 +26,7 @@ mod qwen3;
 mod qwen3_moe;
 mod registered;
 mod smollm3;
+mod starcoder2;
 mod tensor;
 
 pub use forward::{
@@ -54,6 +55,7 @@ pub static FAMILIES: &[&Family] = &[
     &qwen2::FAMILY,
     &qwen3::FAMILY,
     &smollm3::FAMILY,
+    &starcoder2::FAMILY,
     &gemma3::FAMILY,
     &gpt_oss::FAMILY,
     &mistral3::FAMILY,
