@@ -14,11 +14,13 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mqadapt_rs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 STEPS = 16  # decode steps of a run
 SHAPES: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-//! StarCoder2: `transformers/models/starcoder2/configuration_starcoder2.py` and `modeling_starcoder2.py`.
+//! `StarCoder2`: `transformers/models/starcoder2/configuration_starcoder2.py` and `modeling_starcoder2.py`.
 
 use super::{AttentionBias, Defaults, Family, Forward, MlpKind, Module, Names, NormKind, Windows};
 
