@@ -1,4 +1,4 @@
-"""Families that are converted without a forward pass of ours: mixtures of experts, and models that read images beside text.
+"""Families of which there is no forward pass here, or one of a part: mixtures of experts, and models that read images beside text.
 
 The oracle is PyTorch: every tensor that the plan does not touch is the source's bit for bit, every touched one is merged by
 `tiny.merge_heads`, and transformers computes from the result what it computes from the source with its heads repeated.
@@ -125,7 +125,31 @@ def test_conversion(family: str, plan: str, method: str, tmp_path: Path) -> None
     np.testing.assert_allclose(logits(load(tmp_path / "out")), logits(source), atol=2e-4)
 
 
-@pytest.mark.parametrize("family", EXPERT_FAMILIES + IMAGE_FAMILIES)
+def test_the_language_model_of_gemma3_is_run(tmp_path: Path) -> None:
+    source = model("gemma3")
+    source.save_pretrained(tmp_path / "source")
+    told = inspect(tmp_path / "source")
+    assert told["parameters"] == sum(value.numel() for value in tensors(tmp_path / "source").values())
+    ids = [t for t in tiny.ids(40, seed=4) if t > 8]
+    for device in ("cpu", "cpu-stock"):
+        ours = Model.load(tmp_path / "source", device=device, precision="exact")
+        np.testing.assert_allclose(ours.logits(ids), logits(source), atol=2e-4)
+    text = [[t for t in tiny.ids(96, seed=seed) if t > 8] for seed in range(4)]
+    for sequential in (False, True):
+        calibration = Calibration(text, target_context=[32], sequential=sequential)
+        out = tmp_path / f"out{sequential}"
+        convert(tmp_path / "source", out, "gqa2:all", "closed-form", calibration=calibration, sync=False)
+        untouched = {name: value for name, value in tensors(tmp_path / "source").items() if "language_model" not in name}
+        assert all(torch.equal(value, tensors(out)[name]) for name, value in untouched.items())
+        converted = Model.load(out, precision="exact").logits(ids)
+        np.testing.assert_allclose(converted, logits(load(out)), atol=2e-4)
+        overlay = Model.load(
+            tmp_path / "source", "gqa2:all", "closed-form", calibration=calibration, precision="exact"
+        )
+        assert np.array_equal(overlay.logits(ids), converted)
+
+
+@pytest.mark.parametrize("family", [f for f in EXPERT_FAMILIES + IMAGE_FAMILIES if f != "gemma3"])
 def test_what_needs_a_forward_pass_is_refused(family: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     model(family).save_pretrained(source)

@@ -28,7 +28,7 @@ pub(crate) fn inspect<'py>(py: Python<'py>, src: &Bound<'py, PyAny>) -> PyResult
     out.set_item("num_key_value_heads", config.num_key_value_heads.clone())?;
     out.set_item("head_dim", config.head_dim)?;
     // of a family without a forward pass, the configuration does not tell all tensors
-    let parameters = if config.family.runnable {
+    let parameters = if config.family.runnable && !config.family.text_config {
         cost::parameters(config, &keep)
     } else {
         checkpoint.tensors().iter().map(|tensor| tensor.len() as u64).sum()

@@ -4,7 +4,10 @@ use super::{
     AttentionScale, BlockNorms, Defaults, EmbeddingScale, Family, Forward, QkNorm, Rotary, Softcapping, Windows,
 };
 
-pub(super) static FAMILY: Family = Family {
+pub(super) static FAMILY: Family = TEXT;
+
+/// The language model, alone or beside one for images.
+pub(super) const TEXT: Family = Family {
     model_type: "gemma3_text",
     class_prefix: "Gemma3",
     base_model: "Gemma3TextModel",
