@@ -209,6 +209,9 @@ class Family:
     def runnable(self) -> bool:
         """Whether there is a forward pass for it."""
     @property
+    def targets(self) -> list[str]:
+        """The targets that a conversion can be written for."""
+    @property
     def layers_may_differ(self) -> bool:
         """Whether layers of one model may have different numbers of K/V heads."""
     @property

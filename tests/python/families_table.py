@@ -19,7 +19,7 @@ PLACE = re.compile(r"(?<=<!-- families: tests/python/families_table.py -->\n).*?
 def table() -> str:
     """A row for each family, in alphabetical order."""
     lines = [
-        "| `model_type` | converted by | run, measured, searched | layers may differ | GGUF |",
+        "| `model_type` | converted by | run, measured, searched | written for | GGUF |",
         "|---|---|---|---|---|",
     ]
     for family in sorted(_core.families(), key=lambda family: family.model_type):
@@ -29,7 +29,8 @@ def table() -> str:
             f"`{family.model_type}`",
             methods,
             yes[family.runnable],
-            yes[family.layers_may_differ],
+            ", ".join(f"`{target}`" for target in family.targets)
+            + ("" if family.layers_may_differ else ", layers alike"),
             yes[family.gguf],
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -1,4 +1,4 @@
-"""Families of which there is no forward pass here, or one of a part: mixtures of experts, and models that read images beside text.
+"""Families with no forward pass here, or with one of a part: mixtures of experts, and models that read images beside text.
 
 The oracle is PyTorch: every tensor that the plan does not touch is the source's bit for bit, every touched one is merged by
 `tiny.merge_heads`, and transformers computes from the result what it computes from the source with its heads repeated.
@@ -139,13 +139,13 @@ def test_the_language_model_of_gemma3_is_run(tmp_path: Path) -> None:
         calibration = Calibration(text, target_context=[32], sequential=sequential)
         out = tmp_path / f"out{sequential}"
         convert(tmp_path / "source", out, "gqa2:all", "closed-form", calibration=calibration, sync=False)
-        untouched = {name: value for name, value in tensors(tmp_path / "source").items() if "language_model" not in name}
+        untouched = {
+            name: value for name, value in tensors(tmp_path / "source").items() if "language_model" not in name
+        }
         assert all(torch.equal(value, tensors(out)[name]) for name, value in untouched.items())
         converted = Model.load(out, precision="exact").logits(ids)
         np.testing.assert_allclose(converted, logits(load(out)), atol=2e-4)
-        overlay = Model.load(
-            tmp_path / "source", "gqa2:all", "closed-form", calibration=calibration, precision="exact"
-        )
+        overlay = Model.load(tmp_path / "source", "gqa2:all", "closed-form", calibration=calibration, precision="exact")
         assert np.array_equal(overlay.logits(ids), converted)
 
 

@@ -25,6 +25,12 @@ impl Family {
         self.0.runnable
     }
 
+    /// The targets that a conversion can be written for.
+    #[getter]
+    fn targets(&self) -> Vec<&'static str> {
+        mqadapt_convert::TARGETS.iter().map(|target| target.name()).collect()
+    }
+
     /// Whether layers of one model may have different numbers of K/V heads.
     #[getter]
     fn layers_may_differ(&self) -> bool {
