@@ -30,6 +30,7 @@ __all__ = [
     "gguf_files",
     "inspect",
     "methods",
+    "plan_merge_settings",
     "register_family",
     "registered_families",
     "verify",
@@ -237,6 +238,13 @@ def register_family(model_type: str | None, family: str) -> None:
 def registered_families() -> list[tuple[str | None, str]]:
     """What was registered: `model_type` and family."""
 
+def plan_merge_settings(plan: Plan | _Path | Sequence[int] | None) -> dict[str, Any]:
+    """Read how a plan file merges heads: `method` and options by their names; empty for other plans.
+
+    Raises:
+        MqadaptError, OSError: the file cannot be read.
+    """
+
 @final
 class Calibration:
     """Calibration text and the options of the methods that need it. `load_calibration` builds one from a file."""
@@ -338,9 +346,9 @@ def convert(
     src: _Path,
     dst: _Path,
     plan: Plan | _Path | Sequence[int] | None = "keep",
-    method: str = "mean",
+    method: str | None = None,
     *,
-    seed: int = 0,
+    seed: int | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -360,8 +368,9 @@ def convert(
         src: a folder, a `.gguf` file or a hub id.
         dst: the output folder.
         plan: as in `Plan.parse`.
-        method: merge method: `mean`, `first`, `random`; `closed-form` and `prune` need a calibration.
-        seed: seed of methods that draw random numbers.
+        method: merge method: `mean`, `first`, `random`; `closed-form` and `prune` need a calibration. By default that of the plan
+            file, else `mean`; an argument that overrides a plan file brings a warning.
+        seed: seed of methods that draw random numbers; by default that of the plan file, else 0.
         dtype: dtype of the written weights; by default as stored (bfloat16 for a GGUF file).
         overwrite: replace the checkpoint in `dst` when the new one is complete.
         resume: resume an interrupted conversion, and keep the finished work if this one fails.
@@ -480,8 +489,8 @@ class Model:
         cls,
         src: _Path,
         plan: Plan | _Path | Sequence[int] | None = "keep",
-        method: str = "mean",
-        seed: int = 0,
+        method: str | None = None,
+        seed: int | None = None,
         dtype: str | None = None,
         *,
         device: str = "cpu",
@@ -498,8 +507,9 @@ class Model:
         Args:
             src: a folder, a `.gguf` file or a hub id.
             plan: as in `Plan.parse`.
-            method: merge method.
-            seed: seed of methods that draw random numbers.
+            method: merge method; by default that of the plan file, else `mean`; an argument that overrides a plan file brings a
+                warning.
+            seed: seed of methods that draw random numbers; by default that of the plan file, else 0.
             dtype: dtype of the weights; by default as stored.
             device: `cpu`, `cpu-stock` (the operations of candle) or `cuda:N`.
             weights: `stored`, or `int8`: 8-bit integers with a scale per row, on `cpu` only.
@@ -519,8 +529,8 @@ class Model:
     def with_plan(
         self,
         plan: Plan | _Path | Sequence[int],
-        method: str = "mean",
-        seed: int = 0,
+        method: str | None = None,
+        seed: int | None = None,
         *,
         calibration: Calibration | None = None,
         progress: _Progress | None = None,

@@ -207,6 +207,24 @@ def load_calibration(
         if stats is None:
             raise ArgumentError("calibration needs a text, or a file of saved statistics (--stats)")
         return calibration()
+    return calibration(load_windows(src, text, field=field, tokens=tokens, context=context, seed=seed))
+
+
+def load_windows(
+    src: Source,
+    text: str | os.PathLike[str],
+    *,
+    field: str,
+    tokens: int,
+    context: int | Sequence[int],
+    seed: int,
+) -> list[list[int]]:
+    """Draw the windows of a calibration, as `load_calibration` describes them.
+
+    Raises:
+        ArgumentError: the text is shorter than every window.
+        OSError, MqadaptError: the text or the tokenizer cannot be read.
+    """
     from mqadapt_rs import text as texts
 
     words = "".join(documents(text, field, tokens))
@@ -218,15 +236,15 @@ def load_calibration(
         warnings.warn(
             f"the calibration text has {len(ids)} tokens, too few for windows of {_listed(left_out)}; only windows "
             f"of {_listed(sorted(drawn))} are drawn",
-            stacklevel=2,
+            stacklevel=3,
         )
     found = sum(map(len, windows))
     if found < ENOUGH_TOKENS:
         warnings.warn(
             f"{found} tokens of calibration text are few: the merge overfits them; use {ENOUGH_TOKENS} or more",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return calibration(windows)
+    return windows
 
 
 def documents(text: str | os.PathLike[str], field: str, tokens: int) -> Iterator[str]:

@@ -54,7 +54,7 @@ pub use gguf::gguf_model_types;
 pub use header::{Header, HeaderEntry, MAX_HEADER_BYTES};
 #[doc(hidden)]
 pub use index::index_shards;
-pub use plan_file::read_plan;
+pub use plan_file::{read_plan, read_plan_file};
 pub use shard::{Shard, ShardHead, ShardSource};
 pub use side_files::{Content, SideFile};
 pub use tensor::{StoredType, TensorInfo, View};

@@ -32,6 +32,6 @@ pub use cache::{CacheForm, CacheStorage, LayerCache, LayerShape};
 pub use config::{Activation, DType, ModelConfig, Rope, RopeRegime, RopeScaling};
 pub use error::{Error, Result};
 pub use family::{FAMILIES, Family};
-pub use plan::{Plan, TensorChange};
+pub use plan::{MergeSettings, MergeSettingsOptions, Plan, PlanDocument, TensorChange};
 pub use progress::{Interrupted, NoProgress, Progress, Progressing};
 pub use readable::readable;

@@ -13,12 +13,13 @@ use pyo3::exceptions::PyUserWarning;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::arguments::{Place, Text, Whole, dtype as parse_dtype, merge_options, method as parse_method};
+use crate::arguments::{Place, Text, Whole, dtype as parse_dtype, merge_options};
 use crate::calibration::{self, Calibration};
 use crate::errors::{IntoPyErr, OrRaise, failure};
+use crate::merge::Merge;
 use crate::source::{local_path, name};
 use crate::stream::Shards;
-use crate::{plan, work};
+use crate::{merge, plan, work};
 
 /// What a conversion did.
 #[pyclass(module = "mqadapt_rs", frozen)]
@@ -98,10 +99,10 @@ fn to_dict<'py>(py: Python<'py>, json: &str) -> PyResult<Bound<'py, PyDict>> {
 /// Writes a checkpoint in which every layer has the K/V heads that the plan says.
 #[pyfunction]
 #[pyo3(
-    signature = (src, dst, plan = None, method = Text::from("mean"), *, seed = Whole::from(0), dtype = None,
+    signature = (src, dst, plan = None, method = None, *, seed = None, dtype = None,
         overwrite = false, resume = false, max_shard_size = None, max_memory = Whole::from(64 << 20), sync = true,
         calibration = None, stream_download = false, progress = None),
-    text_signature = "(src, dst, plan='keep', method='mean', *, seed=0, dtype=None, overwrite=False, resume=False, max_shard_size=None, max_memory=67108864, sync=True, calibration=None, stream_download=False, progress=None)"
+    text_signature = "(src, dst, plan='keep', method=None, *, seed=None, dtype=None, overwrite=False, resume=False, max_shard_size=None, max_memory=67108864, sync=True, calibration=None, stream_download=False, progress=None)"
 )]
 #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // the keywords of the Python function
 pub(crate) fn convert(
@@ -109,8 +110,8 @@ pub(crate) fn convert(
     src: &Bound<'_, PyAny>,
     dst: Place,
     plan: Option<&Bound<'_, PyAny>>,
-    method: Text,
-    seed: Whole,
+    method: Option<Text>,
+    seed: Option<Whole>,
     dtype: Option<Text>,
     overwrite: bool,
     resume: bool,
@@ -121,10 +122,9 @@ pub(crate) fn convert(
     stream_download: bool,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<ConversionReport> {
-    let method = parse_method(&method)?;
-    let calibration = calibration::needed(method, calibration)?;
+    let Merge { method, seed, calibration } = merge::resolve(src, plan, method, seed, calibration)?;
+    let calibration = calibration::needed(method, calibration.as_ref())?;
     let dtype = parse_dtype(dtype.as_deref())?;
-    let seed = seed.seed()?;
     let max_shard_size = max_shard_size.map(|size| size.within("max_shard_size", 1..=u64::MAX)).transpose()?;
     let max_memory = max_memory.within("max_memory", 0..=u64::MAX)?;
     let (checkpoint, shards) = if stream_download {

@@ -13,6 +13,7 @@ mod convert;
 mod errors;
 mod family;
 mod inspect;
+mod merge;
 mod method;
 mod model;
 mod plan;
@@ -38,6 +39,8 @@ mod _core {
     use crate::family::{Family, families, register_family, registered_families};
     #[pymodule_export]
     use crate::inspect::{gguf_files, inspect};
+    #[pymodule_export]
+    use crate::merge::plan_merge_settings;
     #[pymodule_export]
     use crate::method::{Method, methods};
     #[pymodule_export]

@@ -11,12 +11,11 @@ use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
-use crate::arguments::{
-    Real, Text, Whole, counts, dtype as parse_dtype, merge_options, method as parse_method, sequences, token_ids,
-};
+use crate::arguments::{Real, Text, Whole, counts, dtype as parse_dtype, merge_options, sequences, token_ids};
 use crate::calibration::{self, Calibration};
 use crate::config::{ModelConfig, parse_storage};
 use crate::errors::{IntoPyErr, OrRaise, argument};
+use crate::merge::{self, Merge};
 use crate::plan::{self, Plan};
 use crate::source::local_path;
 use crate::states::{HiddenStates, RequestStates};
@@ -61,18 +60,18 @@ impl Model {
     /// Loads a model; a plan is applied in memory.
     #[classmethod]
     #[pyo3(
-        signature = (src, plan = None, method = Text::from("mean"), seed = Whole::from(0), dtype = None, *,
+        signature = (src, plan = None, method = None, seed = None, dtype = None, *,
             device = Text::from("cpu"), weights = Text::from("stored"), kv_dtype = None, kv = None, precision = Text::from("fast"),
             max_tokens_in_flight = Whole::from(1024), calibration = None, progress = None),
-        text_signature = "($cls, src, plan='keep', method='mean', seed=0, dtype=None, *, device='cpu', weights='stored', kv_dtype=None, kv=None, precision='fast', max_tokens_in_flight=1024, calibration=None, progress=None)"
+        text_signature = "($cls, src, plan='keep', method=None, seed=None, dtype=None, *, device='cpu', weights='stored', kv_dtype=None, kv=None, precision='fast', max_tokens_in_flight=1024, calibration=None, progress=None)"
     )]
     #[allow(clippy::too_many_arguments)] // the keywords of the Python function
     fn load(
         cls: &Bound<'_, PyType>,
         src: &Bound<'_, PyAny>,
         plan: Option<&Bound<'_, PyAny>>,
-        method: Text,
-        seed: Whole,
+        method: Option<Text>,
+        seed: Option<Whole>,
         dtype: Option<Text>,
         device: Text,
         weights: Text,
@@ -84,7 +83,7 @@ impl Model {
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let py = cls.py();
-        let parsed = parse_method(&method)?;
+        let Merge { method: parsed, seed, calibration } = merge::resolve(src, plan, method, seed, calibration)?;
         let method = parsed.name.to_owned();
         let (dtype, kv_dtype) = (parse_dtype(dtype.as_deref())?, parse_dtype(kv_dtype.as_deref())?);
         let precision = match &*precision {
@@ -93,7 +92,7 @@ impl Model {
             other => return Err(argument(format!("precision '{other}' is not one of fast, exact"))),
         };
         let device = Device::parse(&device).or_raise()?;
-        let (seed, most) = (seed.seed()?, MOST_TOKENS_IN_FLIGHT as u64);
+        let most = MOST_TOKENS_IN_FLIGHT as u64;
         let max_tokens_in_flight = max_tokens_in_flight.within("max_tokens_in_flight", 1..=most)?;
         let path = local_path(src, false)?;
         let checkpoint = py.detach(|| Checkpoint::open(&path)).or_raise()?;
@@ -101,7 +100,7 @@ impl Model {
         if let Some(kv) = kv {
             plan = plan.stored(parse_storage("kv", &kv)?).or_raise()?;
         }
-        let calibration = if plan.is_keep() { None } else { calibration::needed(parsed, calibration)? };
+        let calibration = if plan.is_keep() { None } else { calibration::needed(parsed, calibration.as_ref())? };
         let options = LoadOptions {
             plan: Some(plan),
             method,
@@ -130,23 +129,24 @@ impl Model {
 
     /// The same model under another plan for its checkpoint.
     #[pyo3(
-        signature = (plan, method = Text::from("mean"), seed = Whole::from(0), *, calibration = None, progress = None),
-        text_signature = "($self, plan, method='mean', seed=0, *, calibration=None, progress=None)"
+        signature = (plan, method = None, seed = None, *, calibration = None, progress = None),
+        text_signature = "($self, plan, method=None, seed=None, *, calibration=None, progress=None)"
     )]
     fn with_plan(
         &self,
         py: Python<'_>,
         plan: &Bound<'_, PyAny>,
-        method: Text,
-        seed: Whole,
+        method: Option<Text>,
+        seed: Option<Whole>,
         calibration: Option<&Bound<'_, Calibration>>,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let (method, seed) = (parse_method(&method)?, seed.seed()?);
+        let src = self.checkpoint.path().into_pyobject(py)?.into_any();
+        let Merge { method, seed, calibration } = merge::resolve(&src, Some(plan), method, seed, calibration)?;
         let config = self.checkpoint.config();
         let plan = plan::read(plan, config)?;
         let merge = merge_options(seed, config);
-        let calibration = if plan.is_keep() { None } else { calibration::needed(method, calibration)? };
+        let calibration = if plan.is_keep() { None } else { calibration::needed(method, calibration.as_ref())? };
         let inner = work::run(py, progress, |progress| -> Result<_, mqadapt_calibrate::Error> {
             match calibration {
                 None if plan.is_keep() => Ok(self.inner.with_plan(&self.checkpoint, &plan, "mean", &merge)?),

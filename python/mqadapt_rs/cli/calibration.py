@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +38,9 @@ _OPTIONS = {option.metadata["name"]: option for option in fields(CalibrationOpti
 _PARAMETERS = {name: _parameter(name, option.default, dict(option.metadata)) for name, option in _OPTIONS.items()}
 
 
+_CONTEXT = inspect.Parameter("command_line", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+
+
 def _options(values: dict[str, Any]) -> CalibrationOptions:
     """The options that a command line has.
 
@@ -67,16 +71,53 @@ def with_calibration(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**arguments: Any) -> None:
+        context: typer.Context = arguments.pop(_CONTEXT.name)
         values = {name: arguments.pop(name) for name in _PARAMETERS}
-        command(**arguments, calibration=_options(values))
+        calibration = _options(values)
+        if isinstance(arguments.get("plan"), str):
+            calibration = _with_plan_file(arguments, calibration, _given(context))
+        command(**arguments, calibration=calibration)
 
-    parameters: list[inspect.Parameter] = []
+    parameters: list[inspect.Parameter] = [_CONTEXT]
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
         keyword = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         parameters.extend(_PARAMETERS.values() if parameter.name == "calibration" else [keyword])
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _given(context: typer.Context) -> set[str]:
+    """The names of the options that the command line has."""
+    sources = ((name, context.get_parameter_source(name)) for name in context.params)
+    return {name for name, source in sources if source is not None and source.name == "COMMANDLINE"}
+
+
+def _with_plan_file(arguments: dict[str, Any], options: CalibrationOptions, given: set[str]) -> CalibrationOptions:
+    """Take from a plan file what the command line does not say; an option that overrides the file says so.
+
+    Sets method and seed of `arguments`. Without calibration options the result is empty, and the plan's calibration is loaded
+    with the model.
+    """
+    from mqadapt_rs import plan_settings
+
+    settings = plan_settings.read(arguments["plan"])
+    for name in ("method", "seed"):  # the extension warns where these override the file
+        if name not in given:
+            arguments[name] = settings.get(name, arguments[name])
+    explicit = {name: value for name, value in options.keywords().items() if name in given}
+    if not settings or not explicit:
+        return options
+    merged = plan_settings.overridden(settings, explicit, arguments["method"])
+    for name, value in explicit.items():
+        if name in settings and value != _comparable(settings[name]):
+            option = name.replace("_", "-")
+            warnings.warn(f"--{option} overrides the {option} of the plan file, {settings[name]}", stacklevel=2)
+    return CalibrationOptions.from_keywords({name: _comparable(value) for name, value in merged.items()})
+
+
+def _comparable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def load_model(src: str, calibration: CalibrationOptions, *, seed: int, **options: Any) -> Model:

@@ -159,7 +159,9 @@ def search(
         return
     output.print_text(result.verdict)
     if result.winner is not None:
-        output.print_text(f"{result.folder / 'best.plan.json'} is a plan file for 'mqadapt convert --plan'.")
+        output.print_text(
+            f"{result.folder / 'best.plan.json'} is a plan file for 'mqadapt convert --plan': it has the method and its options."
+        )
 
 
 def _numbers(name: str, text: str) -> list[int]:

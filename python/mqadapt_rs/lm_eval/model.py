@@ -20,7 +20,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from mqadapt_rs import Calibration, Model, __version__
+from mqadapt_rs import Calibration, Model, __version__, plan_settings
 from mqadapt_rs.arguments import whole
 from mqadapt_rs.errors import ArgumentError, MqadaptError
 from mqadapt_rs.lm_eval.tokenizer import encode, load_tokenizer
@@ -70,8 +70,8 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         self,
         pretrained: str,
         plan: Plan | str | Sequence[int] = "keep",
-        method: str = "mean",
-        seed: int = 0,
+        method: str | None = None,
+        seed: int | None = None,
         dtype: str | None = None,
         device: str | None = None,
         weights: str = "stored",
@@ -95,11 +95,12 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
             raise ArgumentError(_unknown_arguments(unknown))
         max_length, prefix_token_id = whole("max_length", max_length, 1), whole("prefix_token_id", prefix_token_id)
         self.pretrained = pretrained
-        self.method = method
+        # lm-eval turns the flag of a one-layer model into a number
+        plan = str(plan) if isinstance(plan, int) else plan
+        self.method = method or plan_settings.read(plan).get("method", "mean")
         self.model = _load(
             pretrained,
-            # lm-eval turns the flag of a one-layer model into a number
-            plan=str(plan) if isinstance(plan, int) else plan,
+            plan=plan,
             method=method,
             seed=seed,
             dtype=None if dtype == "auto" else dtype,

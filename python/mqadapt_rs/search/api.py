@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mqadapt_rs import plan_settings
 from mqadapt_rs._core import methods
 from mqadapt_rs.arguments import LARGEST_SEED, real, whole
 from mqadapt_rs.calibration import CONTEXT, TOKENS, CalibrationOptions, lengths_of
@@ -243,6 +244,7 @@ def search(
                 resume=resume,
                 error_rate=error_rate,
                 watcher=watch,
+                merge=plan_settings.fields(spec.method, spec.seed, spec.calibration, Path(out)),
                 about={
                     "source_argument": str(src),
                     "calibration_arguments": in_words(spec.calibration.command_line()) if spec.calibration else "",

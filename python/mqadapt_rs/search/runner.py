@@ -109,6 +109,7 @@ def conduct(
     error_rate: float | None = 0.05,
     watcher: Watcher | None = None,
     about: dict[str, Any] | None = None,
+    merge: dict[str, Any] | None = None,
 ) -> SearchResult:
     """Run a strategy.
 
@@ -124,6 +125,7 @@ def conduct(
         error_rate: error rate of the sequential test that stops plans early; `None` evaluates all plans completely.
         watcher: called after every evaluation.
         about: facts for plots and report (`model`, `command`, ...); kept in `summary.json`.
+        merge: the fields of a plan file that say how its heads are merged.
 
     Raises:
         ArgumentError: an option is invalid; `JournalError`, a subclass, if the journal cannot be continued.
@@ -159,7 +161,7 @@ def conduct(
     finally:
         if own:
             pool.close()
-    _write(result, space, spec.metric, strategy, rule, test, {"executor": pool.name, **(about or {})})
+    _write(result, space, spec.metric, strategy, rule, test, {"executor": pool.name, **(about or {})}, merge or {})
     return result
 
 
@@ -216,6 +218,7 @@ def _write(
     rule: Rule,
     test: SequentialTest | None,
     about: dict[str, Any],
+    merge: dict[str, Any],
 ) -> None:
     def facts(evaluation: Evaluation | None) -> dict[str, Any] | None:
         if evaluation is None:
@@ -230,7 +233,7 @@ def _write(
         }
 
     if result.winner is not None:
-        write_json(result.folder / BEST, {"num_key_value_heads": plan_record.counts(result.winner.plan)})
+        write_json(result.folder / BEST, {"num_key_value_heads": plan_record.counts(result.winner.plan), **merge})
     write_json(
         result.folder / SUMMARY,
         {

@@ -4,10 +4,13 @@
 mod change;
 mod document;
 mod grammar;
+mod merge_settings;
 
 use crate::cache::divisors;
 use crate::{CacheStorage, Error, LayerCache, ModelConfig, Result};
 pub use change::TensorChange;
+pub use document::PlanDocument;
+pub use merge_settings::{MergeSettings, MergeSettingsOptions};
 
 /// One [`LayerCache`] per layer, legal for the model that the plan was built for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

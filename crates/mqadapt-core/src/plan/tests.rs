@@ -64,13 +64,24 @@ fn documents() {
         "{\"num_key_value_heads\": [4, 2, 1]}",
         "num_key_value_heads: [4, 2, 1]",
         "num_key_value_heads:\n- 4\n- 2\n- 1\n",
+        "[4, 2, 1]",
+        "- 4\n- 2\n- 1\n",
+        "{\"num_key_value_heads\": [4, 2, 1], \"method\": \"mean\", \"options\": {\"seed\": 3}}",
+        "{\"format_version\": 1, \"source\": {}, \"plan\": {\"num_key_value_heads\": [4, 2, 1]}, \"method\": \"mean\"}",
     ] {
         assert_eq!(Plan::from_document(text, &config).unwrap().num_key_value_heads(), [4, 2, 1], "{text}");
     }
     for text in [
         "",
         "{",
-        "[4, 2, 1]",
+        "[4, 2, [1]]",
+        "[4, 2",
+        "[]",
+        "{\"format_version\": 1, \"num_key_value_heads\": [4, 2, 1]}",
+        "{\"num_key_value_heads\": [4, 2, 1], \"method\": 1}",
+        "{\"num_key_value_heads\": [4, 2, 1], \"options\": []}",
+        "{\"num_key_value_heads\": [4, 2, 1], \"options\": {\"seeds\": 1}}",
+        "{\"num_key_value_heads\": [4, 2, 1], \"options\": {\"calibration_tokens\": -1}}",
         "{}",
         "{\"num_key_value_heads\": 1}",
         "{\"num_key_value_heads\": [4, 2, -1]}",
@@ -83,6 +94,21 @@ fn documents() {
     let plan = Plan::parse("mqa:1", &config).unwrap();
     assert_eq!(Plan::from_document(&plan.to_string(), &config).unwrap(), plan);
     assert_eq!(plan.changed_layers(), [1]);
+}
+
+#[test]
+fn a_document_says_how_heads_are_merged() {
+    let text =
+        "{\"format_version\": 1, \"plan\": {\"num_key_value_heads\": [4, 1]}, \"method\": \"closed-form\", \"options\":
+        {\"seed\": 7, \"initializer_range\": 0.02, \"calibration_fingerprint\": \"f\", \"calibration_tokens\": 99,
+         \"calibration_context\": [5, 9], \"sequential\": true, \"regroup\": true}}";
+    let merge = PlanDocument::parse(text).unwrap().merge;
+    let fields = serde_json::json!({
+        "method": "closed-form", "seed": 7, "calibration_tokens": 99, "calibration_context": [5, 9], "sequential": true,
+        "regroup": true,
+    });
+    assert_eq!(serde_json::Value::Object(merge.fields()), fields);
+    assert_eq!(PlanDocument::parse("[4, 1]").unwrap().merge, MergeSettings::default());
 }
 
 #[test]
