@@ -195,6 +195,7 @@ def test_python_says_what_overrides_a_file(lookalike: Path, text: Path, named: P
         ({"method": 1}, "name of a merge method"),
         ({"method": "closest"}, "closest"),
         ({"options": {"calibration_token": 5}}, "calibration_token"),
+        ({"options": []}, "options"),
         ({"options": {"calibration_context": ["x"]}}, "options"),
         ({"options": {"seed": -1}}, "options"),
         ({"method": "closed-form", "options": {"calibration": "nowhere.txt"}}, "nowhere.txt"),
