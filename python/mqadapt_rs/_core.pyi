@@ -209,8 +209,8 @@ class Family:
     @property
     def runnable(self) -> bool:
         """Whether there is a forward pass for it."""
-    @property
-    def targets(self) -> list[str]:
+    @staticmethod
+    def targets() -> list[str]:
         """The targets that a conversion can be written for."""
     @property
     def layers_may_differ(self) -> bool:

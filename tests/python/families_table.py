@@ -29,7 +29,7 @@ def table() -> str:
             f"`{family.model_type}`",
             methods,
             yes[family.runnable],
-            ", ".join(f"`{target}`" for target in family.targets)
+            ", ".join(f"`{target}`" for target in family.targets())
             + ("" if family.layers_may_differ else ", layers alike"),
             yes[family.gguf],
         ]

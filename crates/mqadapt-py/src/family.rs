@@ -26,8 +26,8 @@ impl Family {
     }
 
     /// The targets that a conversion can be written for.
-    #[getter]
-    fn targets(&self) -> Vec<&'static str> {
+    #[staticmethod]
+    fn targets() -> Vec<&'static str> {
         mqadapt_convert::TARGETS.iter().map(|target| target.name()).collect()
     }
 
