@@ -131,3 +131,13 @@ def test_in_python(unknown: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(unknown)], capture_output=True, text=True, check=True)
     assert done.stdout.split(maxsplit=1) == ["llama", "[6, 6, 6]\n"]
+
+
+def test_lm_eval_takes_it_as_an_argument_of_the_model(unknown: Path) -> None:
+    code = (
+        "import sys\nfrom lm_eval.api.registry import get_model\nimport mqadapt_rs.lm_eval\n"
+        "lm = get_model('mqadapt').create_from_arg_string(f'pretrained={sys.argv[1]},family=llama')\n"
+        "print(lm.model.config.model_type)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(unknown)], capture_output=True, text=True, check=False)
+    assert done.stdout.split()[-1:] == ["llama"], done.stderr

@@ -20,7 +20,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from mqadapt_rs import Calibration, Model, __version__, plan_settings
+from mqadapt_rs import Calibration, Model, __version__, plan_settings, register_family
 from mqadapt_rs.arguments import whole
 from mqadapt_rs.errors import ArgumentError, MqadaptError
 from mqadapt_rs.lm_eval.tokenizer import encode, load_tokenizer
@@ -51,6 +51,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         pretrained: folder, `.gguf` file or hub id `org/name[@revision]`.
         plan, method, seed, dtype, device, weights, kv: as `Model.load` takes them. In lm-eval's `key=value` arguments a plan
             cannot contain commas: `mqa:0;mqa:3-7`, or the name of a plan file.
+        family: the family of a model whose `model_type` is not known, as `register_family` takes it.
         tokenizer: source of the tokenizer; by default that of the model.
         max_length: largest context in tokens; by default the model's `max_position_embeddings`.
         add_bos_token: whether text starts with the special tokens of the tokenizer; by default as the tokenizer does.
@@ -76,6 +77,7 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         device: str | None = None,
         weights: str = "stored",
         kv: str | None = None,
+        family: str | None = None,
         tokenizer: str | None = None,
         max_length: int | None = None,
         add_bos_token: bool | None = None,
@@ -93,6 +95,8 @@ class MqadaptLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if unknown:
             raise ArgumentError(_unknown_arguments(unknown))
+        if family is not None:
+            register_family(None, family)
         max_length, prefix_token_id = whole("max_length", max_length, 1), whole("prefix_token_id", prefix_token_id)
         self.pretrained = pretrained
         # lm-eval turns the flag of a one-layer model into a number
