@@ -268,9 +268,10 @@ def test_unknown_tasks(checkpoint: Path, tasks: Path, monkeypatch: pytest.Monkey
         evaluate(MqadaptLM(str(checkpoint)), [])
 
 
-def test_without_a_gpu(checkpoint: Path) -> None:
+def test_without_a_gpu(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     """lm-eval's command line asks for `cuda:0` by default."""
-    lm = MqadaptLM(str(checkpoint), device="cuda:0")
+    lm = MqadaptLM(str(checkpoint), device="cuda:9")
+    assert "device cuda:9 is not available, using the CPU" in caplog.text
     assert lm.loglikelihood(requests("loglikelihood", PAIRS[:1])) == MqadaptLM(str(checkpoint)).loglikelihood(
         requests("loglikelihood", PAIRS[:1])
     )

@@ -359,7 +359,7 @@ def _load(src: str, device: str, **options: Any) -> Model:
         if not device.startswith("cuda"):
             raise
         model = Model.load(src, device="cpu", **options)
-        logging.getLogger(__name__).info("device %s is not available, using the CPU", device)
+        logging.getLogger(__name__).warning("device %s is not available, using the CPU", device)
         return model
 
 
