@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 
 import mqadapt_rs as mq
 from mqadapt_rs import text as texts
+from mqadapt_rs.cli import output
 
 TEXT = "One day, a little girl named Lily found a needle in her room. She knew it was difficult to play with it. " * 20
 
@@ -302,3 +305,22 @@ def test_lm_eval_knows_the_model() -> None:
     done = mqadapt("lm-eval", "--help")
     assert done.returncode == 0
     assert "Language Model Evaluation Harness" in done.stdout
+
+
+def test_every_phase_of_a_progress_bar_has_its_own_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(output, "_DELAY", 0.0)
+    with output.progress_bars("bytes") as progress:
+        assert progress is not None
+        progress("calibrate", 3, 30)
+        progress("convert", 5_000_000, 10_000_000)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert re.search(r"calibrate .* 3/30 +layers", shown), shown
+    assert re.search(r"convert .* 5\.0/10\.0 MB", shown), shown

@@ -126,5 +126,5 @@ def load_model(src: str, calibration: CalibrationOptions, *, seed: int, **option
     from mqadapt_rs.cli import output
 
     loaded = calibration.load(src, seed)
-    with output.progress_bars("bytes" if loaded is None else "layers or bytes") as progress:
+    with output.progress_bars("bytes") as progress:
         return Model.load(src, seed=seed, calibration=loaded, progress=progress, **options)

@@ -64,7 +64,7 @@ def convert(
     from mqadapt_rs.cli import output
 
     text_or_stats = calibration.load(src, seed)
-    with output.progress_bars("bytes" if text_or_stats is None else "layers or bytes") as progress:
+    with output.progress_bars("bytes") as progress:
         report = mqadapt_rs.convert(
             src,
             dst,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _DELAY = 1.0  # seconds before progress is shown
+_UNITS = {"calibrate": "layers"}
+"""What phases count that count something else than the rest of their command."""
 
 
 def print_json(value: Any) -> None:
@@ -93,14 +95,15 @@ def in_runs(counts: Sequence[int]) -> str:
 class _Bars:
     """A progress callback that shows a bar for each phase, after a second of work."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, unit: str) -> None:
         self._progress = progress
+        self._unit = unit
         self._tasks: dict[str, TaskID] = {}
         self._start = time.monotonic()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         if phase not in self._tasks:
-            self._tasks[phase] = self._progress.add_task(phase, total=total)
+            self._tasks[phase] = self._progress.add_task(phase, total=total, unit=_UNITS.get(phase, self._unit))
         self._progress.update(self._tasks[phase], completed=done, total=total)
         if not self._progress.live.is_started and time.monotonic() - self._start > _DELAY:
             self._progress.start()
@@ -108,7 +111,7 @@ class _Bars:
 
 @contextmanager
 def progress_bars(unit: str) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A progress callback that shows bars on stderr, or `None` if stderr is not a terminal. `unit` names what is counted."""
+    """A progress callback that shows bars on stderr, or `None` if stderr is not a terminal. `unit` names what phases count."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -119,18 +122,25 @@ def progress_bars(unit: str) -> Iterator[Callable[[str, int, int], None] | None]
         MofNCompleteColumn,
         Progress,
         ProgressColumn,
+        Task,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.text import Text
 
-    amount: list[ProgressColumn] = (
-        [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
-    )
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), *amount, TimeRemainingColumn()]
+    class Amount(ProgressColumn):
+        size, speed, count = DownloadColumn(), TransferSpeedColumn(), MofNCompleteColumn()
+
+        def render(self, task: Task) -> Text:
+            if task.fields["unit"] == "bytes":
+                return Text.assemble(self.size.render(task), " ", self.speed.render(task))
+            return Text.assemble(self.count.render(task), " ", task.fields["unit"])
+
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), Amount(), TimeRemainingColumn()]
     progress = Progress(*columns, console=Console(stderr=True), transient=True)
     try:
-        yield _Bars(progress)
+        yield _Bars(progress, unit)
     finally:
         if progress.live.is_started:
             progress.stop()
