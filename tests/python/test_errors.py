@@ -112,7 +112,7 @@ KINDS: dict[str, tuple[Case, type[BaseException], str] | str] = {
     "core::UnknownModelType": (
         config(model_type="mamba"),
         MqadaptError,
-        "'mamba' is not supported; the nearest is 'llama'; supported are",
+        "'mamba' is unknown; the nearest is 'llama'; supported are",
     ),
     "core::UnknownFamily": (lambda *_: mq.register_family("mine", "lama"), ArgumentError, "'lama' does not exist"),
     "core::KnownModelType": (lambda *_: mq.register_family("gemma", "llama"), ArgumentError, "'gemma' is known"),

@@ -120,7 +120,7 @@ def test_a_command_line_can_be_pasted() -> None:
 @pytest.mark.parametrize("name", [ESCAPE, "a\nmqadapt: all is well\n", BIDI, "x" * (1 << 20), "[red]x[/red]", "\x9b2J"])
 def test_names_in_files(name: str, model: Path, tmp_path: Path) -> None:
     edit_config(model, model_type=name)
-    with pytest.raises(MqadaptError, match="is not supported; the nearest is") as raised:
+    with pytest.raises(MqadaptError, match="is unknown; the nearest is") as raised:
         mq.inspect(model)
     assert readable(name)[:120] in str(raised.value)
     assert str(raised.value).isprintable() and len(str(raised.value)) < 600

@@ -17,8 +17,8 @@ pub enum Error {
     },
     /// No family of this name is known.
     #[error(
-        "model_type '{found}' is not supported; the nearest is '{nearest}'; supported are {supported}; --family NAME (in Python \
-         register_family) reads it as one of them"
+        "model_type '{found}' is unknown; the nearest is '{nearest}'; supported are {supported}; --family NAME (in Python \
+         register_family) reads it as one"
     )]
     UnknownModelType {
         /// The `model_type` of the file.
