@@ -146,7 +146,7 @@ fn the_scale_of_a_norm_over_heads_is_fitted() {
     norm.copy_within(16..24, 24);
     let (error, _, report) = merged(&weights, &geometry, 2, &mut noise);
     assert!(error < 1e-5, "{error:e} {report:?}");
-    // one head of each kind is left out of three small ones and a large one
+    // one head of what were a large one and three small ones
     let mut weights = random_layer(&geometry, false, &mut noise);
     weights.k_proj[..8 * 40].iter_mut().for_each(|v| *v *= 8.0);
     weights.k_norm = Some(vec![1.0; 32]);
